@@ -1,0 +1,40 @@
+"""The exceptions of the package. Each message says what was expected, what came, where, and what to do."""
+
+from __future__ import annotations
+
+
+class SekronError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class StructureError(SekronError, ValueError):
+    """A structure, its text form or its factors are inconsistent."""
+
+
+class UnsupportedLayerError(SekronError, ValueError):
+    """A layer cannot be replaced without changing what it computes."""
+
+
+class ConfigError(SekronError, ValueError):
+    """A configuration, search space, budget or device profile is not valid; names the file and the key."""
+
+
+class DataError(SekronError, ValueError):
+    """Data, weights or a model do not fit together (shapes, labels, NaN, missing files)."""
+
+
+class InfeasibleBudgetError(SekronError):
+    """No assignment of options meets the budgets.
+
+    Args:
+        message: What was asked.
+        best: For every budgeted cost, the smallest value that any assignment reaches on its own.
+    """
+
+    def __init__(self, message: str, best: dict[str, float]) -> None:
+        super().__init__(message)
+        self.best = best
+
+
+class RunFolderError(SekronError):
+    """A run folder or an artefact is missing, damaged, locked, or of another version."""

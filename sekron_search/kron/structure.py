@@ -1,0 +1,217 @@
+"""The one structure type: factor shapes, rank sizes, and which rank indices each factor carries."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sekron_search.errors import StructureError
+
+Shape = tuple[int, int, int, int]
+
+_FACTOR = re.compile(r"\s*(\d+(?:\s*x\s*\d+)*)\s*(?:\[([^\[\]]*)\])?\s*")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_SYNTAX = "expected e.g. '16x1x3x1[a] * 1x16x1x3[a]; a=6'"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A sequence of Kronecker factors that share rank indices.
+
+    W = sum over the rank indices of A_1 (x) ... (x) A_S, the first factor slowest in every mode.
+
+    Args:
+        shapes: (f_k, c_k, h_k, w_k) of every factor, all at least 1.
+        carries: For every factor, the rank indices it carries, in the order of `ranks`.
+        ranks: (name, size) of every rank index, sizes at least 1. Every index is carried by two factors or more:
+            a sum that one factor does alone is no structure.
+
+    Raises:
+        StructureError: If one of these conditions does not hold.
+
+    Source: SeKron, Hameed et al. 2022 (arXiv 2210.06299), Eq. 3, generalised to any rank graph.
+    """
+
+    shapes: tuple[Shape, ...]
+    carries: tuple[tuple[str, ...], ...]
+    ranks: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.shapes or len(self.shapes) != len(self.carries):
+            raise StructureError(
+                f"a structure needs one list of rank indices per factor, got {len(self.shapes)} factor shapes "
+                f"and {len(self.carries)} lists"
+            )
+        for k, shape in enumerate(self.shapes):
+            if len(shape) != 4 or any(not isinstance(n, int) or n < 1 for n in shape):
+                raise StructureError(f"factor {k + 1}: expected four sizes (f, c, h, w) of at least 1, got {shape}")
+        names = [name for name, _ in self.ranks]
+        if len(set(names)) != len(names):
+            raise StructureError(f"rank indices must have distinct names, got {names}")
+        for name, size in self.ranks:
+            if not _NAME.fullmatch(name):
+                raise StructureError(f"rank index {name!r}: expected a letter, then letters, digits or '_'")
+            if not isinstance(size, int) or size < 1:
+                raise StructureError(f"rank index {name!r}: expected a size of at least 1, got {size}")
+            if sum(name in carried for carried in self.carries) < 2:
+                raise StructureError(f"rank index {name!r} must be carried by at least two factors")
+        for k, carried in enumerate(self.carries):
+            if unknown := [name for name in carried if name not in names]:
+                raise StructureError(f"factor {k + 1}: rank indices {unknown} have no size; known: {names}")
+            if list(carried) != [name for name in names if name in carried]:
+                raise StructureError(f"factor {k + 1}: expected distinct rank indices in the order {names}, got {carried}")
+
+    @classmethod
+    def build(
+        cls, shapes: Sequence[Sequence[int]], carries: Sequence[Sequence[str]], ranks: Mapping[str, int]
+    ) -> Structure:
+        """The structure of these parts, the rank indices put into the order of `ranks`."""
+        ordered = tuple(tuple(sorted(carried, key=_position(ranks))) for carried in carries)
+        return cls(tuple(_shape(s) for s in shapes), ordered, tuple(ranks.items()))
+
+    @classmethod
+    def parse(cls, text: str) -> Structure:
+        """The structure that `text` describes; `Structure.parse(str(s)) == s`.
+
+        Args:
+            text: Factors `FxCxHxW[rank indices]` joined by `*`, then the rank sizes:
+                `16x1x3x1[a] * 1x16x1x3[a]; a=6`.
+
+        Raises:
+            StructureError: If the text does not follow this form.
+        """
+        head, _, tail = text.partition(";")
+        shapes, carries = [], []
+        for part in head.split("*"):
+            match = _FACTOR.fullmatch(part)
+            if match is None:
+                raise StructureError(f"cannot read factor {part.strip()!r} of structure {text!r}: {_SYNTAX}")
+            shapes.append(tuple(int(n) for n in match[1].split("x")))
+            carries.append([name.strip() for name in match[2].split(",")] if match[2] and match[2].strip() else [])
+        ranks: dict[str, int] = {}
+        for item in tail.split(",") if tail.strip() else []:
+            name, equals, size = (piece.strip() for piece in item.partition("="))
+            if not equals or not size.isdecimal() or name in ranks:
+                raise StructureError(f"cannot read rank {item.strip()!r} of structure {text!r}: {_SYNTAX}")
+            ranks[name] = int(size)
+        try:
+            return cls.build(shapes, carries, ranks)
+        except StructureError as error:
+            raise StructureError(f"structure {text!r}: {error}") from None
+
+    def __str__(self) -> str:
+        factors = (
+            "x".join(map(str, shape)) + (f"[{','.join(carried)}]" if carried else "")
+            for shape, carried in zip(self.shapes, self.carries, strict=True)
+        )
+        sizes = ", ".join(f"{name}={size}" for name, size in self.ranks)
+        return " * ".join(factors) + (f"; {sizes}" if sizes else "")
+
+    @property
+    def num_factors(self) -> int:
+        """S, the length of the sequence."""
+        return len(self.shapes)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the one-factor structure: the weight itself."""
+        return self.num_factors == 1
+
+    @cached_property
+    def weight_shape(self) -> Shape:
+        """(F, C, Kh, Kw) of the weight that the structure reconstructs."""
+        f, c, h, w = (prod(sizes) for sizes in zip(*self.shapes, strict=True))
+        return f, c, h, w
+
+    @cached_property
+    def rank_sizes(self) -> dict[str, int]:
+        """Size of every rank index."""
+        return dict(self.ranks)
+
+    @cached_property
+    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of every factor A_k: its rank indices first, then (f_k, c_k, h_k, w_k)."""
+        return tuple(
+            tuple(self.rank_sizes[name] for name in carried) + shape
+            for shape, carried in zip(self.shapes, self.carries, strict=True)
+        )
+
+    @cached_property
+    def num_params(self) -> int:
+        """Number of entries of all factors together."""
+        return sum(prod(shape) for shape in self.factor_shapes)
+
+    def check_factors(self, factors: Sequence[Tensor], *, batched: bool = False) -> None:
+        """Raise a `StructureError` unless the factors have the structure's shapes (after a batch axis if `batched`)."""
+        shapes = [tuple(a.shape[1:] if batched else a.shape) for a in factors]
+        if shapes != list(self.factor_shapes):
+            raise StructureError(f"structure {self}: expected factors of shapes {self.factor_shapes}, got {shapes}")
+
+    def reconstruct(self, factors: Sequence[Tensor]) -> Tensor:
+        """The weight W = sum over the rank indices of A_1 (x) ... (x) A_S.
+
+        Args:
+            factors: Tensors of the shapes `factor_shapes`.
+
+        Returns:
+            Tensor of shape `weight_shape`.
+
+        Raises:
+            StructureError: If the factors have other shapes.
+        """
+        self.check_factors(factors)
+        return self.fold(self.contract(factors))
+
+    def contract(self, factors: Sequence[Tensor]) -> Tensor:
+        """The weight as a tensor of one mode per factor, of shape (m_1, ..., m_S) with m_k = f_k c_k h_k w_k.
+
+        In this form the sequence of Kronecker products is a tensor network with a mode for every factor.
+
+        Args:
+            factors: Of the shapes `factor_shapes`, or with (f_k, c_k, h_k, w_k) flattened to m_k.
+        """
+        operands: list[object] = []
+        names = {name: i for i, (name, _) in enumerate(self.ranks)}
+        for k, (factor, carried) in enumerate(zip(factors, self.carries, strict=True)):
+            operands += [factor.flatten(len(carried)), [names[n] for n in carried] + [len(names) + k]]
+        result: Tensor = torch.einsum(*operands, [len(names) + k for k in range(self.num_factors)])
+        return result
+
+    def fold(self, modes: Tensor) -> Tensor:
+        """From (m_1, ..., m_S) to (F, C, Kh, Kw); inverse of `unfold`."""
+        count = self.num_factors
+        axes = [4 * k + mode for mode in range(4) for k in range(count)]
+        return modes.reshape([n for s in self.shapes for n in s]).permute(axes).reshape(self.weight_shape)
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        """From (F, C, Kh, Kw) to (m_1, ..., m_S): the Van Loan-Pitsianis rearrangement for S factors."""
+        count = self.num_factors
+        axes = [mode * count + k for k in range(count) for mode in range(4)]
+        sizes = [s[mode] for mode in range(4) for s in self.shapes]
+        return weight.reshape(sizes).permute(axes).reshape([prod(s) for s in self.shapes])
+
+
+def rank_names(count: int) -> list[str]:
+    """The first `count` default names of rank indices: a, b, ..."""
+    if count > len(string.ascii_lowercase):
+        raise StructureError(f"at most {len(string.ascii_lowercase)} rank indices have default names, asked for {count}")
+    return list(string.ascii_lowercase[:count])
+
+
+def _shape(sizes: Sequence[int]) -> Shape:
+    if len(sizes) != 4:
+        raise StructureError(f"expected four sizes (f, c, h, w) for a factor, got {tuple(sizes)}")
+    f, c, h, w = sizes
+    return f, c, h, w
+
+
+def _position(ranks: Mapping[str, int]) -> object:
+    order = {name: i for i, name in enumerate(ranks)}
+    return lambda name: order.get(name, len(order))

@@ -1,0 +1,95 @@
+"""Fits by singular value decompositions: optimal for two factors, a greedy recursion beyond."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sekron_search.kron.structure import Structure
+
+
+def pair_spectrum(modes: Tensor) -> Tensor:
+    """Singular values of a two-factor unfolding, largest first, clipped at zero.
+
+    By Eckart-Young the squared error of the best structure of rank r is the sum of the squares past the first r,
+    so one spectrum scores every rank. Only the Gram matrix of the smaller side is decomposed.
+
+    Args:
+        modes: (..., m_1, m_2), from `Structure.unfold`.
+
+    Returns:
+        (..., min(m_1, m_2)).
+
+    Source: Van Loan and Pitsianis 1993; Eckart and Young 1936.
+    """
+    tall = modes if modes.shape[-2] <= modes.shape[-1] else modes.mT
+    eigenvalues = torch.linalg.eigvalsh(tall @ tall.mT)
+    return eigenvalues.flip(-1).clamp_min(0).sqrt()
+
+
+def recursive_svd(structure: Structure, modes: Tensor) -> list[Tensor]:
+    """Factors by truncated SVDs that split off one factor after the other.
+
+    For two factors this is optimal. For the nested graph it is the recursion of SeKron, for the Tensor-Train graph
+    TT-SVD, for the Tucker graph the sequentially truncated HOSVD, for a ring TR-SVD, for CP the split of each rank-one
+    term; beyond two factors none of them is optimal. A factor's rows are its own mode and the indices it closes;
+    indices that it carries and leaves open are batched over; all others stay with the remainder.
+
+    Args:
+        structure: The structure to fit.
+        modes: (B, m_1, ..., m_S), a batch of unfolded weights.
+
+    Returns:
+        Factors of shapes (B, rank indices, m_k). The remainder holds the scale; those before it are orthonormal.
+
+    Source: SeKron, Hameed et al. 2022, Algorithm 1; Oseledets 2011; Vannieuwenhoven et al. 2012; Zhao et al. 2016.
+    """
+    count = structure.num_factors
+    sizes = structure.rank_sizes
+    last_use = {name: k for k, carried in enumerate(structure.carries) for name in carried}
+    factors: list[Tensor] = []
+    rest, opened = modes, list[str]()  # axes of rest: B, the open indices, m_k ... m_S
+    for k in range(count - 1):
+        carried = structure.carries[k]
+        shared = [n for n in opened if n in carried and last_use[n] > k]
+        closed = [n for n in opened if n in carried and last_use[n] == k]
+        passed = [n for n in opened if n not in carried]
+        new = [n for n in carried if n not in opened]
+        mode_axis = 1 + len(opened)
+        position = {n: 1 + i for i, n in enumerate(opened)}
+        axes = [0, *(position[n] for n in shared + closed), mode_axis, *(position[n] for n in passed)]
+        arranged = rest.permute(axes + list(range(mode_axis + 1, rest.dim())))
+        batch = [rest.shape[0], *(sizes[n] for n in shared)]
+        row_sizes = [sizes[n] for n in closed] + [rest.shape[mode_axis]]
+        column_sizes = list(arranged.shape[len(batch) + len(row_sizes) :])
+        rank = prod(sizes[n] for n in new)
+        left, right = _truncated_svd(arranged.reshape(*batch, prod(row_sizes), prod(column_sizes)), rank)
+        left = left.reshape(*batch, *row_sizes, *(sizes[n] for n in new))
+        names = ["", *shared, *closed, "m", *new]
+        factors.append(left.permute([names.index(n) for n in ("", *carried, "m")]))
+        rest = right.reshape(*batch, *(sizes[n] for n in new), *column_sizes)
+        opened = shared + new + passed
+    order = [1 + opened.index(n) for n in structure.carries[-1]]
+    factors.append(rest.permute([0, *order, rest.dim() - 1]))
+    return [factor.contiguous() for factor in factors]
+
+
+def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal U (..., rows, rank) and S V (..., rank, columns) of the best approximation of that rank.
+
+    Where the rank exceeds what the matrix can have, U is filled with a deterministic orthonormal-scale pattern and
+    S V with zeros: the fit stays exact and later least-squares steps can use the free columns.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, right = left[..., :rank], (values[..., None] * right)[..., :rank, :]
+    missing = rank - left.shape[-1]
+    if missing > 0:
+        rows = matrix.shape[-2]
+        generator = torch.Generator().manual_seed(rows * 1009 + missing)
+        fill = torch.randn(rows, missing, generator=generator, dtype=torch.float64) / rows**0.5
+        fill = fill.to(left).expand(*left.shape[:-2], rows, missing)
+        left = torch.cat([left, fill], -1)
+        right = torch.cat([right, right.new_zeros(*right.shape[:-2], missing, right.shape[-1])], -2)
+    return left, right
