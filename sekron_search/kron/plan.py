@@ -127,22 +127,25 @@ class Plan:
     def cost(self, input_size: Pair) -> Cost:
         """Cost of one sample of that input (height, width).
 
-        The working set of a step is its input and its output, and of a permutation the tensor twice.
+        The working set of a step is the layer's input, which its caller keeps, the step's own input and its output;
+        of a permutation the tensor twice.
         """
         size = input_size
-        flops = 0
-        peak = 0
-        channels = 0
+        held = self.steps[0].in_channels * prod(size)
+        flops = peak = 0
+        current = 0  # elements of the tensor in flight, besides the layer's input
         for step in self.steps:
-            entering = step.in_channels * prod(size)
             if step.permutation is not None:
-                peak = max(peak, 2 * entering)
+                entering = step.in_channels * prod(size)
+                peak = max(peak, held + current + entering)
+                current = entering
             size = step.geometry.output_size(size, step.kernel)
-            channels = step.out_channels
+            leaving = step.out_channels * prod(size)
             flops += prod(step.weight_shape) * prod(size)
-            peak = max(peak, entering + channels * prod(size))
+            peak = max(peak, held + current + leaving)
+            current = leaving
         if self.output_permutation is not None:
-            peak = max(peak, 2 * channels * prod(size))
+            peak = max(peak, held + 2 * current)
         return Cost(flops, peak)
 
 

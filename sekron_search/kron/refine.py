@@ -79,7 +79,7 @@ def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, 
     # Unit scales for the loss and the factors, whatever the layer's: float32 and the line search rely on it.
     exact, root = exact / weight_scale, root * (weight_scale / scale)
     share = weight_scale ** (1 / structure.num_factors)
-    factors = [(a.detach().to(torch.float32) / share).requires_grad_() for a in fit.factors]
+    factors = [(a.detach().to(torch.float32) / share).contiguous().requires_grad_() for a in fit.factors]
     optimizer = torch.optim.LBFGS(
         factors, max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=1e-12
     )

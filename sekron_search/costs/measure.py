@@ -1,0 +1,110 @@
+"""Latency by the clock: interleaved, repeated, without gradients, as medians with their noise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sekron_search.model import as_inputs
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds per call, and the half-width of the interquartile range of its samples."""
+
+    median_ms: float
+    noise_ms: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples_ms: Sequence[float]) -> Latency:
+        """Summary of raw samples."""
+        low, median, high = np.percentile(samples_ms, [25, 50, 75])
+        return cls(float(median), float(high - low) / 2, len(samples_ms))
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Run with that many intra-operator threads."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_callables(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 9,
+    min_sample_s: float = 1e-3,
+    device: torch.device | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Latency]:
+    """Time every call once per round, all in turn, so that drifts of the machine hit all alike.
+
+    A sample repeats a fast call until `min_sample_s` is filled, and divides.
+
+    Args:
+        calls: What to time, by name.
+        rounds: Samples of each; the median is reported.
+        min_sample_s: Shortest time of one sample.
+        device: Synchronised before the clock is read, if it is a GPU.
+        progress: Called after every round with the number of rounds done.
+    """
+    inner = {}
+    with torch.inference_mode():
+        for name, call in calls.items():
+            call()
+            inner[name] = max(1, int(np.ceil(min_sample_s / max(_seconds(call, 2, device), 1e-9))))
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        for done in range(1, rounds + 1):
+            for name, call in calls.items():
+                samples[name].append(1e3 * _seconds(call, inner[name], device))
+            if progress is not None:
+                progress(done)
+    return {name: Latency.of(values) for name, values in samples.items()}
+
+
+def measure_networks(
+    networks: Mapping[str, nn.Module], example_inputs: Any, *, rounds: int = 21, num_threads: int | None = None
+) -> dict[str, Latency]:
+    """Latency of whole networks on the same inputs, interleaved, in evaluation mode."""
+    inputs = as_inputs(example_inputs)
+    device = next((i.device for i in inputs if isinstance(i, torch.Tensor)), None)
+    modes = {name: network.training for name, network in networks.items()}
+
+    def call(network: nn.Module) -> Callable[[], object]:
+        return lambda: network(*inputs)
+
+    try:
+        with threads(num_threads):
+            return measure_callables(
+                {name: call(network.eval()) for name, network in networks.items()}, rounds=rounds, device=device
+            )
+    finally:
+        for name, network in networks.items():
+            network.train(modes[name])
+
+
+def _seconds(call: Callable[[], object], repeats: int, device: torch.device | None) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _synchronize(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,184 @@
+"""Lazy enumeration of the structures of a weight shape: factor shapes, rank graphs, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import Literal
+
+from sekron_search.kron.families import GRAPHS, Graph, GraphName, mode_shapes, tucker2
+from sekron_search.kron.structure import Shape, Structure
+
+FamilyName = Literal[
+    "sekron", "cp", "tucker", "tucker2", "tt", "tr", "kronecker_cp", "kronecker_tt", "kronecker_tr", "kronecker_tucker"
+]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A structure without its rank sizes: factor shapes and rank graph."""
+
+    shapes: tuple[Shape, ...]
+    graph: Graph
+
+    @property
+    def names(self) -> list[str]:
+        """The rank indices."""
+        return sorted({name for carried in self.graph for name in carried})
+
+    def max_ranks(self) -> tuple[int, ...]:
+        """For every rank index, the largest size that can matter.
+
+        An index is the bond between its first carrier and the rest, so it needs no more than the smaller of that
+        carrier's own size (times its other indices, bounded by theirs) and the size of everything else; CP, whose
+        index is carried by all, needs at most the product of all modes but the largest.
+        """
+        modes = [prod(shape) for shape in self.shapes]
+        total = prod(modes)
+        sizes = []
+        for name in self.names:
+            carriers = [k for k, carried in enumerate(self.graph) if name in carried]
+            if len(carriers) == len(modes) > 2:
+                sizes.append(total // max(modes))
+            else:
+                sizes.append(min(modes[carriers[0]], total // modes[carriers[0]]))
+        if self.graph == GRAPHS["tt"](len(modes)):
+            return tuple(min(prod(modes[: k + 1]), prod(modes[k + 1 :])) for k in range(len(modes) - 1))
+        if self.graph == GRAPHS["sekron"](len(modes)):
+            return tuple(min(modes[k], prod(modes[k + 1 :])) for k in range(len(modes) - 1))
+        return tuple(sizes)
+
+    def with_ranks(self, ranks: Sequence[int]) -> Structure:
+        """The structure with these sizes, in the order of `names`."""
+        return Structure.build(self.shapes, self.graph, dict(zip(self.names, ranks, strict=True)))
+
+
+@lru_cache(maxsize=4096)
+def ordered_factorizations(number: int, count: int) -> tuple[tuple[int, ...], ...]:
+    """All tuples of `count` positive integers whose product is `number`, in lexicographic order."""
+    if count == 1:
+        return ((number,),)
+    return tuple(
+        (first, *rest)
+        for first in range(1, number + 1)
+        if number % first == 0
+        for rest in ordered_factorizations(number // first, count - 1)
+    )
+
+
+def factor_shapes(weight_shape: Sequence[int], count: int) -> Iterator[tuple[Shape, ...]]:
+    """All sequences of `count` factor shapes with these mode products, none of them 1x1x1x1."""
+    for modes in product(*(ordered_factorizations(size, count) for size in weight_shape)):
+        f, c, h, w = modes
+        shapes = tuple(zip(f, c, h, w, strict=True))
+        if all(prod(shape) > 1 for shape in shapes):
+            yield shapes
+
+
+def _by_modes(graph: GraphName) -> Callable[[Shape, int], Iterator[Skeleton]]:
+    def build(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
+        shapes: list[Shape] = mode_shapes(weight_shape)
+        if graph == "tucker":
+            shapes = [*shapes, (1, 1, 1, 1)]
+        if len(shapes) >= 3:  # with two modes every one of these graphs is a plain matrix factorization
+            yield Skeleton(tuple(shapes), GRAPHS[graph](len(shapes)))
+
+    return build
+
+
+def _by_shapes(graph: GraphName, least: int) -> Callable[[Shape, int], Iterator[Skeleton]]:
+    def build(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
+        for count in range(least, max_factors + 1):
+            for shapes in factor_shapes(weight_shape, count):
+                yield Skeleton(shapes, GRAPHS[graph](count))
+
+    return build
+
+
+def _tucker2(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
+    f, c, h, w = weight_shape
+    if f > 1 and c > 1 and h * w > 1:
+        structure = tucker2(weight_shape, (1, 1))
+        yield Skeleton(structure.shapes, structure.carries)
+
+
+#: For every family, the skeletons of a weight shape with at most so many factors (families by mode have their own).
+FAMILIES: dict[FamilyName, Callable[[Shape, int], Iterator[Skeleton]]] = {
+    "sekron": _by_shapes("sekron", 2),
+    "cp": _by_modes("cp"),
+    "tucker": _by_modes("tucker"),
+    "tucker2": _tucker2,
+    "tt": _by_modes("tt"),
+    "tr": _by_modes("tr"),
+    "kronecker_cp": _by_shapes("cp", 3),
+    "kronecker_tt": _by_shapes("tt", 3),
+    "kronecker_tr": _by_shapes("tr", 3),
+    "kronecker_tucker": _by_shapes("tucker", 3),
+}
+
+
+def rank_ladder(largest: int, levels: int, multiple: int = 1) -> list[int]:
+    """Up to `levels` sizes from `multiple` to `largest`, evenly spread on a logarithmic scale, multiples of `multiple`."""
+    largest = max(largest - largest % multiple, multiple)
+    if levels == 1:
+        return [largest]
+    ratio = (largest / multiple) ** (1 / (levels - 1))
+    return sorted({max(round(multiple * ratio**i / multiple), 1) * multiple for i in range(levels)})
+
+
+def rank_choices(
+    skeleton: Skeleton, fits: Callable[[Structure], bool], levels: int, multiple: int = 1
+) -> Iterator[Structure]:
+    """Structures of a skeleton over a ladder of ranks, as long as `fits` (monotone in every rank) accepts them.
+
+    One rank index: a ladder up to the largest accepted size. Several: every index takes the same share of its largest
+    useful size, the shares on a ladder; all combinations of shares within one level of each other are given.
+
+    Args:
+        skeleton: Shapes and graph.
+        fits: Whether a structure is cheap enough to be an option.
+        levels: Number of ladder steps.
+        multiple: Rank sizes are multiples of this where their largest useful size allows it.
+    """
+    largest = skeleton.max_ranks()
+    if len(largest) == 1:
+        top = largest_where(lambda rank: fits(skeleton.with_ranks((rank,))), largest[0])
+        if top:
+            yield from (s for r in rank_ladder(top, levels, multiple) if r <= top and fits(s := skeleton.with_ranks((r,))))
+        return
+    grid = 512
+
+    def at(shares: Sequence[int]) -> tuple[int, ...]:
+        return tuple(
+            min(max(round(size * share / grid / multiple) * multiple, 1), size)
+            for size, share in zip(largest, shares, strict=True)
+        )
+
+    top = largest_where(lambda share: fits(skeleton.with_ranks(at([share] * len(largest)))), grid)
+    if not top:
+        return
+    ladder = rank_ladder(top, levels)
+    seen = set()
+    for i, share in enumerate(ladder):
+        neighbours = (share, ladder[min(i + 1, len(ladder) - 1)])
+        for shares in product(neighbours, repeat=min(len(largest), 3)):
+            ranks = at((*shares, *[share] * (len(largest) - len(shares))))
+            if ranks not in seen:
+                seen.add(ranks)
+                if fits(structure := skeleton.with_ranks(ranks)):
+                    yield structure
+
+
+def largest_where(accepts: Callable[[int], bool], upper: int) -> int:
+    """The largest integer in [1, upper] that a monotone predicate accepts; 0 if it rejects 1."""
+    low, high = 0, upper
+    while low < high:
+        middle = (low + high + 1) // 2
+        if accepts(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,103 @@
+"""Budgets: upper bounds on costs of the whole network, absolute or relative to the original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from sekron_search.errors import ConfigError
+
+CostName = Literal["flops", "params", "latency_ms", "peak_activation_bytes"]
+
+#: The costs that can be budgeted, and their units in words.
+COSTS: dict[CostName, str] = {
+    "flops": "multiply-adds per sample",
+    "params": "parameters",
+    "latency_ms": "ms per batch",
+    "peak_activation_bytes": "bytes per batch",
+}
+COST_NAMES: tuple[CostName, ...] = get_args(CostName)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An upper bound: absolute, or a multiple of the original's cost."""
+
+    value: float
+    relative: bool
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> Bound:
+        """From a positive number, or text such as "0.5x".
+
+        Raises:
+            ConfigError: If it is neither.
+        """
+        wanted = f"{where}: expected a positive number, or a multiple of the original such as '0.5x', got {value!r}"
+        relative = isinstance(value, str) and value.strip().lower().endswith("x")
+        try:
+            number = float(value.strip()[:-1] if relative else value)
+        except (TypeError, ValueError):
+            raise ConfigError(wanted) from None
+        if isinstance(value, bool) or not math.isfinite(number) or number <= 0:
+            raise ConfigError(wanted)
+        return cls(number, relative)
+
+    def resolve(self, original: float) -> float:
+        """The absolute bound."""
+        return self.value * original if self.relative else self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:g}x" if self.relative else f"{self.value:g}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds on any of flops, params, latency_ms and peak_activation_bytes, together.
+
+    Each is a number or a multiple of the original's cost as text ("0.5x"); None leaves the cost free. flops are per
+    sample; latency_ms and peak_activation_bytes are of one forward pass on the example inputs.
+
+    Raises:
+        ConfigError: If a bound is not such a value, or none is given.
+    """
+
+    flops: float | str | None = None
+    params: float | str | None = None
+    latency_ms: float | str | None = None
+    peak_activation_bytes: float | str | None = None
+
+    def __post_init__(self) -> None:
+        if not dict(self.items()):
+            raise ConfigError(f"budget: expected at least one of {', '.join(COST_NAMES)}")
+
+    @classmethod
+    def of(cls, value: Budget | Mapping[str, Any]) -> Budget:
+        """From a mapping such as {"flops": "0.5x"}.
+
+        Raises:
+            ConfigError: If a key is not the name of a cost.
+        """
+        if isinstance(value, Budget):
+            return value
+        if unknown := sorted(set(value) - set(COST_NAMES)):
+            raise ConfigError(f"budget: unknown cost {unknown[0]!r}; expected any of {', '.join(COST_NAMES)}")
+        return cls(**value)
+
+    def items(self) -> Iterator[tuple[CostName, Bound]]:
+        """(cost, bound) of every budgeted cost."""
+        for name in COST_NAMES:
+            value = getattr(self, name)
+            if value is not None:
+                yield name, Bound.parse(value, f"budget.{name}")
+
+    @property
+    def names(self) -> tuple[CostName, ...]:
+        """The budgeted costs."""
+        return tuple(name for name, _ in self.items())
+
+    def resolve(self, original: Mapping[str, float]) -> dict[CostName, float]:
+        """Absolute bounds for an original network of these costs."""
+        return {name: bound.resolve(original[name]) for name, bound in self.items()}

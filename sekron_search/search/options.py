@@ -1,0 +1,141 @@
+"""Options of a layer, tables of options, assignments of one option per layer, and what an assignment costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sekron_search.search.budget import COST_NAMES, CostName
+from sekron_search.search.pareto import non_dominated
+
+Assignment = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a layer.
+
+    Args:
+        structure: Text form of the structure of one group's weight.
+        family: Its usual name.
+        order: In which the factors run.
+        execution: "factored" or "dense".
+        flops: Per sample.
+        params: Of the weight, all groups; the bias is not part of an option.
+        peak_bytes: Working set of the layer on the example batch.
+        weight_error: Relative error of the weight.
+        error: Relative error of the layer's output on calibration inputs.
+        latency_ms: On the example batch; None where latency is neither budgeted nor measured.
+        latency_noise_ms: Half the spread of the measurement.
+    """
+
+    structure: str
+    family: str
+    order: tuple[int, ...]
+    execution: str
+    flops: int
+    params: int
+    peak_bytes: int
+    weight_error: float
+    error: float
+    latency_ms: float | None = None
+    latency_noise_ms: float | None = None
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the layer is left as it is."""
+        return self.family == "dense"
+
+    def cost(self, name: CostName) -> float:
+        """The layer's cost of that name."""
+        values = {
+            "flops": self.flops,
+            "params": self.params,
+            "latency_ms": self.latency_ms,
+            "peak_activation_bytes": self.peak_bytes,
+        }
+        value = values[name]
+        if value is None:
+            raise ValueError(f"option {self.structure}: {name} was not measured")
+        return float(value)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Option:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(**{**data, "order": tuple(data["order"])})
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """The options of a layer; the first leaves it as it is.
+
+    Args:
+        name: The layer.
+        options: Its options.
+        outside_bytes: What is alive besides the layer's working set while it runs, on the example batch.
+    """
+
+    name: str
+    options: tuple[Option, ...]
+    outside_bytes: int = 0
+
+    def pruned(self, costs: Sequence[CostName]) -> LayerTable:
+        """Only the options that no other one beats on these costs and the error; the first always stays."""
+        values = np.array([[o.error, *(o.cost(name) for name in costs)] for o in self.options])
+        kept = [option for i, option in enumerate(self.options) if i == 0 or bool(non_dominated(values)[i])]
+        return replace(self, options=tuple(kept))
+
+
+@dataclass(frozen=True)
+class Network:
+    """The tables of all layers, and the costs of what is not replaced.
+
+    Args:
+        tables: One per replaceable layer.
+        original: Costs of the original network.
+        peak_floor_bytes: Peak of the parts of the network that no option changes.
+    """
+
+    tables: tuple[LayerTable, ...]
+    original: Mapping[str, float]
+    peak_floor_bytes: float = 0.0
+
+    def fixed(self, name: CostName) -> float:
+        """Cost of everything but the layers' weights: the original's total less its dense layers."""
+        return self.original[name] - sum(table.options[0].cost(name) for table in self.tables)
+
+    def values(self, name: CostName) -> list[NDArray[np.float64]]:
+        """The cost of every option of every layer."""
+        return [np.array([o.cost(name) for o in t.options]) for t in self.tables]
+
+    def cost(self, assignment: Assignment, name: CostName) -> float:
+        """A cost of the whole network: sums, but for the peak, which is the largest working set."""
+        options = self.chosen(assignment)
+        if name == "peak_activation_bytes":
+            peaks = (t.outside_bytes + o.peak_bytes for t, o in zip(self.tables, options, strict=True))
+            return max(self.peak_floor_bytes, *peaks)
+        return self.fixed(name) + sum(option.cost(name) for option in options)
+
+    def costs(self, assignment: Assignment) -> dict[CostName, float]:
+        """Every cost of the whole network that is known."""
+        known = [n for n in COST_NAMES if n != "latency_ms" or self.has_latency]
+        return {name: self.cost(assignment, name) for name in known}
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether every option has a latency."""
+        return "latency_ms" in self.original and all(
+            option.latency_ms is not None for table in self.tables for option in table.options
+        )
+
+    def chosen(self, assignment: Assignment) -> tuple[Option, ...]:
+        """The option of every layer."""
+        return tuple(table.options[i] for table, i in zip(self.tables, assignment, strict=True))
+
+    def pruned(self, costs: Sequence[CostName]) -> Network:
+        """With the dominated options of every layer left out."""
+        return replace(self, tables=tuple(table.pruned(costs) for table in self.tables))
