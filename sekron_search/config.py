@@ -1,0 +1,234 @@
+"""The configuration of a run: one schema, read from YAML, every key checked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sekron_search.errors import ConfigError
+from sekron_search.proxies import DivergenceName
+from sekron_search.search.budget import Budget
+from sekron_search.search.space import SearchSpace, explain
+from sekron_search.search.study import SamplerName
+
+MetricName = Literal["accuracy", "neg_mse", "psnr"]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Reference = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """Where the trained network comes from.
+
+    Args:
+        factory: `package.module:function` that returns the network.
+        kwargs: Arguments of the factory.
+        weights: File of its state dict (safetensors, or a torch file that loads with `weights_only=True`).
+    """
+
+    factory: Reference
+    kwargs: dict[str, Any] = {}
+    weights: Path | None = None
+
+
+class DataConfig(_Section):
+    """Where the data comes from: exactly one of `source: digits`, `folder` with a path, `factory`.
+
+    Args:
+        source: "digits" (scikit-learn's), "folder" (images, a directory per class) or "factory".
+        path: Of the folder; with sub-folders train, validation and test, or classes only, which are then split.
+        factory: `package.module:function` that returns a `sekron_search.data.DataBundle`.
+        kwargs: Arguments of the factory.
+        image_size: (height, width) to which images of a folder are resized.
+        mean, std: Per channel, by which inputs in [0, 1] are normalised.
+        validation_fraction, test_fraction: Of the images, where the folder has no such splits.
+    """
+
+    source: Literal["digits", "folder", "factory"]
+    path: Path | None = None
+    factory: Reference | None = None
+    kwargs: dict[str, Any] = {}
+    image_size: tuple[Positive, Positive] = (32, 32)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.229, 0.224, 0.225)
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.9)] = 0.15
+    test_fraction: Annotated[float, Field(gt=0, lt=0.9)] = 0.2
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        needed = {"folder": "path", "factory": "factory"}.get(self.source)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"source '{self.source}' needs the key '{needed}'")
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels, std {len(self.std)}")
+        return self
+
+
+class CalibrationConfig(_Section):
+    """How fits are made data-aware.
+
+    Args:
+        samples: Unlabelled training samples on which layers are fitted.
+        holdout: Further ones on which the divergence of assembled networks is measured.
+        batch_size: Of both.
+        refine_steps: L-BFGS steps of every option of every layer.
+        sequential_steps: L-BFGS steps of every layer when a candidate is fitted again, layer after layer, to the
+            original's outputs on the inputs that the compressed network really produces; 0 leaves that out.
+    """
+
+    samples: Positive = 512
+    holdout: Positive = 512
+    batch_size: Positive = 128
+    refine_steps: NonNegative = 40
+    sequential_steps: NonNegative = 40
+
+
+class SearchConfig(_Section):
+    """The study: number of trials, sampler, and by what outputs are compared ("kl" for class logits, else "mse")."""
+
+    trials: Positive = 40
+    sampler: SamplerName = "local"
+    divergence: DivergenceName = "kl"
+
+
+class LatencyConfig(_Section):
+    """How latency is measured.
+
+    Args:
+        batch_size: Samples of the example batch, on which latency and peak memory are meant.
+        num_threads: Intra-operator threads; as torch has it if not given.
+        rounds: Interleaved samples of every measurement of a whole network.
+        profile: A device profile to use; what it lacks is measured here.
+    """
+
+    batch_size: Positive = 1
+    num_threads: Positive | None = None
+    rounds: Positive = 21
+    profile: Path | None = None
+
+
+class FinetuneConfig(_Section):
+    """Distillation of the best candidates from the original.
+
+    Args:
+        epochs: Of training at most; 0 trains nothing.
+        candidates: How many of the front's best feasible networks are trained, with successive halving.
+        batch_size, learning_rate, momentum, weight_decay: Of SGD with Nesterov momentum, cosine decay after a warm-up.
+        temperature: Of the distillation, for "kl".
+        label_weight: Weight of the labels' loss; the original's outputs get the rest.
+        autocast: "bfloat16" computes forward and backward passes in it.
+    """
+
+    epochs: NonNegative = 3
+    candidates: Positive = 2
+    batch_size: Positive = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
+    autocast: Literal["bfloat16"] | None = None
+
+
+class Settings(_Section):
+    """What a run does, whatever the model and the data are."""
+
+    budget: dict[str, float | str]
+    space: SearchSpace = SearchSpace()
+    metric: MetricName = "accuracy"
+    calibration: CalibrationConfig = CalibrationConfig()
+    search: SearchConfig = SearchConfig()
+    latency: LatencyConfig = LatencyConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    seed: NonNegative = 0
+    device: str = "cpu"
+
+    @field_validator("budget")
+    @classmethod
+    def _valid_budget(cls, value: dict[str, float | str]) -> dict[str, float | str]:
+        Budget.of(value)
+        return value
+
+    @property
+    def bounds(self) -> Budget:
+        """The budget as an object."""
+        return Budget.of(self.budget)
+
+
+class Config(Settings):
+    """A whole run: settings, model, data and the run folder."""
+
+    model: ModelConfig
+    data: DataConfig
+    out: Path | None = None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Config:
+        """Read a configuration from YAML; paths in it are relative to the file.
+
+        Raises:
+            ConfigError: If the file is missing or damaged, or a key is unknown, missing or wrong; names file and key.
+        """
+        path = Path(path)
+        where = f"config {path}"
+        try:
+            data = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{where}: not YAML: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{where}: expected a mapping of keys, got {type(data).__name__}")
+        if isinstance(data.get("space"), str):
+            data["space"] = SearchSpace.load(path.parent / data["space"]).model_dump()
+        try:
+            config = cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(explain(error, where, cls)) from None
+        return config._resolved(path.parent)
+
+    def _resolved(self, base: Path) -> Config:
+        """With all paths absolute, and those that must exist checked."""
+
+        def absolute(path: Path | None, key: str, *, must_exist: bool = True) -> Path | None:
+            if path is None:
+                return None
+            full = (base / path.expanduser()).resolve()
+            if must_exist and not full.exists():
+                raise ConfigError(f"config key '{key}': no such file or folder: {full}")
+            return full
+
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update={"weights": absolute(self.model.weights, "model.weights")}),
+                "data": self.data.model_copy(update={"path": absolute(self.data.path, "data.path")}),
+                "latency": self.latency.model_copy(
+                    update={"profile": absolute(self.latency.profile, "latency.profile")}
+                ),
+                "out": absolute(self.out, "out", must_exist=False),
+            }
+        )
+
+
+def make_settings(budget: Budget | dict[str, Any], settings: dict[str, Any]) -> Settings:
+    """Settings from keyword arguments, for the Python interface.
+
+    Raises:
+        ConfigError: If a key is unknown or a value wrong.
+    """
+    bounds = Budget.of(budget)
+    data = {**settings, "budget": {name: getattr(bounds, name) for name in bounds.names}}
+    if isinstance(data.get("space"), str | os.PathLike):
+        data["space"] = SearchSpace.load(data["space"])
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, "settings", Settings)) from None

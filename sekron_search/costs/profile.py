@@ -1,0 +1,238 @@
+"""Device profiles: measured latencies of layers with their noise, and where they come from. YAML on disk."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from sekron_search.costs.measure import Latency, measure_callables, threads
+from sekron_search.errors import ConfigError
+from sekron_search.kron.layer import Execution, KroneckerConv, KroneckerLinear
+from sekron_search.kron.structure import Structure
+from sekron_search.model import LayerInfo
+
+FORMAT = 1
+RUNTIME = "pytorch-eager"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a profile was measured."""
+
+    machine: str
+    processor: str
+    device: str
+    runtime: str
+    num_threads: int
+    torch: str
+    date: str
+
+    @classmethod
+    def here(cls, device: torch.device | str = "cpu", num_threads: int | None = None) -> Provenance:
+        """This machine, now."""
+        kind = torch.device(device)
+        name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else _processor()
+        return cls(
+            machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            processor=name,
+            device=kind.type,
+            runtime=RUNTIME,
+            num_threads=num_threads or torch.get_num_threads(),
+            torch=torch.__version__,
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+
+
+@dataclass
+class DeviceProfile:
+    """Latencies measured on one device, through one runtime, with one number of threads.
+
+    Args:
+        provenance: Where they were measured.
+        latencies: By the key that `layer_key` gives.
+    """
+
+    provenance: Provenance
+    latencies: dict[str, Latency] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DeviceProfile:
+        """Read a profile from YAML.
+
+        Raises:
+            ConfigError: If the file is missing, damaged or of another format; names file and key.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"device profile {path}: cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"device profile {path}: not YAML: {error}") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ConfigError(f"device profile {path}: expected key 'format' to be {FORMAT}, got {found!r}; measure it anew")
+        try:
+            provenance = Provenance(**data["provenance"])
+            latencies = {str(key): Latency(**value) for key, value in (data["latencies"] or {}).items()}
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"device profile {path}: {error}; expected keys 'provenance' and 'latencies'") from None
+        if bad := [k for k, v in latencies.items() if not (isinstance(v.median_ms, float) and 0 < v.median_ms < 1e9)]:
+            raise ConfigError(f"device profile {path}: latencies[{bad[0]!r}].median_ms must be a positive number")
+        return cls(provenance, latencies)
+
+    def to_yaml(self) -> str:
+        """The profile as YAML text, what it is in a comment on top."""
+        data = {
+            "format": FORMAT,
+            "provenance": asdict(self.provenance),
+            "latencies": {key: _rounded(value) for key, value in sorted(self.latencies.items())},
+        }
+        head = "# Device profile: milliseconds per call, median over interleaved samples; noise: half the interquartile range.\n"
+        return head + yaml.safe_dump(data, sort_keys=False, width=1000)
+
+    def check_usable(self, here: Provenance) -> None:
+        """Raise a `ConfigError` if the profile is of another runtime, device kind or number of threads."""
+        for key in ("runtime", "device", "num_threads"):
+            mine, wanted = getattr(self.provenance, key), getattr(here, key)
+            if mine != wanted:
+                raise ConfigError(
+                    f"device profile: it was measured with {key} = {mine!r}, this run uses {wanted!r}; "
+                    f"measure one with `sekron-search profile`, or set latency.{key} to match"
+                )
+
+    def measure(
+        self,
+        jobs: Sequence[tuple[LayerInfo, Structure, tuple[int, ...], Execution]],
+        samples_per_batch: int,
+        *,
+        rounds: int = 7,
+        progress: Callable[[int, int], None] | None = None,
+        after_group: Callable[[], None] | None = None,
+    ) -> None:
+        """Measure what the profile does not hold yet; layers of equal geometry share their measurements.
+
+        Args:
+            jobs: (layer, structure, order, execution) to have latencies of.
+            samples_per_batch: Batch size.
+            rounds: Interleaved samples of each.
+            progress: Called with (measured, total).
+            after_group: Called whenever a group of jobs is measured, to save the profile.
+        """
+        device = torch.device(self.provenance.device)
+        groups: dict[str, dict[str, tuple[LayerInfo, Structure, tuple[int, ...], Execution]]] = {}
+        for job in jobs:
+            key = layer_key(*job, samples_per_batch)
+            if key not in self.latencies:
+                groups.setdefault(geometry_key(job[0], samples_per_batch), {})[key] = job
+        total = sum(len(group) for group in groups.values())
+        done = 0
+        for group in groups.values():
+            info = next(iter(group.values()))[0]
+            x = _random_input(info, samples_per_batch, device)
+            # A handful at a time: interleaving needs neighbours in time, not all of them in memory.
+            keys = list(group)
+            for start in range(0, len(keys), 16):
+                chunk = keys[start : start + 16]
+                calls = {key: _call(_random_layer(*group[key]).to(device), x) for key in chunk}
+                with threads(self.provenance.num_threads):
+                    self.latencies.update(measure_callables(calls, rounds=rounds, device=device))
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, total)
+            if after_group is not None:
+                after_group()
+
+
+def geometry_key(info: LayerInfo, samples_per_batch: int) -> str:
+    """Text that is equal for layers that take the same time with the same structure."""
+    geometry = info.geometry
+    if info.kind == "linear":
+        return f"linear rows={samples_per_batch * info.positions_per_sample} {info.in_channels}->{info.out_channels}"
+    kernel = "x".join(map(str, info.weight_shape[2:]))
+    size = "x".join(map(str, info.input_size))
+    return (
+        f"conv2d batch={samples_per_batch} {info.in_channels}->{info.out_channels} at {size} kernel={kernel} "
+        f"stride={geometry.stride} padding={geometry.padding} dilation={geometry.dilation} groups={geometry.groups}"
+    )
+
+
+def layer_key(
+    info: LayerInfo, structure: Structure, order: tuple[int, ...], execution: Execution, samples_per_batch: int
+) -> str:
+    """Key of a latency in a profile."""
+    how = "dense" if structure.is_dense or execution == "dense" else f"{structure} order={','.join(map(str, order))}"
+    return f"{geometry_key(info, samples_per_batch)} | {how}"
+
+
+def _call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: layer(x)
+
+
+def _random_input(info: LayerInfo, samples: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if info.kind == "linear":
+        shape: tuple[int, ...] = (samples * info.positions_per_sample, info.in_channels)
+    else:
+        shape = (samples, info.in_channels, *info.input_size)
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def _random_layer(info: LayerInfo, structure: Structure, order: tuple[int, ...], execution: Execution) -> nn.Module:
+    if structure.is_dense and info.kind == "linear":
+        return nn.Linear(info.in_channels, info.out_channels, bias=False).eval()
+    if info.kind == "linear":
+        return KroneckerLinear(
+            structure, info.in_channels, info.out_channels, bias=False, order=order, execution=execution
+        ).eval()
+    geometry = info.geometry
+    (top, bottom), (left, right) = geometry.padding
+    if structure.is_dense and top == bottom and left == right:
+        return nn.Conv2d(
+            info.in_channels,
+            info.out_channels,
+            info.weight_shape[2:],
+            geometry.stride,
+            (top, left),
+            geometry.dilation,
+            geometry.groups,
+            bias=False,
+        ).eval()
+    layer = KroneckerConv(
+        structure,
+        info.in_channels,
+        info.out_channels,
+        stride=geometry.stride,
+        padding=(top, left) if top == bottom and left == right else "same",
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        bias=False,
+        order=order,
+        execution=execution,
+    )
+    return layer.eval()
+
+
+def _rounded(latency: Latency) -> dict[str, Any]:
+    return {
+        "median_ms": float(f"{latency.median_ms:.5g}"),
+        "noise_ms": float(f"{latency.noise_ms:.3g}"),
+        "samples": latency.samples,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,306 @@
+"""Data: built-in digits, image folders, factories; batches with a seed; metrics."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from sekron_search.config import DataConfig, MetricName
+from sekron_search.errors import ConfigError, DataError
+from sekron_search.model import Inputs, as_inputs
+
+Batch = tuple[Inputs, Any]
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """Three disjoint splits of (input, target) pairs.
+
+    Args:
+        train: For fine-tuning; calibration samples are drawn from it without their labels.
+        validation: For choosing.
+        test: Touched once, at the end.
+        augment: Applied to the input batches of fine-tuning: a function of (inputs, generator).
+    """
+
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    test: Dataset[Any]
+    augment: Augment | None = None
+
+
+def length(dataset: Dataset[Any]) -> int:
+    """Number of samples; a `DataError` if the dataset does not know."""
+    if not isinstance(dataset, Sized):
+        raise DataError(f"expected a dataset with a length, got {type(dataset).__name__}")
+    return len(dataset)
+
+
+def batches(dataset: Dataset[Any], batch_size: int, *, order: Sequence[int] | None = None) -> Iterator[Batch]:
+    """Batches of (inputs, target) in the given order of samples; a dataset of tensors is sliced at once."""
+    indices = torch.arange(length(dataset)) if order is None else torch.as_tensor(order)
+    if isinstance(dataset, TensorDataset):
+        for chunk in indices.split(batch_size):
+            yield _as_batch(tuple(tensor[chunk] for tensor in dataset.tensors))
+        return
+    loader: DataLoader[Any] = DataLoader(Subset(dataset, indices.tolist()), batch_size=batch_size)
+    for item in loader:
+        yield _as_batch(item)
+
+
+def sample_order(count: int, seed: int) -> list[int]:
+    """A random order of `count` samples."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def _as_batch(item: Any) -> Batch:
+    """(inputs, target) from what a loader gives: a pair, or the input alone."""
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return as_inputs(item[0]), item[1]
+    return as_inputs(item), None
+
+
+def input_batches(source: Any, batch_size: int) -> list[Inputs]:
+    """Inputs only, from a tensor, a dataset, or an iterable of batches (with or without targets).
+
+    Raises:
+        DataError: If there is nothing in it.
+    """
+    if isinstance(source, Tensor):
+        found = [(chunk,) for chunk in source.split(batch_size)]
+    elif isinstance(source, Dataset):
+        found = [inputs for inputs, _ in batches(source, batch_size)]
+    elif isinstance(source, Iterable):
+        found = [_as_batch(item)[0] for item in source]
+    else:
+        raise DataError(f"expected calibration data as a tensor, dataset or iterable of batches, got {type(source)}")
+    if not found:
+        raise DataError("the calibration data is empty; give at least one batch")
+    return found
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors, and tuples, lists and dictionaries of them, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(to_device(item, device) for item in value)
+    return value
+
+
+def import_reference(reference: str, key: str) -> Callable[..., Any]:
+    """The function or class that `package.module:name` names; the working directory can be imported from.
+
+    Raises:
+        ConfigError: If it cannot be imported, or is not the user's own code or an installed package's: what the
+            standard library offers is never called on behalf of a file.
+    """
+    module_name, _, path = reference.partition(":")
+    if not path or module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ConfigError(f"key '{key}': expected 'package.module:function' of your own, got {reference!r}")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in path.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"key '{key}': cannot import {reference!r}: {error}") from None
+    if not callable(target):
+        raise ConfigError(f"key '{key}': {reference!r} is not callable")
+    result: Callable[..., Any] = target
+    return result
+
+
+def load_data(config: DataConfig, seed: int) -> DataBundle:
+    """The data that a configuration describes."""
+    if config.source == "digits":
+        return digits(seed)
+    if config.source == "folder":
+        assert config.path is not None
+        return image_folder(config, seed)
+    assert config.factory is not None
+    bundle = import_reference(config.factory, "data.factory")(**config.kwargs)
+    if not isinstance(bundle, DataBundle):
+        raise DataError(f"data.factory {config.factory!r} must return a DataBundle, got {type(bundle).__name__}")
+    for split in ("train", "validation", "test"):
+        if length(getattr(bundle, split)) == 0:
+            raise DataError(f"data.factory {config.factory!r}: the split '{split}' is empty")
+    return bundle
+
+
+def digits(seed: int = 0) -> DataBundle:
+    """scikit-learn's handwritten digits: 1,797 images of 8x8, split 1,097 / 300 / 400.
+
+    Raises:
+        DataError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("the digits need scikit-learn: pip install 'sekron-search[demo]'") from None
+    raw = load_digits()
+    images = torch.from_numpy(raw.images).float()[:, None] / 16
+    dataset = TensorDataset((images - 0.305) / 0.376, torch.from_numpy(raw.target).long())
+    train, validation, test = _split(dataset, [400, 300], seed)
+    return DataBundle(train, validation, test)
+
+
+def _split(dataset: TensorDataset, sizes: Sequence[int], seed: int) -> tuple[TensorDataset, ...]:
+    """(the rest, second size, first size) of a shuffled dataset."""
+    order = torch.as_tensor(sample_order(len(dataset), seed))
+    parts = torch.split(order, [sizes[0], sizes[1], len(order) - sum(sizes)])
+    return tuple(TensorDataset(*(t[part] for t in dataset.tensors)) for part in reversed(parts))
+
+
+class ImageFolder(Dataset[tuple[Tensor, int]]):
+    """Images of one folder per class, resized and normalised when they are read.
+
+    Args:
+        files: (path, class) of every image.
+        config: Size and normalisation.
+    """
+
+    def __init__(self, files: Sequence[tuple[Path, int]], config: DataConfig) -> None:
+        self.files = list(files)
+        self.size = config.image_size
+        self.mean = torch.tensor(config.mean)[:, None, None]
+        self.std = torch.tensor(config.std)[:, None, None]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files[index]
+        mode = "L" if len(self.mean) == 1 else "RGB"
+        height, width = self.size
+        try:
+            with Image.open(path) as image:
+                small = image.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
+                pixels = torch.from_numpy(np.array(small))
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"image {path} cannot be read: {error}") from None
+        pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+        return (pixels.float() / 255 - self.mean) / self.std, label
+
+
+def image_folder(config: DataConfig, seed: int) -> DataBundle:
+    """Images in `path/<class>/`, split at random, or in `path/train|validation|test/<class>/`.
+
+    Raises:
+        DataError: If a folder is missing or empty, or the splits do not have the same classes.
+    """
+    root = config.path
+    assert root is not None
+    if not root.is_dir():
+        raise DataError(f"data.path {root}: expected a folder with a sub-folder per class")
+    if (root / "train").is_dir():
+        classes, train = _labelled(root / "train")
+        splits = {}
+        for name in ("validation", "test"):
+            if not (root / name).is_dir():
+                raise DataError(f"data.path {root}: it has a folder 'train' but none named '{name}'")
+            found, splits[name] = _labelled(root / name)
+            if extra := sorted(set(found) - set(classes)):
+                raise DataError(f"data.path {root / name}: classes {extra} are not in the training folder")
+            relabel = {i: classes.index(label) for i, label in enumerate(found)}
+            splits[name] = [(path, relabel[i]) for path, i in splits[name]]
+        validation, test = splits["validation"], splits["test"]
+    else:
+        classes, files = _labelled(root)
+        order = sample_order(len(files), seed)
+        num_test = round(config.test_fraction * len(files))
+        num_validation = round(config.validation_fraction * len(files))
+        if min(num_test, num_validation, len(files) - num_test - num_validation) < 1:
+            raise DataError(f"data.path {root}: {len(files)} images are too few to split into three parts")
+        shuffled = [files[i] for i in order]
+        test, validation = shuffled[:num_test], shuffled[num_test : num_test + num_validation]
+        train = shuffled[num_test + num_validation :]
+    return DataBundle(ImageFolder(train, config), ImageFolder(validation, config), ImageFolder(test, config))
+
+
+def _labelled(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    """Class names in alphabetical order, and (path, class) of every image."""
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not classes:
+        raise DataError(f"{folder}: expected a sub-folder per class, found none")
+    files = []
+    for label, name in enumerate(classes):
+        own = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in _IMAGES)
+        if not own:
+            raise DataError(f"{folder / name}: the class folder holds no image (expected {', '.join(sorted(_IMAGES))})")
+        files += [(path, label) for path in own]
+    return classes, files
+
+
+def evaluate(
+    model: nn.Module, dataset: Dataset[Any], metric: MetricName, *, batch_size: int, device: torch.device
+) -> float:
+    """The metric over a dataset; higher is better.
+
+    Raises:
+        DataError: If a label is not one of the network's classes, or the metric is not a number.
+    """
+    model.eval()
+    total = count = 0.0
+    with torch.no_grad():
+        for inputs, target in batches(dataset, batch_size):
+            output = model(*to_device(inputs, device))
+            if not isinstance(output, Tensor):
+                raise DataError(f"metric '{metric}' needs a network that returns one tensor, got {type(output).__name__}")
+            target = to_device(target, device)
+            size = output.shape[0]
+            total += float(_METRICS[metric](output, target)) * size
+            count += size
+    value = total / count
+    if not np.isfinite(value):
+        raise DataError(f"the metric '{metric}' is {value}: the network's outputs or the targets hold NaN or infinity")
+    return value
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise a `DataError` unless all labels are class indices below `num_classes`."""
+    if labels.is_floating_point() or labels.dim() != 1:
+        raise DataError(f"expected integer class labels of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(f"labels run from {low} to {high}, the network has {num_classes} classes (0 to {num_classes - 1})")
+
+
+def _accuracy(output: Tensor, target: Tensor) -> Tensor:
+    check_labels(target, output.shape[1])
+    return (output.argmax(1) == target).float().mean()
+
+
+def _neg_mse(output: Tensor, target: Tensor) -> Tensor:
+    return -F.mse_loss(output.float(), target.float())
+
+
+def _psnr(output: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images in [0, 1], averaged over the images."""
+    error = (output.float().clamp(0, 1) - target.float()).square().flatten(1).mean(1)
+    return (-10 * error.clamp_min(1e-12).log10()).mean()
+
+
+_METRICS: dict[MetricName, Callable[[Tensor, Tensor], Tensor]] = {
+    "accuracy": _accuracy,
+    "neg_mse": _neg_mse,
+    "psnr": _psnr,
+}

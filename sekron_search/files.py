@@ -1,0 +1,100 @@
+"""Files that are either whole or not there: atomic writes, and reads that say what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from sekron_search.errors import RunFolderError
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        RunFolderError: If the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: damaged or unreadable ({error}); delete it to have it made again") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically."""
+    data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors.
+
+    Raises:
+        RunFolderError: If the file is missing, truncated or damaged.
+    """
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunFolderError(f"{path}: truncated or damaged ({error})") from None
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a training checkpoint atomically; it is read with `weights_only=True`."""
+    with atomic(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a training checkpoint.
+
+    Raises:
+        RunFolderError: If the file is missing or damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise RunFolderError(f"{path}: damaged checkpoint ({error}); delete it to train again") from None
+    return state

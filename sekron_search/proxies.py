@@ -1,0 +1,66 @@
+"""How good a compressed network will be, without training: divergence of its outputs from the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sekron_search.errors import DataError
+from sekron_search.model import Inputs, output_tensors, run_model
+
+DivergenceName = Literal["kl", "mse"]
+
+
+def kl_divergence(output: Tensor, reference: Tensor) -> Tensor:
+    """Mean over the samples of KL(reference || output) of the class distributions, for logits (N, classes, ...)."""
+    log_p, log_q = F.log_softmax(reference.float(), 1), F.log_softmax(output.float(), 1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="sum") * (reference.shape[1] / reference.numel())
+
+
+def relative_mse(output: Tensor, reference: Tensor) -> Tensor:
+    """Squared error relative to the reference's variance around its mean."""
+    reference = reference.float()
+    spread = (reference - reference.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (output.float() - reference).square().mean() / spread
+
+
+#: Divergences by name: functions of (output, reference), both tensors of the same shape.
+DIVERGENCES: dict[DivergenceName, Callable[[Tensor, Tensor], Tensor]] = {"kl": kl_divergence, "mse": relative_mse}
+
+
+def divergence(name: DivergenceName, output: Any, reference: Any) -> Tensor:
+    """Mean divergence over all floating-point tensors of the outputs."""
+    ours, theirs = output_tensors(output), output_tensors(reference)
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise DataError(
+            f"outputs differ in shape: {[tuple(t.shape) for t in ours]} against {[tuple(t.shape) for t in theirs]}"
+        )
+    return torch.stack([DIVERGENCES[name](a, b) for a, b in zip(ours, theirs, strict=True)]).mean()
+
+
+@torch.no_grad()
+def reference_outputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Any]:
+    """The original network's outputs, to be compared with; checks that they are finite."""
+    model.eval()
+    outputs = [run_model(model, inputs) for inputs in batches]
+    if not all(bool(torch.isfinite(t).all()) for output in outputs for t in output_tensors(output)):
+        raise DataError("the network gives NaN or infinity on the calibration data; check its weights and the data's scale")
+    return outputs
+
+
+@torch.no_grad()
+def mean_divergence(
+    name: DivergenceName, model: nn.Module, batches: Sequence[Inputs], references: Sequence[Any]
+) -> float:
+    """Divergence of a network from the reference outputs, averaged over the batches by their sizes."""
+    model.eval()
+    total = count = 0.0
+    for inputs, reference in zip(batches, references, strict=True):
+        size = float(output_tensors(reference)[0].shape[0])
+        total += float(divergence(name, run_model(model, inputs), reference)) * size
+        count += size
+    return total / count

@@ -1,0 +1,104 @@
+"""The run folder: where everything a run makes lies, owned by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sekron_search.errors import RunFolderError
+from sekron_search.files import read_json, write_json
+
+FORMAT = 1
+
+
+class RunFolder:
+    """Names of the files of a run, and the check that the folder belongs to it.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.manifest = self.path / "run.json"
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.original = self.path / "original.json"
+        self.profile = self.path / "profile.yaml"
+        self.tables = self.path / "tables"
+        self.study = self.path / "study.sqlite3"
+        self.search = self.path / "search.json"
+        self.candidates = self.path / "candidates"
+        self.compressed = self.path / "compressed"
+        self.report = self.path / "report.json"
+        self.markdown = self.path / "report.md"
+        self.plots = self.path / "plots"
+
+    @contextlib.contextmanager
+    def claimed(self, fingerprint: dict[str, Any], *, resume: bool) -> Iterator[RunFolder]:
+        """Own the folder for a run.
+
+        Args:
+            fingerprint: What the run is; a folder of another one is refused.
+            resume: Whether a folder that holds a run may be gone on with.
+
+        Raises:
+            RunFolderError: If another process owns it, it holds another run, another version, or a run that was not
+                asked to be resumed, or cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise RunFolderError(f"run folder {self.path}: cannot be written: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunFolderError(f"run folder {self.path}: another run is using it; wait, or choose another") from None
+            self._check(fingerprint, resume)
+            yield self
+
+    def _check(self, fingerprint: dict[str, Any], resume: bool) -> None:
+        wanted = {name: _digest(value) for name, value in fingerprint.items()}
+        if not self.manifest.exists():
+            if any(p.name != ".lock" and not p.name.startswith(".run.json.") for p in self.path.iterdir()):
+                raise RunFolderError(f"run folder {self.path}: not empty and not a run; choose another folder")
+            write_json(self.manifest, {"format": FORMAT, "fingerprint": wanted})
+            return
+        found = self.read_manifest()["fingerprint"]
+        if changed := sorted(name for name in set(wanted) | set(found) if wanted.get(name) != found.get(name)):
+            raise RunFolderError(
+                f"run folder {self.path}: it holds another run (different: {', '.join(changed)}); "
+                "choose another folder, or restore what changed"
+            )
+        if not resume:
+            raise RunFolderError(f"run folder {self.path}: it holds a run already; give --resume to go on with it")
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What run.json says.
+
+        Raises:
+            RunFolderError: If there is none, or it is of another version.
+        """
+        if not self.manifest.exists():
+            raise RunFolderError(f"{self.path}: not a run folder (no run.json)")
+        data = read_json(self.manifest)
+        version = data.get("format") if isinstance(data, dict) else None
+        if version != FORMAT or not isinstance(data.get("fingerprint"), dict):
+            raise RunFolderError(
+                f"run folder {self.path}: written in format {version!r}, this version reads format {FORMAT}; "
+                "start a new run, or use the version that wrote it"
+            )
+        return dict(data)
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,91 @@
+"""Search spaces: which structures are options for a layer. YAML on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sekron_search.errors import ConfigError
+from sekron_search.kron.enumeration import FamilyName
+
+
+class SearchSpace(BaseModel):
+    """Which structures are options for a layer.
+
+    Args:
+        name: For reports.
+        families: Families to enumerate; leaving a layer as it is is always an option.
+        max_factors: Longest sequence for the families with free factor shapes.
+        rank_levels: Ranks per skeleton, spread on a logarithmic scale.
+        rank_multiple: Ranks are multiples of this.
+        max_fits: At most so many structures of three factors and more are fitted per layer, spread over the
+            enumeration; two factors are scored all, by their spectra.
+        max_options: At most so many options per layer are refined on calibration data.
+        dense_execution: Also offer every structure with its weight rebuilt at load: fewer parameters, dense speed.
+        include, exclude: Names of layers, or of modules that hold them, with `*` wildcards.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "default"
+    families: tuple[FamilyName, ...] = ("sekron", "tucker2")
+    max_factors: Annotated[int, Field(ge=2, le=5)] = 2
+    rank_levels: Annotated[int, Field(ge=1, le=64)] = 12
+    rank_multiple: Annotated[int, Field(ge=1)] = 1
+    max_fits: Annotated[int, Field(ge=0)] = 64
+    max_options: Annotated[int, Field(ge=1)] = 64
+    dense_execution: bool = False
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SearchSpace:
+        """Read a search space from YAML.
+
+        Raises:
+            ConfigError: If the file is missing or damaged, or a key is unknown or of the wrong type; names both.
+        """
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"search space {path}: cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"search space {path}: not YAML: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"search space {path}: expected a mapping of keys, got {type(data).__name__}")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(explain(error, f"search space {path}", cls)) from None
+
+
+def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    """One line per problem that pydantic found: the key's path, what came, what was expected."""
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+        if problem["type"] == "extra_forbidden":
+            known = _keys_at(model, problem["loc"][:-1])
+            lines.append(f"key '{path}' is not known; expected one of: {', '.join(known)}")
+        else:
+            came = repr(problem["input"]) if problem["type"] != "missing" else "nothing"
+            lines.append(f"key '{path}': {problem['msg'][0].lower()}{problem['msg'][1:]}; got {came:.80}")
+    return f"{where}: " + "; ".join(lines)
+
+
+def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Keys of the nested model at a path, as far as it can be followed."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        nested = field.annotation if field is not None else None
+        candidates = [nested, *getattr(nested, "__args__", ())]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not found:
+            return []
+        model = found[0]
+    return sorted(model.model_fields)

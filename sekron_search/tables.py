@@ -1,0 +1,286 @@
+"""From a network to tables: for each layer the options, fitted and scored, cached by content."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sekron_search.costs.analytic import LayerCost, layer_cost
+from sekron_search.errors import SekronError
+from sekron_search.files import read_tensors, write_json, write_tensors
+from sekron_search.kron.enumeration import FAMILIES, rank_choices
+from sekron_search.kron.families import dense, family
+from sekron_search.kron.layer import Execution
+from sekron_search.kron.projection import pad_channels, project, reconstruct_batch, unfold_batch
+from sekron_search.kron.refine import InputMetric, refine
+from sekron_search.kron.structure import Structure
+from sekron_search.kron.svd import pair_spectrum
+from sekron_search.model import LayerInfo
+from sekron_search.search.options import LayerTable, Option
+from sekron_search.search.pareto import non_dominated
+from sekron_search.search.space import SearchSpace
+
+#: Raised whenever a change makes earlier tables wrong.
+TABLE_VERSION = 1
+
+#: Least-squares sweeps of a fit that is only there to be scored, or refined on data afterwards.
+SCORING_SWEEPS = 10
+
+
+@dataclass(frozen=True)
+class FittedLayer:
+    """A layer's table, and the factors and output shifts of its options.
+
+    Args:
+        table: The options.
+        factors: Per option, tensors (G, rank indices, f, c, h, w) in float32; none for the original.
+        shifts: Per option, the mean error of every out-channel on calibration data; a bias can take it up.
+    """
+
+    table: LayerTable
+    factors: tuple[tuple[Tensor, ...], ...]
+    shifts: tuple[Tensor | None, ...]
+
+
+def selected(layers: Sequence[LayerInfo], space: SearchSpace) -> list[LayerInfo]:
+    """The layers that the space includes and does not exclude."""
+
+    def matches(name: str, patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
+
+    return [i for i in layers if matches(i.name, space.include) and not matches(i.name, space.exclude)]
+
+
+@dataclass(frozen=True)
+class CandidateStructure:
+    """A structure that is cheaper than the dense layer in flops or parameters, and its costs."""
+
+    structure: Structure
+    cost: LayerCost
+
+
+def candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure, ...]:
+    """All structures of the space for this layer that are cheaper than dense; layers of equal geometry share them."""
+    anonymous = replace(info, name="", output_shift="kept")
+    return _candidates(anonymous, space.model_copy(update={"include": (), "exclude": (), "name": ""}))
+
+
+@lru_cache(maxsize=256)
+def _candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure, ...]:
+    whole = layer_cost(dense(info.weight_shape), info)
+
+    def fits(structure: Structure) -> bool:
+        # Rebuilt weights run at dense speed, so only their parameters have to pay; otherwise both costs may not grow.
+        if structure.num_params * info.geometry.groups >= whole.params:
+            return False
+        return space.dense_execution or layer_cost(structure, info).flops < whole.flops
+
+    found: dict[Structure, CandidateStructure] = {}
+    for name in space.families:
+        for skeleton in FAMILIES[name](info.weight_shape, space.max_factors):
+            for structure in rank_choices(skeleton, fits, space.rank_levels, space.rank_multiple):
+                found.setdefault(structure, CandidateStructure(structure, layer_cost(structure, info)))
+    return tuple(found.values())
+
+
+def cheapest_table(info: LayerInfo, space: SearchSpace, bytes_per_sample: int) -> LayerTable:
+    """A table of costs without errors, for asking what is reachable before anything is fitted."""
+    rows = [_dense_option(info, bytes_per_sample)]
+    for candidate in candidates(info, space):
+        rows += _options(candidate, info, space, bytes_per_sample, float("nan"), float("nan"))
+    values = np.array([[o.flops, o.params, o.peak_bytes] for o in rows], dtype=float)
+    mask = non_dominated(values)
+    return LayerTable(info.name, tuple(o for i, o in enumerate(rows) if i == 0 or mask[i]))
+
+
+def build_layer_table(
+    info: LayerInfo, weight: Tensor, metric: InputMetric, space: SearchSpace, *, bytes_per_sample: int, steps: int
+) -> FittedLayer:
+    """Score all structures of the space on the weight, refine the best on calibration data, keep the non-dominated.
+
+    Args:
+        info: The layer.
+        weight: (G, F, C, Kh, Kw).
+        metric: Of the layer's calibration inputs.
+        space: Which structures.
+        bytes_per_sample: Bytes of one element times the batch size, for peak memory.
+        steps: Refinement steps per structure.
+    """
+    exact = weight.double()
+    pool = candidates(info, space)
+    scores = _scores(pool, exact, space.max_fits)
+    chosen = _shortlist(pool, scores, space.max_options)
+    options, factors, shifts = [_dense_option(info, bytes_per_sample)], [()], [None]
+    fitted: list[tuple[Option, tuple[Tensor, ...], Tensor | None]] = []
+    for index in chosen:
+        candidate = pool[index]
+        start = project(exact, candidate.structure, sweeps=SCORING_SWEEPS)
+        fit = refine(candidate.structure, start, exact, metric, steps=steps)
+        rebuilt = reconstruct_batch(candidate.structure, fit.factors)[:, : exact.shape[1], : exact.shape[2]]
+        weight_error = float((rebuilt - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
+        shift = ((exact - rebuilt).flatten(2) @ metric.mean[:, :, None].to(exact)).flatten().float()
+        stored = tuple(a.float() for a in fit.factors)
+        for option in _options(candidate, info, space, bytes_per_sample, weight_error, fit.rel_error):
+            fitted.append((option, stored, shift))
+    values = [[o.error, o.flops, o.params, o.peak_bytes] for o, _, _ in fitted]
+    for keep, (option, stored, shift) in zip(non_dominated(values) if values else [], fitted, strict=True):
+        if keep:
+            options.append(option)
+            factors.append(stored)
+            shifts.append(shift)
+    return FittedLayer(LayerTable(info.name, tuple(options)), tuple(factors), tuple(shifts))
+
+
+def table_key(
+    info: LayerInfo, weight: Tensor, metric: InputMetric, space: SearchSpace, *, bytes_per_sample: int, steps: int
+) -> str:
+    """Hash of everything a layer's table depends on."""
+    relevant = space.model_dump(exclude={"include", "exclude", "name"}, mode="json")
+    parts = [TABLE_VERSION, repr(replace(info, name="")), relevant, bytes_per_sample, steps]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    for tensor in (weight, metric.root, metric.mean):
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:20]
+
+
+def load_table(folder: Path, key: str, name: str) -> FittedLayer | None:
+    """A cached table; None if there is none or it cannot be read (it is then built anew)."""
+    path = folder / f"{key}.json"
+    try:
+        data = json.loads(path.read_text())
+        tensors = read_tensors(folder / f"{key}.safetensors")
+        options = tuple(Option.from_json(o) for o in data["options"])
+        factors = tuple(
+            tuple(tensors[f"{i}.factor{k}"] for k in range(Structure.parse(o.structure).num_factors))
+            if not o.is_original
+            else ()
+            for i, o in enumerate(options)
+        )
+        shifts = tuple(tensors.get(f"{i}.shift") for i in range(len(options)))
+    except (OSError, ValueError, KeyError, TypeError, SekronError):
+        return None
+    return FittedLayer(LayerTable(name, options), factors, shifts)
+
+
+def save_table(folder: Path, key: str, fitted: FittedLayer) -> None:
+    """Write a table to the cache; the JSON comes last, so a table that can be seen is complete."""
+    tensors = {f"{i}.factor{k}": a for i, factors in enumerate(fitted.factors) for k, a in enumerate(factors)}
+    tensors |= {f"{i}.shift": shift for i, shift in enumerate(fitted.shifts) if shift is not None}
+    write_tensors(folder / f"{key}.safetensors", tensors)
+    write_json(folder / f"{key}.json", {"options": [asdict(o) for o in fitted.table.options]})
+
+
+def build_tables(
+    layers: Sequence[LayerInfo],
+    weight_of: Callable[[LayerInfo], Tensor],
+    metrics: dict[str, InputMetric],
+    space: SearchSpace,
+    cache: Path,
+    *,
+    bytes_per_sample: int,
+    steps: int,
+) -> Iterator[FittedLayer]:
+    """The tables of all layers in turn, from the cache where it has them."""
+    for info in layers:
+        weight, metric = weight_of(info), metrics[info.name]
+        key = table_key(info, weight, metric, space, bytes_per_sample=bytes_per_sample, steps=steps)
+        fitted = load_table(cache, key, info.name)
+        if fitted is None:
+            fitted = build_layer_table(info, weight, metric, space, bytes_per_sample=bytes_per_sample, steps=steps)
+            save_table(cache, key, fitted)
+        yield fitted
+
+
+def _dense_option(info: LayerInfo, bytes_per_sample: int) -> Option:
+    cost = layer_cost(dense(info.weight_shape), info)
+    peak = cost.peak_elements * bytes_per_sample
+    text = str(dense(info.weight_shape))
+    return Option(text, "dense", (0,), "factored", cost.flops, cost.params, peak, weight_error=0.0, error=0.0)
+
+
+def _options(
+    candidate: CandidateStructure,
+    info: LayerInfo,
+    space: SearchSpace,
+    bytes_per_sample: int,
+    weight_error: float,
+    error: float,
+) -> list[Option]:
+    """The executions of a structure that are worth having."""
+    executions: list[Execution] = ["factored", "dense"] if space.dense_execution else ["factored"]
+    whole = layer_cost(dense(info.weight_shape), info)
+    options = []
+    for execution in executions:
+        cost = layer_cost(candidate.structure, info, execution)
+        if execution == "factored" and cost.flops >= whole.flops:
+            continue
+        options.append(
+            Option(
+                str(candidate.structure),
+                family(candidate.structure),
+                cost.order,
+                execution,
+                cost.flops,
+                cost.params,
+                cost.peak_elements * bytes_per_sample,
+                weight_error,
+                error,
+            )
+        )
+    return options
+
+
+def _scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) -> list[float]:
+    """Relative weight error of every candidate: from spectra for two factors, from quick fits for more.
+
+    Candidates of three factors and more beyond `max_fits` get infinity; those that are fitted are spread evenly over
+    the enumeration.
+    """
+    norm = float(weight.norm())
+    spectra: dict[tuple[object, ...], Tensor] = {}
+    longer = [i for i, c in enumerate(pool) if c.structure.num_factors > 2]
+    spread = np.linspace(0, len(longer) - 1, min(max_fits, len(longer))).round().astype(int) if longer else []
+    fitted = {longer[i] for i in spread}
+    scores = []
+    for i, candidate in enumerate(pool):
+        structure = candidate.structure
+        if structure.num_factors == 2:
+            if structure.shapes not in spectra:
+                squares = pair_spectrum(unfold_batch(pad_channels(weight, structure), structure)).square()
+                spectra[structure.shapes] = squares.flip(-1).cumsum(-1).flip(-1).sum(0)
+            tails = spectra[structure.shapes]
+            rank = prod(size for _, size in structure.ranks)
+            scores.append((float(tails[rank]) ** 0.5 / norm if rank < len(tails) else 0.0) if norm > 0 else 0.0)
+        elif i in fitted:
+            scores.append(project(weight, structure, sweeps=SCORING_SWEEPS).rel_error)
+        else:
+            scores.append(float("inf"))
+    return scores
+
+
+def _shortlist(pool: Sequence[CandidateStructure], scores: Sequence[float], most: int) -> list[int]:
+    """Indices of the candidates to refine: the non-dominated ones, at most `most`, spread over their flops.
+
+    Structures of three factors and more compete among themselves as well, for refinement gains them more.
+    """
+    finite = [i for i in range(len(pool)) if np.isfinite(scores[i])]
+
+    def pareto(indices: list[int]) -> list[int]:
+        points = [[pool[i].cost.flops, pool[i].cost.params, scores[i]] for i in indices]
+        return [i for i, keep in zip(indices, non_dominated(points), strict=True) if keep] if indices else []
+
+    groups = [[i for i in finite if (pool[i].structure.num_factors == 2) == two] for two in (True, False)]
+    chosen = sorted({i for group in groups for i in pareto(group)}, key=lambda i: pool[i].cost.flops)
+    if len(chosen) > most:
+        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
+    return chosen
