@@ -1,0 +1,220 @@
+"""The artefact: a compressed network as safetensors and JSON, and how it is opened again."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sekron_search.data import import_reference
+from sekron_search.errors import DataError, RunFolderError, SekronError
+from sekron_search.files import read_json, read_tensors, write_json, write_tensors
+from sekron_search.kron.layer import KroneckerConv, KroneckerLinear
+from sekron_search.kron.structure import Structure
+from sekron_search.model import KroneckerLayer, replace_layers
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Factory:
+    """How the original architecture is built: `package.module:function` and its arguments."""
+
+    reference: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The network, with whatever weights the factory gives it.
+
+        Raises:
+            ConfigError: If the factory cannot be imported.
+            DataError: If it fails, or returns no network.
+        """
+        function = import_reference(self.reference, "model.factory")
+        try:
+            model = function(**self.kwargs)
+        except Exception as error:
+            raise DataError(f"model.factory {self.reference!r} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(model, nn.Module):
+            raise DataError(f"model.factory {self.reference!r} must return an nn.Module, got {type(model).__name__}")
+        return model
+
+
+def guess_factory(model: nn.Module) -> Factory | None:
+    """The network's own class, where it can be imported and needs no arguments; else None."""
+    kind = type(model)
+    required = [
+        p
+        for p in list(inspect.signature(kind.__init__).parameters.values())[1:]
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if required or "<" in kind.__qualname__ or kind.__module__ == "__main__" or kind.__module__.startswith("torch."):
+        return None
+    factory = Factory(f"{kind.__module__}:{kind.__qualname__}")
+    try:
+        shapes = {name: t.shape for name, t in factory.build().state_dict().items()}
+    except (SekronError, RuntimeError):
+        return None
+    return factory if shapes == {name: t.shape for name, t in model.state_dict().items()} else None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict from safetensors, or from a torch file with `weights_only=True`.
+
+    Raises:
+        DataError: If the file is damaged, holds more than tensors, or does not fit the network.
+    """
+    try:
+        state = read_tensors(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+        model.load_state_dict(state)
+    except Exception as error:
+        raise DataError(f"model.weights {path}: cannot be loaded into the network: {error}") from None
+
+
+def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLayer]:
+    """The replaced layers of a network, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, KroneckerConv | KroneckerLinear)}
+
+
+def save_artefact(folder: Path, model: nn.Module, factory: Factory | None) -> None:
+    """Write a compressed network: `model.safetensors`, then `model.json` with the hash of it."""
+    tensors = _state(model)
+    write_tensors(folder / "model.safetensors", tensors)
+    layers = {
+        name: {
+            "structure": str(layer.structure),
+            "order": list(layer.plan.order),
+            "execution": layer.execution,
+        }
+        for name, layer in kronecker_layers(model).items()
+    }
+    data = {
+        "format": FORMAT,
+        "factory": None if factory is None else {"reference": factory.reference, "kwargs": dict(factory.kwargs)},
+        "layers": layers,
+        "weights_sha256": _sha256(folder / "model.safetensors"),
+    }
+    write_json(folder / "model.json", data)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The compressed network of an artefact or a run folder, in evaluation mode, ready to run.
+
+    The architecture comes from `model` if it is given (a network of the original architecture; it is not changed),
+    else from the factory that the artefact names, which is imported and called: open artefacts as you would run code.
+    No pickle is read.
+
+    Args:
+        path: A run folder, the folder of an artefact, or its `model.json`.
+        model: A network of the original architecture.
+
+    Raises:
+        RunFolderError: If the artefact is missing, truncated, damaged or of another version, or does not fit `model`.
+    """
+    folder = _artefact_folder(Path(path))
+    data = read_json(folder / "model.json")
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise RunFolderError(f"{folder / 'model.json'}: expected format {FORMAT}, got {found!r}; save the network anew")
+    try:
+        layers: dict[str, Any] = data["layers"]
+        factory = None if data["factory"] is None else Factory(**data["factory"])
+        digest = data["weights_sha256"]
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(f"{folder / 'model.json'}: damaged: {error}") from None
+    tensors = read_tensors(folder / "model.safetensors")
+    if _sha256(folder / "model.safetensors") != digest:
+        raise RunFolderError(f"{folder / 'model.safetensors'}: its contents are not those that model.json was written for")
+    if model is None:
+        if factory is None:
+            raise RunFolderError(
+                f"{folder}: the artefact names no factory for its architecture (the network was given as an object); "
+                "call load(path, model=...) with a network of the original architecture"
+            )
+        model = factory.build()
+    try:
+        compressed = replace_layers(model, {name: _empty_layer(model, name, spec) for name, spec in layers.items()})
+        state = compressed.state_dict()
+        aliases = {name: tensors[name] if name in tensors else tensors[_alias(compressed, name)] for name in state}
+        compressed.load_state_dict({**tensors, **aliases})
+    except (SekronError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise RunFolderError(f"{folder}: the artefact does not fit the architecture: {error}") from None
+    return compressed.eval()
+
+
+def artefact_layers(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Structure, order and execution of every replaced layer of an artefact."""
+    layers: dict[str, dict[str, Any]] = read_json(_artefact_folder(Path(path)) / "model.json")["layers"]
+    return layers
+
+
+def factory_json(factory: Factory | None) -> dict[str, Any] | None:
+    """A factory as plain data."""
+    return None if factory is None else asdict(factory)
+
+
+def _artefact_folder(path: Path) -> Path:
+    if path.name == "model.json":
+        path = path.parent
+    if (path / "compressed" / "model.json").exists():
+        path = path / "compressed"
+    if not (path / "model.json").exists():
+        raise RunFolderError(f"{path}: no artefact here (expected model.json and model.safetensors)")
+    return path
+
+
+def _empty_layer(model: nn.Module, name: str, spec: dict[str, Any]) -> KroneckerLayer:
+    dense = model.get_submodule(name)
+    structure = Structure.parse(spec["structure"])
+    factors = [dense.weight.new_zeros(_groups(dense), *shape) for shape in structure.factor_shapes]  # type: ignore[operator]
+    options = {"factors": factors, "order": tuple(spec["order"]), "execution": spec["execution"]}
+    if isinstance(dense, nn.Conv2d):
+        return KroneckerConv.from_conv(dense, structure, **options)
+    if isinstance(dense, nn.Linear):
+        return KroneckerLinear.from_linear(dense, structure, **options)
+    raise RunFolderError(f"layer '{name}': expected nn.Conv2d or nn.Linear, got {type(dense).__name__}")
+
+
+def _groups(dense: nn.Module) -> int:
+    return dense.groups if isinstance(dense, nn.Conv2d) else 1
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, each shared tensor once."""
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or key not in seen:
+            tensors[name] = tensor
+            seen.add(key)
+    return tensors
+
+
+def _alias(model: nn.Module, name: str) -> str:
+    """The first name in the state dict under which the same tensor is stored."""
+    state = model.state_dict()
+    return next(other for other, tensor in state.items() if tensor.data_ptr() == state[name].data_ptr())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def state_digest(model: nn.Module) -> str:
+    """Hash of all weights and buffers of a network."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

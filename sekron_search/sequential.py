@@ -1,0 +1,120 @@
+"""Fitting layer after layer to the original's outputs, on the inputs that the compressed network really produces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sekron_search.calibration import unfold_input
+from sekron_search.costs.traced import reestimate_batch_norm
+from sekron_search.kron.projection import Fit
+from sekron_search.kron.refine import DAMPING, InputMetric, refine
+from sekron_search.model import Inputs, KroneckerLayer, LayerInfo, layer_weight
+
+
+@torch.no_grad()
+def fit_sequentially(
+    compressed: nn.Module,
+    original: nn.Module,
+    layers: Sequence[LayerInfo],
+    batches: Sequence[Inputs],
+    *,
+    steps: int,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Fit the factors of every replaced layer in running order, so that earlier errors are made up for.
+
+    With x' the unfolded input that the layer gets in the compressed network and y the original's output, the best
+    unconstrained weight is W* = E[y x''] E[x' x'']^-1, and for every other weight the output error grows by
+    tr((W^ - W*) E[x' x''] (W^ - W*)'): the factors are refined to W* under that metric. Batch-norm statistics are
+    re-estimated after every layer.
+
+    Args:
+        compressed: The network to fit, in place; left in evaluation mode.
+        original: The network it came from.
+        layers: All layers, in running order; those that were not replaced are passed over.
+        batches: Calibration inputs.
+        steps: L-BFGS steps per layer.
+        progress: Called with the number of layers done.
+
+    Source: in the spirit of Zhang et al. 2016 (asymmetric reconstruction), for any structure.
+    """
+    compressed.eval()
+    original.eval()
+    for done, info in enumerate(layers, start=1):
+        layer = compressed.get_submodule(info.name)
+        if isinstance(layer, KroneckerLayer):
+            moments = _Moments(info)
+            _run_both(compressed, original, info, batches, moments)
+            target, metric, mean_output = moments.solve(layer_weight(original, info).double())
+            start = Fit(tuple(a.double() for a in layer.factors()), float("nan"))
+            layer.set_factors(refine(layer.structure, start, target, metric, steps=steps).factors)
+            if layer.bias is not None and info.output_shift == "correctable":
+                predicted = layer.weight().double().unflatten(0, (metric.mean.shape[0], -1)).flatten(2)
+                layer.bias.copy_(mean_output - (predicted @ metric.mean[:, :, None]).flatten())
+            reestimate_batch_norm(compressed, batches)
+        if progress is not None:
+            progress(done)
+
+
+class _Moments:
+    """Second moments of the compressed network's inputs, and their products with the original's outputs."""
+
+    def __init__(self, info: LayerInfo) -> None:
+        self.info = info
+        self.count = 0
+        self.sums: list[Tensor] | None = None
+        self.columns: Tensor | None = None
+
+    def add(self, columns: Tensor, output: Tensor) -> None:
+        groups = columns.shape[0]
+        if self.info.kind == "linear":
+            rows = output.reshape(1, -1, output.shape[-1]).mT
+        else:
+            rows = output.unflatten(1, (groups, -1)).permute(1, 2, 0, 3, 4).flatten(2)
+        rows = rows.float()
+        new = [columns @ columns.mT, rows @ columns.mT, columns.sum(-1), rows.sum(-1)]
+        self.sums = [a.double() + (0 if self.sums is None else self.sums[i]) for i, a in enumerate(new)]
+        self.count += columns.shape[-1]
+
+    def solve(self, weight: Tensor) -> tuple[Tensor, InputMetric, Tensor]:
+        """(best unconstrained weight, metric, mean of the output), the weight drawn to the original's where data lacks."""
+        assert self.sums is not None
+        second, cross, mean_in, mean_out = (s / self.count for s in self.sums)
+        centered = self.info.output_shift != "kept"
+        if centered:
+            cross = cross - mean_out[:, :, None] * mean_in[:, None, :]
+        metric = InputMetric.from_moments(second, mean_in, centered=centered)
+        damped = metric.root @ metric.root.mT
+        moment = second - mean_in[:, :, None] * mean_in[:, None, :] if centered else second
+        damping = DAMPING * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        best = torch.linalg.solve(damped, (cross + damping * weight.flatten(2)).mT).mT
+        return best.reshape(weight.shape), metric, mean_out.flatten()
+
+
+def _run_both(
+    compressed: nn.Module, original: nn.Module, info: LayerInfo, batches: Sequence[Inputs], moments: _Moments
+) -> None:
+    dense = original.get_submodule(info.name)
+    seen: dict[str, Tensor] = {}
+
+    def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen["input"] = args[0]
+
+    def keep_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["output"] = output
+
+    handles = [
+        compressed.get_submodule(info.name).register_forward_pre_hook(keep_input),
+        dense.register_forward_hook(keep_output),
+    ]
+    try:
+        for inputs in batches:
+            compressed(*inputs)
+            original(*inputs)
+            moments.add(unfold_input(seen["input"], info, dense), seen["output"])
+    finally:
+        for handle in handles:
+            handle.remove()
