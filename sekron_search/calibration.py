@@ -64,8 +64,8 @@ def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module) -> Tensor:
     (top, bottom), (left, right) = geometry.padding
     x = F.pad(x, (left, right, top, bottom))
     columns = F.unfold(x, info.weight_shape[2:], geometry.dilation, stride=geometry.stride)
-    columns = columns.unflatten(1, (geometry.groups, -1))
-    return columns.permute(1, 2, 0, 3).flatten(2)
+    grouped: Tensor = columns.unflatten(1, (geometry.groups, -1))
+    return grouped.permute(1, 2, 0, 3).flatten(2)
 
 
 @torch.no_grad()

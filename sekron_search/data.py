@@ -264,7 +264,9 @@ def evaluate(
         for inputs, target in batches(dataset, batch_size):
             output = model(*to_device(inputs, device))
             if not isinstance(output, Tensor):
-                raise DataError(f"metric '{metric}' needs a network that returns one tensor, got {type(output).__name__}")
+                raise DataError(
+                    f"metric '{metric}' needs a network that returns one tensor, got {type(output).__name__}"
+                )
             target = to_device(target, device)
             size = output.shape[0]
             total += float(_METRICS[metric](output, target)) * size
@@ -278,10 +280,14 @@ def evaluate(
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Raise a `DataError` unless all labels are class indices below `num_classes`."""
     if labels.is_floating_point() or labels.dim() != 1:
-        raise DataError(f"expected integer class labels of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
+        raise DataError(
+            f"expected integer class labels of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
-        raise DataError(f"labels run from {low} to {high}, the network has {num_classes} classes (0 to {num_classes - 1})")
+        raise DataError(
+            f"labels run from {low} to {high}, the network has {num_classes} classes (0 to {num_classes - 1})"
+        )
 
 
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:

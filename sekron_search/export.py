@@ -134,7 +134,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         raise RunFolderError(f"{folder / 'model.json'}: damaged: {error}") from None
     tensors = read_tensors(folder / "model.safetensors")
     if _sha256(folder / "model.safetensors") != digest:
-        raise RunFolderError(f"{folder / 'model.safetensors'}: its contents are not those that model.json was written for")
+        raise RunFolderError(
+            f"{folder / 'model.safetensors'}: its contents are not those that model.json was written for"
+        )
     if model is None:
         if factory is None:
             raise RunFolderError(

@@ -64,9 +64,7 @@ class TrainingData:
             yield inputs, target
 
 
-def distillation_loss(
-    name: DivergenceName, output: Any, reference: Any, target: Any, config: FinetuneConfig
-) -> Tensor:
+def distillation_loss(name: DivergenceName, output: Any, reference: Any, target: Any, config: FinetuneConfig) -> Tensor:
     """The divergence from the original's outputs, mixed with the labels' loss where there are class labels.
 
     "kl": (1 - w) T^2 KL(softmax(reference / T) || softmax(output / T)) + w cross-entropy; "mse": the mean squared
@@ -130,7 +128,11 @@ def finetune(
     if not parameters:
         raise DataError("the network has no parameter that requires a gradient; nothing can be fine-tuned")
     optimizer = torch.optim.SGD(
-        parameters, config.learning_rate, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
+        parameters,
+        config.learning_rate,
+        config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
     )
     total = max(steps * config.epochs, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total))
@@ -157,7 +159,8 @@ def finetune(
             if not math.isfinite(summed):
                 raise DataError(
                     f"fine-tuning: the loss became {summed} in epoch {epoch}, step {step}; lower "
-                    f"finetune.learning_rate (now {config.learning_rate:g}). The checkpoint of epoch {epoch - 1} is kept"
+                    f"finetune.learning_rate (now {config.learning_rate:g}). "
+                    f"The checkpoint of epoch {epoch - 1} is kept"
                 )
             if progress is not None:
                 progress((epoch - 1) * steps + step)
@@ -195,7 +198,7 @@ def _train_step(
         check_labels(target, output.shape[1])
     loss = distillation_loss(divergence, output, reference, target, config)
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     optimizer.step()
     return float(loss.detach())

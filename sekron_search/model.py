@@ -95,6 +95,11 @@ def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
     samples = batch_size(inputs)
     reasons = {name: _static_reason(module) for name, module in model.named_modules() if _has_weight(module)}
     _mark_shared(model, reasons)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.is_floating_point():
+            continue
+        if not bool(torch.isfinite(parameter).all()):
+            raise DataError(f"'{name}': the weight holds NaN or infinity; repair the network first")
     calls = _record_calls(model, inputs, [name for name, reason in reasons.items() if reason is None])
     layers, skipped = [], []
     for name, reason in reasons.items():
@@ -105,8 +110,6 @@ def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
         elif reason is None and record is not None and record.count > 1:
             reason = f"it runs {record.count} times in one forward pass"
         if reason is None and record is not None:
-            if not bool(torch.isfinite(module.weight).all()):
-                raise DataError(f"layer '{name}': the weight holds NaN or infinity; repair or exclude it")
             layers.append((record.position, _layer_info(name, module, record, samples)))
         else:
             skipped.append(SkippedLayer(name, type(module).__name__, str(reason)))
@@ -267,9 +270,13 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
             module.training = mode
     tensors = output_tensors(output)
     if not tensors:
-        raise DataError(f"the network returned no floating-point tensor but {type(output).__name__}; nothing to preserve")
+        raise DataError(
+            f"the network returned no floating-point tensor but {type(output).__name__}; nothing to preserve"
+        )
     if not all(bool(torch.isfinite(t).all()) for t in tensors):
-        raise DataError("the network gives NaN or infinity on the example inputs; check its weights and the inputs' scale")
+        raise DataError(
+            "the network gives NaN or infinity on the example inputs; check its weights and the inputs' scale"
+        )
     return records
 
 

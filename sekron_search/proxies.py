@@ -48,7 +48,9 @@ def reference_outputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Any]:
     model.eval()
     outputs = [run_model(model, inputs) for inputs in batches]
     if not all(bool(torch.isfinite(t).all()) for output in outputs for t in output_tensors(output)):
-        raise DataError("the network gives NaN or infinity on the calibration data; check its weights and the data's scale")
+        raise DataError(
+            "the network gives NaN or infinity on the calibration data; check its weights and the data's scale"
+        )
     return outputs
 
 

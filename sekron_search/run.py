@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from sekron_search.calibration import collect_metrics
@@ -101,50 +102,58 @@ def run(job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool) -> dic
         SekronError: On bad input, each before the long work that it would waste.
     """
     job.model.eval()
-    fingerprint = {
+    fingerprint: dict[str, Any] = {
         "settings": job.settings.model_dump(mode="json"),
         "model": state_digest(job.model),
         "source": dict(job.source),
     }
     with folder.claimed(fingerprint, resume=resume), threads(job.settings.latency.num_threads):
+        if folder.report.exists():
+            write_report(folder)
+            finished: dict[str, Any] = read_json(folder.report)
+            return finished
         _write_environment(job, folder)
+        write_text(folder.config, yaml.safe_dump({**fingerprint["settings"], **job.source}, sort_keys=False))
         prepared = prepare(job, folder, reporter)
         evaluator = Evaluator(job, prepared.layers, prepared.fitted)
         searched = _search_until_met(job, folder, reporter, prepared, evaluator)
         best = _finish_candidates(job, folder, reporter, prepared, searched)
-        report = _report(job, folder, reporter, prepared, searched, best)
-    return report
+        return _report(job, folder, reporter, prepared, searched, best)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The original's facts, and the tables."""
+class Tables:
+    """The original's facts, and what every layer can become."""
 
     inspection: Inspection
     layers: tuple[LayerInfo, ...]
     original: dict[str, float]
-    uncounted: dict[str, int]
+    memory: PeakMemory
     fitted: tuple[FittedLayer, ...]
+
+
+@dataclass(frozen=True)
+class Prepared(Tables):
+    """The tables with latencies, as the search sees them."""
+
     network: Network
-    profile: DeviceProfile | None
 
 
-def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Prepared:
-    """Inspect the network, check that the budget can be met, build the tables, measure what has to be measured."""
+def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
+    """Inspect the network, check that the budget can be met, and fit every layer's options."""
     settings = job.settings
     inspection = inspect_model(job.model, job.example_inputs)
     layers = tuple(selected(inspection.layers, settings.space))
     if not layers:
+        skipped = "; ".join(f"'{s.name}': {s.reason}" for s in inspection.skipped[:5])
         raise DataError(
-            "no layer can be replaced: "
-            + ("; ".join(f"'{s.name}': {s.reason}" for s in inspection.skipped[:5]) or "the network has none, or the ")
-            + "space excludes them all. See `sekron-search inspect`"
+            f"no layer can be replaced ({skipped or 'there is none, or the search space excludes them all'}); "
+            "see `sekron-search inspect`"
         )
     original = _original_costs(job, folder, reporter)
     memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
     element = next(job.model.parameters()).element_size() * job.batch
     _check_reachable(job, layers, original, memory, element)
-
     with reporter.task("calibrating", len(job.calibration)) as task, torch.no_grad():
         reference_outputs(job.model, job.calibration[:1])
         metrics = collect_metrics(job.model, layers, job.calibration, seed=settings.seed, progress=task.update)
@@ -161,17 +170,28 @@ def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Prepared:
         ):
             fitted.append(table)
             task.update(len(fitted), f"{table.table.name}: {len(table.table.options)} options")
-    profile = None
-    if "latency_ms" in settings.bounds.names:
-        profile = _measure_options(job, folder, reporter, layers, fitted)
-        fitted = [_with_latency(f, i, profile, job.batch) for f, i in zip(fitted, layers, strict=True)]
-    tables = tuple(
-        dataclasses.replace(f.table, outside_bytes=memory.outside[f.table.name]) for f in fitted
+    return Tables(inspection, layers, original, memory, tuple(fitted))
+
+
+def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Prepared:
+    """The tables, and the latencies of their options where latency is budgeted."""
+    tables = fit_tables(job, folder, reporter)
+    fitted = tables.fitted
+    if "latency_ms" in job.settings.bounds.names:
+        profile = _measure_options(job, folder, reporter, tables)
+        fitted = tuple(_with_latency(f, i, profile, job.batch) for f, i in zip(fitted, tables.layers, strict=True))
+    network = Network(
+        tuple(dataclasses.replace(f.table, outside_bytes=tables.memory.outside[f.table.name]) for f in fitted),
+        tables.original,
+        float(tables.memory.floor),
     )
-    network = Network(tables, original, float(memory.floor))
-    return Prepared(
-        inspection, layers, original, read_json(folder.original)["uncounted"], tuple(fitted), network, profile
-    )
+    return Prepared(tables.inspection, tables.layers, tables.original, tables.memory, fitted, network)
+
+
+def measure_profile(job: Job, folder: RunFolder, reporter: Reporter) -> DeviceProfile:
+    """A device profile of every option of the job's network, measured here."""
+    with threads(job.settings.latency.num_threads):
+        return _measure_options(job, folder, reporter, fit_tables(job, folder, reporter))
 
 
 class Evaluator:
@@ -199,7 +219,7 @@ class Evaluator:
             shift = fitted.shifts[index]
             if info.output_shift == "correctable" and layer.bias is not None and shift is not None:
                 with torch.no_grad():
-                    layer.bias += shift.to(layer.bias)
+                    layer.bias.add_(shift.to(layer.bias))
             replacements[info.name] = layer
         network = replace_layers(self.job.model, replacements).eval()
         reestimate_batch_norm(network, self.job.calibration)
@@ -333,7 +353,7 @@ def _finish_candidates(
     met = [c for c in searched.candidates if all(c["costs"][n] <= b for n, b in searched.bounds.items())]
     pool = met or searched.candidates
     halving = Halving()
-    results = []
+    results: list[tuple[dict[str, Any], list[dict[str, float]], float | None, nn.Module]] = []
     for record in pool:
         curve: list[dict[str, float]] = []
         home = _candidate_folder(folder, tuple(record["assignment"]))
@@ -356,6 +376,9 @@ def _finish_candidates(
                 )
             write_json(home / "curve.json", curve)
         metric = curve[-1]["metric"] if curve else record["metric"]
+        if curve and job.validate is not None and record["metric"] > metric:
+            # Training can hurt where there is little data: then the network stays as it was fitted.
+            network, metric = _candidate_network(job, prepared, home, record), record["metric"]
         results.append((record, curve, metric, network))
     # Without any metric the divergence decides; candidates come in its order.
     best = max(range(len(results)), key=lambda i: (results[i][2] if results[i][2] is not None else 0.0, -i))
@@ -372,7 +395,9 @@ def _report(
     reloaded = load(folder.path, model=job.model if job.factory is None else None).to(job.device)
     costs = _network_costs(job, {"original": job.model, "compressed": reloaded})
     test = job.test or job.validate
-    metric = {name: None if test is None else test(m) for name, m in (("original", job.model), ("compressed", reloaded))}
+    metric = {
+        name: None if test is None else test(m) for name, m in (("original", job.model), ("compressed", reloaded))
+    }
     assignment = tuple(best["assignment"])
     untrained = _candidate_network(job, prepared, _candidate_folder(folder, assignment), best)
     metric["untrained"] = None if test is None else test(untrained)
@@ -388,7 +413,7 @@ def _report(
         batch=job.batch,
         metric_name=job.settings.metric,
         divergence_name=job.settings.search.divergence,
-        uncounted=prepared.uncounted,
+        uncounted=read_json(folder.original)["uncounted"],
         environment=read_json(folder.environment),
     )
     write_json(folder.report, report)
@@ -410,9 +435,7 @@ def _original_costs(job: Job, folder: RunFolder, reporter: Reporter) -> dict[str
 def _network_costs(job: Job, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
     """Every cost of whole networks: counted, traced and measured, the latencies interleaved."""
     latency = job.settings.latency
-    measured = measure_networks(
-        networks, job.example_inputs, rounds=latency.rounds, num_threads=latency.num_threads
-    )
+    measured = measure_networks(networks, job.example_inputs, rounds=latency.rounds, num_threads=latency.num_threads)
     return {
         name: {
             "flops": traced_flops(network, job.example_inputs).total,
@@ -430,7 +453,8 @@ def _check_reachable(
 ) -> None:
     """Refuse a budget that no choice of structures can meet, before anything is fitted or measured."""
     counted = [name for name in job.settings.bounds.names if name != "latency_ms"]
-    bounds = {n: b for n, b in job.settings.bounds.resolve(original).items() if n in counted}
+    resolved = job.settings.bounds.resolve(original)
+    bounds: dict[CostName, float] = {name: resolved[name] for name in counted}
     if not bounds:
         return
     tables = tuple(
@@ -441,9 +465,7 @@ def _check_reachable(
     solve_knapsack(network, bounds, network.values("flops"), relative_gap=1.0)
 
 
-def _measure_options(
-    job: Job, folder: RunFolder, reporter: Reporter, layers: Sequence[LayerInfo], fitted: Sequence[FittedLayer]
-) -> DeviceProfile:
+def _measure_options(job: Job, folder: RunFolder, reporter: Reporter, tables: Tables) -> DeviceProfile:
     """The device profile with every option's latency; kept in the run folder."""
     latency = job.settings.latency
     here = Provenance.here(job.device, latency.num_threads)
@@ -456,13 +478,13 @@ def _measure_options(
     profile.check_usable(here)
     jobs = [
         (info, Structure.parse(o.structure), o.order, o.execution)
-        for info, f in zip(layers, fitted, strict=True)
+        for info, f in zip(tables.layers, tables.fitted, strict=True)
         for o in f.table.options
     ]
-    missing = {layer_key(*j, job.batch) for j in jobs} - set(profile.latencies)  # type: ignore[arg-type]
+    missing = {layer_key(*j, job.batch) for j in jobs} - set(profile.latencies)
     with reporter.task("measuring options", len(missing)) as task:
         profile.measure(
-            jobs,  # type: ignore[arg-type]
+            jobs,
             job.batch,
             progress=lambda done, total: task.update(done),
             after_group=lambda: write_text(folder.profile, profile.to_yaml()),
@@ -476,10 +498,8 @@ def _with_latency(fitted: FittedLayer, info: LayerInfo, profile: DeviceProfile, 
     options = []
     for option in fitted.table.options:
         structure = Structure.parse(option.structure)
-        found = profile.latencies[layer_key(info, structure, option.order, option.execution, batch)]  # type: ignore[arg-type]
-        options.append(
-            dataclasses.replace(option, latency_ms=found.median_ms, latency_noise_ms=found.noise_ms)
-        )
+        found = profile.latencies[layer_key(info, structure, option.order, option.execution, batch)]
+        options.append(dataclasses.replace(option, latency_ms=found.median_ms, latency_noise_ms=found.noise_ms))
     return dataclasses.replace(fitted, table=LayerTable(fitted.table.name, tuple(options)))
 
 

@@ -61,7 +61,9 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RunFolderError(f"run folder {self.path}: another run is using it; wait, or choose another") from None
+                raise RunFolderError(
+                    f"run folder {self.path}: another run is using it; wait, or choose another"
+                ) from None
             self._check(fingerprint, resume)
             yield self
 

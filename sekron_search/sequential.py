@@ -80,7 +80,7 @@ class _Moments:
         self.count += columns.shape[-1]
 
     def solve(self, weight: Tensor) -> tuple[Tensor, InputMetric, Tensor]:
-        """(best unconstrained weight, metric, mean of the output), the weight drawn to the original's where data lacks."""
+        """(best unconstrained weight, metric, mean of the output); without data the weight is the original's."""
         assert self.sums is not None
         second, cross, mean_in, mean_out = (s / self.count for s in self.sums)
         centered = self.info.output_shift != "kept"

@@ -87,7 +87,11 @@ def _candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure
 
     found: dict[Structure, CandidateStructure] = {}
     for name in space.families:
-        for skeleton in FAMILIES[name](info.weight_shape, space.max_factors):
+        skeletons = list(FAMILIES[name](info.weight_shape, space.max_factors))
+        pairs = [s for s in skeletons if len(s.shapes) == 2]
+        longer = [s for s in skeletons if len(s.shapes) > 2]
+        # No more than `max_fits` of the longer ones will be fitted: the rest need not be priced either.
+        for skeleton in pairs + [longer[i] for i in _spread(len(longer), space.max_fits)]:
             for structure in rank_choices(skeleton, fits, space.rank_levels, space.rank_multiple):
                 found.setdefault(structure, CandidateStructure(structure, layer_cost(structure, info)))
     return tuple(found.values())
@@ -120,7 +124,9 @@ def build_layer_table(
     pool = candidates(info, space)
     scores = _scores(pool, exact, space.max_fits)
     chosen = _shortlist(pool, scores, space.max_options)
-    options, factors, shifts = [_dense_option(info, bytes_per_sample)], [()], [None]
+    options = [_dense_option(info, bytes_per_sample)]
+    factors: list[tuple[Tensor, ...]] = [()]
+    shifts: list[Tensor | None] = [None]
     fitted: list[tuple[Option, tuple[Tensor, ...], Tensor | None]] = []
     for index in chosen:
         candidate = pool[index]
@@ -133,11 +139,11 @@ def build_layer_table(
         for option in _options(candidate, info, space, bytes_per_sample, weight_error, fit.rel_error):
             fitted.append((option, stored, shift))
     values = [[o.error, o.flops, o.params, o.peak_bytes] for o, _, _ in fitted]
-    for keep, (option, stored, shift) in zip(non_dominated(values) if values else [], fitted, strict=True):
+    for keep, row in zip(non_dominated(values) if values else [], fitted, strict=True):
         if keep:
-            options.append(option)
-            factors.append(stored)
-            shifts.append(shift)
+            options.append(row[0])
+            factors.append(row[1])
+            shifts.append(row[2])
     return FittedLayer(LayerTable(info.name, tuple(options)), tuple(factors), tuple(shifts))
 
 
@@ -249,8 +255,7 @@ def _scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) -
     norm = float(weight.norm())
     spectra: dict[tuple[object, ...], Tensor] = {}
     longer = [i for i, c in enumerate(pool) if c.structure.num_factors > 2]
-    spread = np.linspace(0, len(longer) - 1, min(max_fits, len(longer))).round().astype(int) if longer else []
-    fitted = {longer[i] for i in spread}
+    fitted = {longer[i] for i in _spread(len(longer), max_fits)}
     scores = []
     for i, candidate in enumerate(pool):
         structure = candidate.structure
@@ -282,5 +287,10 @@ def _shortlist(pool: Sequence[CandidateStructure], scores: Sequence[float], most
     groups = [[i for i in finite if (pool[i].structure.num_factors == 2) == two] for two in (True, False)]
     chosen = sorted({i for group in groups for i in pareto(group)}, key=lambda i: pool[i].cost.flops)
     if len(chosen) > most:
-        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).round().astype(int)]
+        chosen = [chosen[i] for i in _spread(len(chosen), most)]
     return chosen
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` positions, evenly spread, the ends among them."""
+    return [int(i) for i in np.linspace(0, count - 1, min(most, count)).round()] if count else []

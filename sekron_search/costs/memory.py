@@ -31,7 +31,7 @@ class PeakMemory:
 
 class _Tracker(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         state = [*model.parameters(), *model.buffers()]
         self.seen = {t.untyped_storage().data_ptr() for t in state if t.numel()}
         self.live: dict[int, int] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch import device as TorchDevice
 
 from sekron_search.costs.measure import Latency, measure_callables, threads
 from sekron_search.errors import ConfigError
@@ -37,7 +38,7 @@ class Provenance:
     date: str
 
     @classmethod
-    def here(cls, device: torch.device | str = "cpu", num_threads: int | None = None) -> Provenance:
+    def here(cls, device: TorchDevice | str = "cpu", num_threads: int | None = None) -> Provenance:
         """This machine, now."""
         kind = torch.device(device)
         name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else _processor()
@@ -47,7 +48,7 @@ class Provenance:
             device=kind.type,
             runtime=RUNTIME,
             num_threads=num_threads or torch.get_num_threads(),
-            torch=torch.__version__,
+            torch=str(torch.__version__),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
 
@@ -80,7 +81,9 @@ class DeviceProfile:
             raise ConfigError(f"device profile {path}: not YAML: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ConfigError(f"device profile {path}: expected key 'format' to be {FORMAT}, got {found!r}; measure it anew")
+            raise ConfigError(
+                f"device profile {path}: expected key 'format' to be {FORMAT}, got {found!r}; measure it anew"
+            )
         try:
             provenance = Provenance(**data["provenance"])
             latencies = {str(key): Latency(**value) for key, value in (data["latencies"] or {}).items()}
@@ -97,7 +100,7 @@ class DeviceProfile:
             "provenance": asdict(self.provenance),
             "latencies": {key: _rounded(value) for key, value in sorted(self.latencies.items())},
         }
-        head = "# Device profile: milliseconds per call, median over interleaved samples; noise: half the interquartile range.\n"
+        head = "# Device profile: milliseconds per call; noise is half the interquartile range of the samples.\n"
         return head + yaml.safe_dump(data, sort_keys=False, width=1000)
 
     def check_usable(self, here: Provenance) -> None:

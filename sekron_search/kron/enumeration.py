@@ -121,7 +121,7 @@ FAMILIES: dict[FamilyName, Callable[[Shape, int], Iterator[Skeleton]]] = {
 
 
 def rank_ladder(largest: int, levels: int, multiple: int = 1) -> list[int]:
-    """Up to `levels` sizes from `multiple` to `largest`, evenly spread on a logarithmic scale, multiples of `multiple`."""
+    """Up to `levels` multiples of `multiple`, from it to `largest`, evenly spread on a logarithmic scale."""
     largest = max(largest - largest % multiple, multiple)
     if levels == 1:
         return [largest]
@@ -147,7 +147,9 @@ def rank_choices(
     if len(largest) == 1:
         top = largest_where(lambda rank: fits(skeleton.with_ranks((rank,))), largest[0])
         if top:
-            yield from (s for r in rank_ladder(top, levels, multiple) if r <= top and fits(s := skeleton.with_ranks((r,))))
+            yield from (
+                s for r in rank_ladder(top, levels, multiple) if r <= top and fits(s := skeleton.with_ranks((r,)))
+            )
         return
     grid = 512
 

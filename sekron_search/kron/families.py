@@ -126,9 +126,7 @@ def tucker2(weight_shape: Sequence[int], ranks: Sequence[int]) -> Structure:
     if len(ranks) != 2:
         raise StructureError(f"Tucker-2 needs two ranks (out-channels, in-channels), got {tuple(ranks)}")
     a, b = ranks
-    return Structure.build(
-        [(f, 1, 1, 1), (1, 1, h, w), (1, c, 1, 1)], [("a",), ("a", "b"), ("b",)], {"a": a, "b": b}
-    )
+    return Structure.build([(f, 1, 1, 1), (1, 1, h, w), (1, c, 1, 1)], [("a",), ("a", "b"), ("b",)], {"a": a, "b": b})
 
 
 def channel_svd(weight_shape: Sequence[int], rank: int) -> Structure:
@@ -160,7 +158,13 @@ def family(structure: Structure) -> str:
         }.get((structure.shapes[0], structure.shapes[1]), "Kronecker")
     if structure.shapes == ((f, 1, 1, 1), (1, 1, h, w), (1, c, 1, 1)) and structure.carries == tt_graph(3):
         return "Tucker-2"
-    names = {"cp": "CP", "tt": "Tensor-Train", "tr": "Tensor-Ring", "tucker": "Tucker", "sekron": "SeKron"}
+    names: dict[GraphName, str] = {
+        "cp": "CP",
+        "tt": "Tensor-Train",
+        "tr": "Tensor-Ring",
+        "tucker": "Tucker",
+        "sekron": "SeKron",
+    }
     for graph, label in names.items():
         if structure.carries == _renamed(structure, GRAPHS[graph](count)):
             core = graph == "tucker" and prod(structure.shapes[-1]) > 1

@@ -16,6 +16,7 @@ from sekron_search.kron.projection import check_weight, project, reconstruct_bat
 from sekron_search.kron.structure import Structure
 
 Execution = Literal["factored", "dense"]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Layer = TypeVar("Layer", bound="_KroneckerLayer")
 Dense = TypeVar("Dense", nn.Conv2d, nn.Linear)
 
@@ -97,7 +98,7 @@ class _KroneckerLayer(nn.Module):
         own_f, own_c = self.out_channels // groups, self.in_channels // groups
         if own_c < c:
             x = F.pad(x.unflatten(1, (groups, own_c)), (0, 0, 0, 0, 0, c - own_c)).flatten(1, 2)
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and own_f < f:
             bias = F.pad(bias.reshape(groups, own_f), (0, f - own_f)).flatten()
         out = execute(self.plan, list(self.weights), x, bias)
@@ -105,7 +106,12 @@ class _KroneckerLayer(nn.Module):
 
     def _dense_weight(self) -> Tensor:
         """The reconstructed weight; kept between calls without gradients until a factor changes."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.compiler.is_exporting()
+            or torch._C._get_tracing_state() is not None
+        ):
             return self.weight()
         versions = tuple(item for stored in self.weights for item in (id(stored), stored._version, stored.data_ptr()))
         if self._dense_cache is None or self._dense_cache[0] != versions:
@@ -136,7 +142,7 @@ class KroneckerConv(_KroneckerLayer):
         dilation: int | Pair = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         order: Sequence[int] | None = None,
         execution: Execution = "factored",
         input_size: Pair | None = None,
@@ -324,7 +330,8 @@ def conv_geometry(conv: nn.Conv2d) -> ConvGeometry:
 
 def conv_weight(conv: nn.Conv2d) -> Tensor:
     """The weight with its groups as a leading axis: (G, F, C, Kh, Kw)."""
-    return conv.weight.unflatten(0, (conv.groups, -1))
+    weight: Tensor = conv.weight.unflatten(0, (conv.groups, -1))
+    return weight
 
 
 def _padding(conv: nn.Conv2d) -> tuple[Pair, Pair]:
@@ -346,9 +353,7 @@ def _pair(value: int | tuple[int, ...]) -> Pair:
     return height, width
 
 
-def _initialise(
-    layer: Layer, dense: nn.Conv2d | nn.Linear, weight: Tensor, factors: Sequence[Tensor] | None
-) -> Layer:
+def _initialise(layer: Layer, dense: nn.Conv2d | nn.Linear, weight: Tensor, factors: Sequence[Tensor] | None) -> Layer:
     """Put the factors (fitted if None) and the bias of the dense layer into the new one, in its dtype and device."""
     layer.to(dtype=weight.dtype, device=weight.device)
     layer.set_factors(project(weight, layer.structure).factors if factors is None else factors)

@@ -169,7 +169,9 @@ def make_plan(structure: Structure, geometry: ConvGeometry, order: Sequence[int]
 def best_plan(structure: Structure, geometry: ConvGeometry, input_size: Pair) -> Plan:
     """The plan of fewest flops for that input (height, width); ties go to fewer permutes, then to smaller peaks."""
     if structure.num_factors > MAX_FACTORS:
-        raise StructureError(f"plans are made for up to {MAX_FACTORS} factors, got {structure.num_factors}: {structure}")
+        raise StructureError(
+            f"plans are made for up to {MAX_FACTORS} factors, got {structure.num_factors}: {structure}"
+        )
 
     def price(plan: Plan) -> tuple[int, int, int, tuple[int, ...]]:
         cost = plan.cost(input_size)

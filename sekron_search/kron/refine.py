@@ -47,7 +47,8 @@ class InputMetric:
 
     def norm(self, difference: Tensor) -> Tensor:
         """Root mean square over the inputs of what a (G, F, C, Kh, Kw) weight difference adds to the output."""
-        return torch.linalg.vector_norm(difference.flatten(2) @ self.root.to(difference))
+        norm: Tensor = torch.linalg.vector_norm(difference.flatten(2) @ self.root.to(difference))
+        return norm
 
     def rel_error(self, weight: Tensor, approximation: Tensor) -> float:
         """Relative error of the layer's output, for weights of shape (G, F, C, Kh, Kw)."""
@@ -81,17 +82,22 @@ def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, 
     share = weight_scale ** (1 / structure.num_factors)
     factors = [(a.detach().to(torch.float32) / share).contiguous().requires_grad_() for a in fit.factors]
     optimizer = torch.optim.LBFGS(
-        factors, max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=1e-12
+        factors,
+        max_iter=steps,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = ((_reconstruct(structure, factors, exact) - exact).flatten(2) @ root).square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     found = [a.detach().to(torch.float64) * share for a in factors]
     if not all(bool(torch.isfinite(a).all()) for a in found):
         return Fit(fit.factors, start_error)

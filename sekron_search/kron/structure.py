@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -66,7 +66,9 @@ class Structure:
             if unknown := [name for name in carried if name not in names]:
                 raise StructureError(f"factor {k + 1}: rank indices {unknown} have no size; known: {names}")
             if list(carried) != [name for name in names if name in carried]:
-                raise StructureError(f"factor {k + 1}: expected distinct rank indices in the order {names}, got {carried}")
+                raise StructureError(
+                    f"factor {k + 1}: expected distinct rank indices in the order {names}, got {carried}"
+                )
 
     @classmethod
     def build(
@@ -201,7 +203,9 @@ class Structure:
 def rank_names(count: int) -> list[str]:
     """The first `count` default names of rank indices: a, b, ..."""
     if count > len(string.ascii_lowercase):
-        raise StructureError(f"at most {len(string.ascii_lowercase)} rank indices have default names, asked for {count}")
+        raise StructureError(
+            f"at most {len(string.ascii_lowercase)} rank indices have default names, asked for {count}"
+        )
     return list(string.ascii_lowercase[:count])
 
 
@@ -212,6 +216,6 @@ def _shape(sizes: Sequence[int]) -> Shape:
     return f, c, h, w
 
 
-def _position(ranks: Mapping[str, int]) -> object:
+def _position(ranks: Mapping[str, int]) -> Callable[[str], int]:
     order = {name: i for i, name in enumerate(ranks)}
     return lambda name: order.get(name, len(order))

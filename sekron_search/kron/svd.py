@@ -25,7 +25,7 @@ def pair_spectrum(modes: Tensor) -> Tensor:
     Source: Van Loan and Pitsianis 1993; Eckart and Young 1936.
     """
     tall = modes if modes.shape[-2] <= modes.shape[-1] else modes.mT
-    eigenvalues = torch.linalg.eigvalsh(tall @ tall.mT)
+    eigenvalues: Tensor = torch.linalg.eigvalsh(tall @ tall.mT)
     return eigenvalues.flip(-1).clamp_min(0).sqrt()
 
 

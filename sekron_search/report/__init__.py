@@ -1,0 +1,1 @@
+"""From a run folder to what people read: the facts as JSON, Markdown, plots."""

@@ -105,5 +105,5 @@ def infeasible(network: Network, bounds: Mapping[CostName, float]) -> Infeasible
     return InfeasibleBudgetError(
         f"no choice of structures meets the budgets{together}. " + "; ".join(lines) + ". Loosen the budget, or allow a "
         "wider search space (more families, smaller ranks)",
-        {name: value for name, value in best.items()},
+        {str(name): value for name, value in best.items()},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from sekron_search.search.budget import COST_NAMES, CostName
 from sekron_search.search.pareto import non_dominated
 
 Assignment = tuple[int, ...]
+Execution = Literal["factored", "dense"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Option:
     structure: str
     family: str
     order: tuple[int, ...]
-    execution: str
+    execution: Execution
     flops: int
     params: int
     peak_bytes: int

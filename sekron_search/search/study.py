@@ -153,7 +153,9 @@ def run_study(
         directions=["minimize"] * (1 + len(bounds)),
         load_if_exists=True,
     )
-    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+    for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        study.ask()  # takes the waiting ones first; a trial has to run before it can be dropped
+    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(stale.number, state=TrialState.FAIL)
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     known: dict[Assignment, float] = {}

@@ -1,0 +1,44 @@
+# Everything a developer does. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NAME ?= cifar10_resnet20
+DATA ?= ../shared
+
+.PHONY: help demo test test-slow check format bench setup clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(STAMP)  ## Make the virtual environment with everything in it
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## Train a small network on handwritten digits and compress it (5 minutes, no download)
+	$(BIN)/sekron-search demo --out runs/demo
+
+test: $(STAMP)  ## Run the tests (but the slow ones)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)  ## Run the slow tests too: kills and resumes, the whole demonstration
+	$(BIN)/python -m pytest -q -m 'not gpu'
+
+check: $(STAMP)  ## Run the linters: ruff, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## Run a benchmark: make bench NAME=cifar10_resnet20 DATA=folder-with-the-data
+	$(BIN)/python -m benchmarks.$(NAME) --data $(DATA)
+
+clean:  ## Delete the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,67 @@
+"""ResNet-20 on CIFAR-10 (JPEG) under budgets of half and a quarter of the flops.
+
+    python -m benchmarks.cifar10_resnet20 --data DIR [--seeds 0 1] [--runs DIR]
+
+DIR holds data/cifar10_jpeg.tar.xz and models/resnet20_cifar10_jpeg.pt. Killed runs are gone on with. Everything is
+chosen on a validation split of the training data; the test split is evaluated once, at the end of every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from benchmarks.results_file import Target, write_results
+from sekron_search.api import job_from_config
+from sekron_search.config import Config
+from sekron_search.progress import ConsoleReporter
+from sekron_search.run import run
+from sekron_search.rundir import RunFolder
+
+#: (budget, least accuracy without training, least accuracy after three epochs), in percent.
+BUDGETS = (("0.5x", 86.0, 87.5), ("0.25x", 73.0, 85.5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/cifar10_resnet20"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    args = parser.parse_args()
+    template = yaml.safe_load((Path(__file__).parent / "config.yaml").read_text())
+    targets, samples = [], []
+    for seed in args.seeds:
+        for budget, untrained, trained in BUDGETS:
+            config = Config.model_validate(
+                {
+                    **template,
+                    "budget": {"flops": budget},
+                    "seed": seed,
+                    "model": {
+                        "factory": "benchmarks.cifar10_resnet20.network:ResNet20",
+                        "weights": (args.data / "models/resnet20_cifar10_jpeg.pt").resolve(),
+                    },
+                    "data": {
+                        "source": "factory",
+                        "factory": "benchmarks.cifar10_resnet20.data:cifar10",
+                        "kwargs": {"archive": str((args.data / "data/cifar10_jpeg.tar.xz").resolve())},
+                    },
+                }
+            )
+            folder = RunFolder(args.runs / f"flops-{budget}-seed-{seed}")
+            report = run(job_from_config(config), folder, ConsoleReporter(), resume=True)
+            plain = 100 * report["metric_without_training"]
+            final = 100 * report["compressed"]["metric"]
+            for what, value, bound in (("without training", plain, untrained), ("after 3 epochs", final, trained)):
+                targets.append(Target(f"top-1 at {budget} flops {what}, seed {seed}", value, bound))
+            for item in report["budgets"]:
+                targets.append(Target(f"flops at {budget}, seed {seed}", item["value"], item["bound"], at_least=False))
+            keys = ("original", "compressed", "metric_without_training", "budgets", "divergence", "curve", "layers")
+            samples.append({"budget": budget, "seed": seed, **{key: report[key] for key in keys}})
+    write_results("cifar10_resnet20", targets, samples, command="make bench NAME=cifar10_resnet20 DATA=...")
+
+
+if __name__ == "__main__":
+    main()

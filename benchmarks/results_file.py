@@ -1,0 +1,61 @@
+"""Results of benchmarks: JSON with provenance, raw samples and targets."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sekron_search.costs.profile import Provenance
+from sekron_search.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a benchmark has to show; `at_least` says in which direction."""
+
+    name: str
+    value: float
+    bound: float
+    at_least: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        met = self.value >= self.bound if self.at_least else self.value <= self.bound
+        return {"name": self.name, "value": self.value, "bound": self.bound, "met": bool(met)}
+
+
+def write_results(name: str, targets: list[Target], samples: Any, *, command: str) -> Path:
+    """Write `benchmarks/results/NAME.json` and print the targets."""
+    path = RESULTS / f"{name}.json"
+    data = {
+        "benchmark": name,
+        "command": command,
+        "provenance": {
+            **dataclasses.asdict(Provenance.here()),
+            "commit": _commit(),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        },
+        "targets": [target.to_json() for target in targets],
+        "samples": samples,
+    }
+    write_json(path, data)
+    for target in data["targets"]:
+        verdict = "met   " if target["met"] else "MISSED"
+        print(f"{verdict} {target['name']}: {target['value']:.6g} (bound {target['bound']:g})")
+    print(f"written to {path}")
+    return path
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"

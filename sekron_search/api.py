@@ -1,0 +1,157 @@
+"""The Python interface: `compress` a network that is at hand, and jobs from configurations."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from sekron_search.config import Config, make_settings
+from sekron_search.data import DataBundle, batches, evaluate, input_batches, length, load_data, sample_order, to_device
+from sekron_search.errors import DataError
+from sekron_search.export import Factory, guess_factory, load, load_weights
+from sekron_search.finetune import TrainingData
+from sekron_search.model import Inputs, as_inputs, batch_size
+from sekron_search.progress import ConsoleReporter, Reporter
+from sekron_search.run import Job, example_batch, new_folder, run
+from sekron_search.search.budget import Budget
+
+#: Samples of a batch when a metric is evaluated.
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` gives back.
+
+    Args:
+        model: The compressed network, loaded from the artefact, in evaluation mode.
+        report: The contents of report.json.
+        path: The run folder.
+    """
+
+    model: nn.Module
+    report: dict[str, Any]
+    path: Path
+
+    @property
+    def front(self) -> list[dict[str, Any]]:
+        """The candidates of the Pareto front."""
+        front: list[dict[str, Any]] = self.report["front"]
+        return front
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    budget: Budget | Mapping[str, float | str],
+    calibration: Any,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    test: Callable[[nn.Module], float] | None = None,
+    train: Any = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    factory: str | None = None,
+    **settings: Any,
+) -> Result:
+    """Find a compressed network that meets the budget, and write a run folder with the front and a report.
+
+    Args:
+        model: A trained network; it is not changed.
+        example_inputs: What it takes: a tensor, or a tuple of arguments. Latency and peak memory are of this batch.
+        budget: Upper bounds, e.g. {"flops": "0.5x", "latency_ms": 3.0}.
+        calibration: Some hundreds of typical inputs without labels: a tensor, a dataset, or an iterable of batches.
+            Half of them fit the layers, half measure how far a compressed network is from the original.
+        evaluate: Metric of a network for choosing among candidates, higher is better.
+        test: Metric for the report, on data used nowhere else; by default `evaluate`.
+        train: For fine-tuning by distillation: a dataset or an iterable of (inputs, target) batches.
+        out: Run folder; by default a new one in runs/.
+        resume: Go on with the run that `out` holds.
+        progress: Whether to show progress on standard error.
+        factory: `package.module:function` that builds the architecture, so that `load(path)` can; found by itself
+            where the network's class can be imported and needs no arguments.
+        **settings: Keys of a configuration: space, calibration's and the other sections as mappings
+            (`search={"trials": 60}`, `finetune={"epochs": 5}`, ...), metric, seed, device. The section `calibration`
+            is given as `calibration_settings`.
+
+    Raises:
+        SekronError: On bad input; InfeasibleBudgetError carries the best that can be reached.
+    """
+    if "calibration_settings" in settings:
+        settings["calibration"] = settings.pop("calibration_settings")
+    checked = make_settings(dict(budget) if isinstance(budget, Mapping) else budget, settings)
+    device = torch.device(checked.device)
+    moved = copy.deepcopy(model).to(device)
+    inputs = to_device(as_inputs(example_inputs), device)
+    fit, holdout = _halves(to_device(input_batches(calibration, checked.calibration.batch_size), device))
+    data = None
+    if train is not None:
+        data = TrainingData(train, checked.finetune.batch_size, seed=checked.seed)
+    named = Factory(factory) if factory is not None else guess_factory(model)
+    job = Job(moved, inputs, fit, holdout, checked, evaluate, test, data, named)
+    folder = new_folder(Path(out) if out is not None else None)
+    report = run(job, folder, ConsoleReporter() if progress else Reporter(), resume=resume)
+    return Result(load(folder.path, model=model if named is None else None), report, folder.path)
+
+
+def job_from_config(config: Config) -> Job:
+    """The job that a configuration describes: model, weights and data loaded and checked."""
+    factory = Factory(config.model.factory, config.model.kwargs)
+    model = factory.build()
+    if config.model.weights is not None:
+        load_weights(model, config.model.weights)
+    return make_job(model, factory, load_data(config.data, config.seed), config)
+
+
+def make_job(model: nn.Module, factory: Factory, data: DataBundle, config: Config) -> Job:
+    """The job of a network, data and a configuration."""
+    device = torch.device(config.device)
+    model = model.to(device)
+    section = config.calibration
+    order = sample_order(length(data.train), config.seed)
+    needed = section.samples + section.holdout
+    if len(order) < needed:
+        raise DataError(
+            f"calibration: {section.samples} samples and {section.holdout} held-out ones are asked for, the training "
+            f"data has {len(order)}; lower calibration.samples or calibration.holdout"
+        )
+
+    def drawn(indices: list[int]) -> list[Inputs]:
+        return [to_device(inputs, device) for inputs, _ in batches(data.train, section.batch_size, order=indices)]
+
+    fit, holdout = drawn(order[: section.samples]), drawn(order[section.samples : needed])
+
+    def metric(split: Dataset[Any]) -> Callable[[nn.Module], float]:
+        return lambda network: evaluate(network, split, config.metric, batch_size=EVALUATION_BATCH, device=device)
+
+    return Job(
+        model,
+        example_batch(fit, config.latency.batch_size),
+        fit,
+        holdout,
+        config,
+        metric(data.validation),
+        metric(data.test),
+        TrainingData(data.train, config.finetune.batch_size, data.augment, config.seed),
+        factory,
+        source={"model": config.model.model_dump(mode="json"), "data": config.data.model_dump(mode="json")},
+    )
+
+
+def _halves(found: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
+    """Calibration batches in two parts of about equal numbers of samples; a single batch is cut in two."""
+    if len(found) == 1:
+        size = batch_size(found[0])
+        if size < 2:
+            raise DataError("calibration: expected at least two samples, got one")
+        return [tuple(a[: size // 2] for a in found[0])], [tuple(a[size // 2 :] for a in found[0])]
+    return found[: (len(found) + 1) // 2], found[(len(found) + 1) // 2 :]

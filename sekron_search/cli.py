@@ -1,0 +1,186 @@
+"""The command line. Heavy imports happen inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sekron_search.errors import SekronError
+
+app = typer.Typer(
+    name="sekron-search",
+    help="Find which tensor factorization each layer of a trained network should get, under a device budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(help="YAML file that describes model, data and budget.", metavar="CONFIG")
+]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
+) -> None:
+    """Train a small network on scikit-learn's digits and compress it: some minutes, no download.
+
+    A second call goes on where the first one stopped.
+    """
+    from sekron_search.api import job_from_config
+    from sekron_search.demo import demo_config, train_original
+    from sekron_search.progress import ConsoleReporter
+    from sekron_search.run import run as run_stages
+    from sekron_search.rundir import RunFolder
+
+    reporter = ConsoleReporter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    weights = (out.parent / f"{out.name}-original.safetensors").resolve()
+    train_original(weights, seed, reporter)
+    config = demo_config(weights, out.resolve(), seed)
+    report = run_stages(job_from_config(config), RunFolder(out), reporter, resume=True)
+    _conclude(report, out)
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; by default the config's, else a new one in runs/.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+) -> None:
+    """Compress the network of a config file. Ctrl-C leaves a run that --resume goes on with.
+
+    Example: sekron-search run resnet.yaml --out runs/resnet
+    """
+    from sekron_search.api import job_from_config
+    from sekron_search.config import Config
+    from sekron_search.progress import ConsoleReporter
+    from sekron_search.run import new_folder
+    from sekron_search.run import run as run_stages
+
+    loaded = Config.load(config)
+    folder = new_folder(out or loaded.out)
+    print(f"run folder: {folder.path}", file=sys.stderr)
+    job = job_from_config(loaded)
+    try:
+        report = run_stages(job, folder, ConsoleReporter(), resume=resume)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with: sekron-search run {config} --out {folder.path} --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _conclude(report, folder.path)
+
+
+@app.command()
+def inspect(config: ConfigArgument) -> None:
+    """Show which layers would be compressed, their dense costs, and what is left alone and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sekron_search.api import job_from_config
+    from sekron_search.config import Config
+    from sekron_search.costs.analytic import layer_cost
+    from sekron_search.costs.traced import traced_flops
+    from sekron_search.kron.families import dense
+    from sekron_search.model import inspect_model
+    from sekron_search.tables import candidates, selected
+
+    job = job_from_config(Config.load(config))
+    found = inspect_model(job.model, job.example_inputs)
+    chosen = {info.name for info in selected(found.layers, job.settings.space)}
+    total = traced_flops(job.model, job.example_inputs).total
+    table = Table(title="Layers that can be replaced")
+    for column, side in (("layer", "left"), ("kind", "left"), ("F x C x Kh x Kw", "left"), ("groups", "right")):
+        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    for column in ("flops", "% of flops", "params", "structures"):
+        table.add_column(column, justify="right")
+    for info in found.layers:
+        cost = layer_cost(dense(info.weight_shape), info)
+        number = f"{len(candidates(info, job.settings.space)):,}" if info.name in chosen else "excluded"
+        table.add_row(
+            info.name,
+            info.kind,
+            "x".join(map(str, info.weight_shape)),
+            str(info.geometry.groups),
+            f"{cost.flops:,}",
+            f"{cost.flops / total:.1%}",
+            f"{cost.params:,}",
+            number,
+        )
+    console = Console()
+    console.print(table)
+    print(
+        f"whole network: {total:,.0f} flops per sample, {sum(p.numel() for p in job.model.parameters()):,} parameters"
+    )
+    for skipped in found.skipped:
+        print(f"left alone: {skipped.name} ({skipped.type}): {skipped.reason}")
+
+
+@app.command()
+def profile(
+    config: ConfigArgument,
+    out: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("profile.yaml"),
+) -> None:
+    """Measure on this machine the latency of every layer of a config's network and of its options.
+
+    The profile can be given to later runs as `latency.profile`.
+    """
+    import tempfile
+
+    from sekron_search.api import job_from_config
+    from sekron_search.config import Config
+    from sekron_search.progress import ConsoleReporter
+    from sekron_search.run import measure_profile
+    from sekron_search.rundir import RunFolder
+
+    job = job_from_config(Config.load(config))
+    with tempfile.TemporaryDirectory(prefix="sekron-profile-") as scratch:
+        measured = measure_profile(job, RunFolder(scratch), ConsoleReporter())
+    from sekron_search.files import write_text
+
+    write_text(out, measured.to_yaml())
+    print(f"{len(measured.latencies)} latencies written to {out}")
+
+
+@app.command()
+def report(run_folder: RunArgument) -> None:
+    """Write the report and the plots of a finished run again, and print the verdict."""
+    from sekron_search.files import read_json
+    from sekron_search.report.write import write_report
+    from sekron_search.rundir import RunFolder
+
+    folder = RunFolder(run_folder)
+    write_report(folder)
+    _conclude(read_json(folder.report), run_folder)
+
+
+def _conclude(facts: dict[str, Any], folder: Path) -> None:
+    from sekron_search.report.write import summary
+
+    for line in summary(facts):
+        print(line)
+    print(f"report: {folder / 'report.md'}")
+    print(f"network: {folder / 'compressed'} (open it with sekron_search.load({str(folder)!r}))")
+
+
+def main() -> None:
+    """Entry point: an error of ours is one line and exit code 1; Ctrl-C is exit code 130."""
+    try:
+        app()
+    except SekronError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

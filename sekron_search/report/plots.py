@@ -1,0 +1,124 @@
+"""Plots of a finished run, from its `report.json`; the only module that imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers repeat what colours say.
+BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#000000"
+
+LABELS = {
+    "flops": "multiply-adds per sample",
+    "params": "parameters",
+    "latency_ms": "latency, ms per batch (predicted)",
+    "peak_activation_bytes": "peak activations, bytes (predicted)",
+}
+
+
+def make_plots(report: dict[str, Any]) -> dict[str, Figure]:
+    """All plots by file name (without ending)."""
+    budgeted = [b["name"] for b in report["budgets"]]
+    plots: dict[str, Callable[[], Figure]] = {f"front_{name}": _front_plot(report, name) for name in budgeted}
+    plots["layers"] = lambda: _layers_plot(report)
+    if report["curve"]:
+        plots["finetuning"] = lambda: _curve_plot(report)
+    with mpl.rc_context(
+        {"svg.hashsalt": "sekron", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        return {name: make() for name, make in plots.items()}
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _front_plot(report: dict[str, Any], cost: str) -> Callable[[], Figure]:
+    def draw() -> Figure:
+        figure, axes = _figure(7, 4.5)
+        bound = next(b["bound"] for b in report["budgets"] if b["name"] == cost)
+        trials = report["trials"]
+        for source, colour, marker, label in (
+            ("knapsack", ORANGE, "s", "knapsack's starts"),
+            (None, GREY, "o", "trials of the search"),
+        ):
+            own = [t for t in trials if (t["source"] == "knapsack") == (source == "knapsack")]
+            axes.scatter(
+                [t[cost] for t in own],
+                [t["divergence"] for t in own],
+                c=colour,
+                marker=marker,
+                s=22,
+                label=label,
+                zorder=2,
+            )
+        front = sorted(report["front"], key=lambda c: c["objectives"][cost])
+        axes.plot(
+            [c["objectives"][cost] for c in front],
+            [c["objectives"]["divergence"] for c in front],
+            color=BLUE,
+            linewidth=1,
+            marker=".",
+            label="Pareto front (all objectives)",
+            zorder=1,
+        )
+        chosen = [c for c in front if c["chosen"]]
+        axes.scatter(
+            [c["objectives"][cost] for c in chosen],
+            [c["objectives"]["divergence"] for c in chosen],
+            facecolors="none",
+            edgecolors=BLACK,
+            marker="D",
+            s=110,
+            label="chosen",
+            zorder=3,
+        )
+        axes.axvline(bound, color=GREEN, linestyle="--", linewidth=1.2, label="budget")
+        axes.set_xlabel(LABELS[cost])
+        axes.set_ylabel(f"divergence from the original ({report['divergence_name']})")
+        if all(t["divergence"] > 0 for t in trials):
+            axes.set_yscale("log")
+        axes.set_title(f"{len(trials)} trials: divergence without training against {cost}")
+        axes.legend(fontsize=8)
+        return figure
+
+    return draw
+
+
+def _layers_plot(report: dict[str, Any]) -> Figure:
+    layers = report["layers"]
+    figure = Figure(figsize=(9, max(2.5, 0.28 * len(layers) + 1.6)), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 2])
+    rows = range(len(layers))
+    for axes, cost in ((left, "flops"), (middle, "params")):
+        before = [layer["before"][cost] for layer in layers]
+        after = [layer["after"][cost] for layer in layers]
+        axes.barh(rows, before, color="#DDDDDD", edgecolor=GREY, linewidth=0.5, label="before")
+        axes.barh(rows, after, color=BLUE, height=0.5, label="after")
+        axes.set_xlabel(LABELS[cost])
+        axes.ticklabel_format(axis="x", scilimits=(-3, 4))
+    left.legend(fontsize=8)
+    right.barh(rows, [layer["error"] for layer in layers], color=ORANGE, height=0.5)
+    right.set_xlabel("relative output error")
+    right.set_xlim(left=0)
+    left.set_yticks(list(rows), [layer["name"] for layer in layers], fontsize=8)
+    left.invert_yaxis()
+    figure.suptitle("Layer by layer: costs before and after, error before any training")
+    return figure
+
+
+def _curve_plot(report: dict[str, Any]) -> Figure:
+    figure, axes = _figure(6, 3.8)
+    epochs = [row["epoch"] for row in report["curve"]]
+    axes.plot(epochs, [row["metric"] for row in report["curve"]], color=BLUE, marker="o", label="chosen candidate")
+    axes.set_xlabel("epoch of fine-tuning")
+    axes.set_ylabel(f"{report['metric_name']} on the validation split")
+    axes.set_xticks(epochs)
+    axes.legend(fontsize=8)
+    axes.set_title("Fine-tuning")
+    return figure

@@ -1,0 +1,173 @@
+"""Write the report of a run folder: Markdown and plots, from `report.json` alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sekron_search.errors import RunFolderError
+from sekron_search.files import atomic, read_json, write_text
+from sekron_search.report.facts import FORMAT
+from sekron_search.rundir import RunFolder
+
+_UNITS = {
+    "flops": ("multiply-adds per sample", "{:,.0f}"),
+    "params": ("parameters", "{:,.0f}"),
+    "latency_ms": ("latency, ms", "{:.3f}"),
+    "peak_activation_bytes": ("peak activations, bytes", "{:,.0f}"),
+}
+
+
+def write_report(folder: RunFolder) -> None:
+    """Write `report.md` and the plots.
+
+    Raises:
+        RunFolderError: If the run has no report yet, or one of another version.
+    """
+    # matplotlib takes a second to import, and nothing but this needs it.
+    from sekron_search.report.plots import make_plots
+
+    folder.read_manifest()
+    if not folder.report.exists():
+        raise RunFolderError(
+            f"run folder {folder.path}: not finished, it has no report.json; go on with `run --resume`"
+        )
+    report = read_json(folder.report)
+    if report.get("format") != FORMAT:
+        raise RunFolderError(f"{folder.report}: format {report.get('format')!r}, this version reads {FORMAT}")
+    plots = make_plots(report)
+    for name, figure in plots.items():
+        for ending in ("png", "svg"):
+            with atomic(folder.plots / f"{name}.{ending}") as path:
+                metadata = {"Date": None} if ending == "svg" else {}
+                figure.savefig(path, format=ending, dpi=130, metadata=metadata)
+    write_text(folder.markdown, markdown(report, list(plots)))
+
+
+def markdown(report: dict[str, Any], plots: list[str]) -> str:
+    """The report as Markdown."""
+    sections = [
+        "# Compression report",
+        _verdict(report),
+        _costs(report),
+        _front(report, [p for p in plots if p.startswith("front_")]),
+        _layers(report),
+        _training(report),
+        _provenance(report),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """The verdict in a few lines of plain text."""
+    lines = []
+    for budget in report["budgets"]:
+        verdict = "met" if budget["met"] else "MISSED"
+        _, form = _UNITS[budget["name"]]
+        lines.append(
+            f"{budget['name']}: asked at most {form.format(budget['bound'])} ({budget['asked']}), "
+            f"got {form.format(budget['value'])}: {verdict}"
+        )
+    before, after = report["original"]["metric"], report["compressed"]["metric"]
+    if before is not None and after is not None:
+        untrained = report["metric_without_training"]
+        lines.append(
+            f"{report['metric_name']}: original {before:.4f}, compressed {after:.4f} (untrained {untrained:.4f})"
+        )
+    return lines
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    met = all(budget["met"] for budget in report["budgets"])
+    head = "**Every budget is met.**" if met else "**Not every budget is met.**"
+    return head + "\n\n" + "\n".join(f"- {line}" for line in summary(report))
+
+
+def _costs(report: dict[str, Any]) -> str:
+    rows = ["| | original | compressed | ratio |", "| --- | ---: | ---: | ---: |"]
+    for name, (label, form) in _UNITS.items():
+        before, after = report["original"][name], report["compressed"][name]
+        noise = ""
+        if name == "latency_ms":
+            label += f" per batch of {report['batch_size']}"
+            noise = " ± {:.3f}"
+        cells = [
+            form.format(side[name]) + (noise.format(side["latency_noise_ms"]) if noise else "")
+            for side in (report["original"], report["compressed"])
+        ]
+        rows.append(f"| {label} | {cells[0]} | {cells[1]} | {after / before:.3f} |")
+    text = "## Costs\n\nMeasured on the saved and re-loaded network, beside the original.\n\n" + "\n".join(rows)
+    if report["uncounted_operators"]:
+        names = ", ".join(f"{name} ({count})" for name, count in sorted(report["uncounted_operators"].items()))
+        text += f"\n\nflops are fvcore's count. It does not count these operators of the network: {names}."
+    return text
+
+
+def _front(report: dict[str, Any], plots: list[str]) -> str:
+    costs = [name for name in _UNITS if report["front"] and name in report["front"][0]["objectives"]]
+    rows = [
+        "| trial | divergence | " + " | ".join(costs) + " | within budget | from |",
+        "| ---: " * (2 + len(costs)) + "| --- | --- |",
+    ]
+    for candidate in sorted(report["front"], key=lambda c: c["objectives"]["divergence"]):
+        values = [_UNITS[name][1].format(candidate["objectives"][name]) for name in costs]
+        mark = " **chosen**" if candidate["chosen"] else ""
+        rows.append(
+            f"| {candidate['trial']}{mark} | {candidate['objectives']['divergence']:.4g} | "
+            + " | ".join(values)
+            + f" | {'yes' if candidate['feasible'] else 'no'} | {candidate['source']} |"
+        )
+    pictures = "\n".join(f"![Pareto front: {name}](plots/{name}.png)" for name in plots)
+    head = (
+        f"## Pareto front\n\n{report['num_trials']} trials of {report['num_distinct_networks']} distinct networks; "
+        f"divergence ({report['divergence_name']}) of the outputs from the original's, "
+        "before any training; costs as predicted."
+    )
+    return f"{head}\n\n{pictures}\n\n" + "\n".join(rows)
+
+
+def _layers(report: dict[str, Any]) -> str:
+    rows = [
+        "| layer | structure | flops | params | output error | why |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for layer in report["layers"]:
+        flops = layer["after"]["flops"] / layer["before"]["flops"]
+        params = layer["after"]["params"] / layer["before"]["params"]
+        rebuilt = ", rebuilt at load" if layer["execution"] == "dense" and layer["family"] != "dense" else ""
+        structure = "dense" if layer["family"] == "dense" else f"{layer['structure']}{rebuilt}"
+        rows.append(
+            f"| {_cell(layer['name'])} | `{structure}` | {flops:.2f}x | {params:.2f}x | {layer['error']:.3f} | "
+            f"{_cell(layer['reason'])} |"
+        )
+    text = "## Layers\n\n![Layer by layer](plots/layers.png)\n\n" + "\n".join(rows)
+    if report["left_alone"]:
+        text += "\n\nLeft alone:\n\n" + "\n".join(
+            f"- {_cell(s['name'])} ({_cell(s['type'])}): {_cell(s['reason'])}" for s in report["left_alone"]
+        )
+    return text
+
+
+def _training(report: dict[str, Any]) -> str:
+    if not report["curve"]:
+        return ""
+    rows = ["| epoch | loss | validation |", "| ---: | ---: | ---: |"]
+    rows += [f"| {row['epoch']:.0f} | {row['loss']:.4f} | {row['metric']:.4f} |" for row in report["curve"]]
+    return "## Fine-tuning\n\n![Fine-tuning](plots/finetuning.png)\n\n" + "\n".join(rows)
+
+
+def _provenance(report: dict[str, Any]) -> str:
+    facts = report["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    return (
+        "## How this was made\n\n"
+        f"- {facts['processor']}, {facts['machine']}, {facts['device']}, {facts['num_threads']} threads, "
+        f"{facts['runtime']}\n"
+        f"- Python {facts['python']}; {packages}\n"
+        f"- seed {facts['seed']}, started {facts['date']}\n"
+        '- open the network with `sekron_search.load("THIS FOLDER")`'
+    )
+
+
+def _cell(text: str) -> str:
+    """Text for a table cell of Markdown, with nothing in it that Markdown or HTML would act on."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

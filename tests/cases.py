@@ -1,0 +1,122 @@
+"""Factories: structures of every family, random factors, small networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from sekron_search.data import DataBundle
+from sekron_search.kron import families as fam
+from sekron_search.kron.structure import Structure
+
+SHAPE = (8, 6, 3, 3)
+
+#: A structure of every family, by name.
+STRUCTURES: dict[str, Structure] = {
+    "dense": fam.dense(SHAPE),
+    "channel SVD": fam.channel_svd(SHAPE, 3),
+    "spatial SVD": fam.spatial_svd(SHAPE, 4),
+    "spatial basis": fam.sekron([(8, 6, 1, 1), (1, 1, 3, 3)], [2]),
+    "Kronecker": fam.sekron([(2, 3, 3, 1), (4, 2, 1, 3)], [3]),
+    "SeKron S=3": fam.sekron([(2, 3, 1, 1), (2, 1, 3, 1), (2, 2, 1, 3)], [3, 2]),
+    "SeKron S=4": fam.sekron([(2, 3, 1, 1), (2, 1, 3, 1), (2, 1, 1, 3), (1, 2, 1, 1)], [2, 3, 2]),
+    "CP": fam.cp(SHAPE, 5),
+    "Tucker": fam.tucker(SHAPE, [4, 3, 2, 2]),
+    "Tucker-2": fam.tucker2(SHAPE, [4, 3]),
+    "Tensor-Train": fam.tensor_train(SHAPE, [4, 3, 2]),
+    "Tensor-Ring": fam.tensor_ring(SHAPE, [2, 3, 2, 2]),
+    "Kronecker-CP": fam.kronecker([(2, 3, 3, 1), (2, 1, 1, 3), (2, 2, 1, 1)], "cp", [3]),
+    "Kronecker-TT": fam.kronecker([(2, 3, 3, 1), (2, 1, 1, 3), (2, 2, 1, 1)], "tt", [3, 2]),
+    "Kronecker-TR": fam.kronecker([(2, 3, 3, 1), (2, 1, 1, 3), (2, 2, 1, 1)], "tr", [2, 3, 2]),
+    "Kronecker-Tucker": fam.kronecker([(2, 3, 3, 1), (2, 2, 1, 3), (2, 1, 1, 1)], "tucker", [3, 2]),
+}
+
+
+def random_factors(structure: Structure, *, groups: int | None = None, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lead = () if groups is None else (groups,)
+    return [torch.randn(*lead, *shape, generator=generator, dtype=torch.float64) for shape in structure.factor_shapes]
+
+
+class SmallNet(nn.Module):
+    """Convolutions with and without batch-norm and bias, a stride, a residual, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 12, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, 12, 3, padding=1)
+        self.conv3 = nn.Conv2d(12, 16, 3, stride=2, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(16)
+        self.linear = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(x + self.conv2(x))
+        x = F.relu(self.bn3(self.conv3(x)))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+def small_net(seed: int = 0) -> SmallNet:
+    """A small network, trained just enough for its outputs to mean something."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SmallNet()
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    images, labels = blobs(256, seed=seed).tensors
+    for step in range(30):
+        chunk = slice(64 * (step % 4), 64 * (step % 4 + 1))
+        loss = F.cross_entropy(model(images[chunk]), labels[chunk])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def blobs(count: int, seed: int = 0) -> TensorDataset:
+    """Images of 8x8 with three channels, of four classes that differ in orientation and colour."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    wave = torch.sin(torch.arange(8) * 1.5)
+    patterns = torch.stack([wave[:, None].expand(8, 8), wave[None, :].expand(8, 8)])
+    images = 0.6 * torch.randn(count, 3, 8, 8, generator=generator)
+    images += patterns[labels % 2][:, None] * torch.tensor([1.0, -1.0])[labels // 2][:, None, None, None]
+    return TensorDataset(images, labels)
+
+
+def small_data() -> DataBundle:
+    """A data factory for configurations."""
+    return DataBundle(blobs(256, seed=0), blobs(64, seed=1), blobs(64, seed=2))
+
+
+def nan_net() -> nn.Module:
+    """A network whose outputs are NaN."""
+    model = SmallNet()
+    with torch.no_grad():
+        next(model.bn3.buffers()).fill_(float("nan"))
+    return model
+
+
+CONFIG = """
+model: {factory: "tests.cases:small_net"}
+data: {source: factory, factory: "tests.cases:small_data"}
+budget: {flops: 0.6x, params: 0.8x}
+calibration: {samples: 64, holdout: 64, batch_size: 32, refine_steps: 5, sequential_steps: 5}
+search: {trials: 8}
+latency: {batch_size: 4, rounds: 3}
+finetune: {epochs: 2, batch_size: 32, candidates: 2}
+"""
+
+
+def write_config(folder: Path, text: str = CONFIG, **replaced: str) -> Path:
+    """A configuration file, pieces of its text replaced."""
+    for old, new in replaced.items():
+        text = text.replace(old, new)
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+from sekron_search.costs.analytic import layer_cost
+from sekron_search.costs.measure import Latency, measure_callables, measure_networks, threads
+from sekron_search.costs.memory import peak_memory
+from sekron_search.costs.profile import DeviceProfile, Provenance, layer_key
+from sekron_search.costs.traced import reestimate_batch_norm, traced_flops
+from sekron_search.errors import ConfigError
+from sekron_search.kron import families as fam
+from sekron_search.kron.layer import KroneckerConv, KroneckerLinear
+from sekron_search.model import inspect_model
+from tests.cases import SHAPE, STRUCTURES, small_net
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_plan_counts_what_fvcore_counts(name: str, groups: int) -> None:
+    structure = STRUCTURES[name]
+    conv = nn.Conv2d(SHAPE[1] * groups, SHAPE[0] * groups, 3, stride=2, padding=1, groups=groups)
+    layer = KroneckerConv.from_conv(conv, structure, input_size=(12, 10))
+    x = torch.randn(3, conv.in_channels, 12, 10)
+    analysis = FlopCountAnalysis(layer, x)
+    assert analysis.total() == 3 * layer.plan.cost((12, 10)).flops
+    assert not analysis.unsupported_ops()
+    weights = sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
+    assert weights == structure.num_params * groups
+
+
+def test_plan_counts_linear_layers_as_fvcore_does() -> None:
+    structure = fam.sekron([(2, 3, 1, 1), (5, 4, 1, 1)], [2])
+    layer = KroneckerLinear.from_linear(nn.Linear(12, 10), structure)
+    analysis = FlopCountAnalysis(layer, torch.randn(3, 7, 12))
+    assert analysis.total() == 21 * layer.plan.cost((1, 1)).flops
+    assert not analysis.unsupported_ops()
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_peak_of_the_plan_is_what_is_alive(name: str) -> None:
+    structure = STRUCTURES[name]
+    conv = nn.Conv2d(SHAPE[1], SHAPE[0], 3, padding=1)
+    layer = KroneckerConv.from_conv(conv, structure, input_size=(24, 24))
+    traced = peak_memory(layer, torch.randn(4, SHAPE[1], 24, 24)).peak
+    planned = 4 * 4 * layer.plan.cost((24, 24)).peak_elements
+    # Weights that are repeated for the groups that share them are alive too; they are small.
+    assert planned <= traced <= planned + 4 * 8 * structure.num_params * 24
+
+
+def test_peak_of_a_chain_by_hand() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 1, 1))
+    x = torch.randn(1, 2, 10, 10)
+    found = peak_memory(model, x, ("0", "2"))
+    # The input is held by the caller; at the worst it, the first output and its rectified copy are alive.
+    assert found.peak == 4 * 100 * (2 + 8 + 8)
+    assert found.outside["0"] == 0
+    assert found.outside["2"] == 4 * 100 * 2
+
+
+def test_traced_flops_are_per_sample_and_say_what_was_not_counted() -> None:
+    model = small_net()
+    one, many = traced_flops(model, torch.randn(1, 3, 8, 8)), traced_flops(model, torch.randn(6, 3, 8, 8))
+    assert one.total == many.total
+    assert one.uncounted == {"aten::add": 1, "aten::mean": 1}
+    dense = sum(
+        layer_cost(fam.dense(info.weight_shape), info).flops
+        for info in inspect_model(model, torch.randn(1, 3, 8, 8)).layers
+    )
+    assert one.total > dense  # batch-norm is counted as well
+
+
+def test_batch_norm_statistics_are_those_of_the_data() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5))
+    data = [(torch.randn(16, 3, 4, 4) * 2 + 1,) for _ in range(3)]
+    reestimate_batch_norm(model, data)
+    pixels = torch.cat([x for (x,) in data]).permute(1, 0, 2, 3).flatten(1)
+    norm = model[0]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    torch.testing.assert_close(norm.running_mean, pixels.mean(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norm.running_var, pixels.var(1, unbiased=False), rtol=1e-4, atol=1e-4)
+    assert not any(module.training for module in model.modules())
+
+
+def test_measurements_tell_slow_from_fast() -> None:
+    a, b = torch.randn(8, 8), torch.randn(700, 700)
+    found = measure_callables({"fast": lambda: a @ a, "slow": lambda: b @ b}, rounds=5)
+    assert found["slow"].median_ms > 3 * found["fast"].median_ms
+    assert found["fast"].samples == 5
+
+
+def test_measuring_keeps_modes_and_threads() -> None:
+    model = small_net().train()
+    before = torch.get_num_threads()
+    assert measure_networks({"net": model}, torch.randn(2, 3, 8, 8), rounds=2, num_threads=2)["net"].median_ms > 0
+    assert model.training
+    assert torch.get_num_threads() == before
+    with threads(2):
+        assert torch.get_num_threads() == 2
+
+
+def test_profile_round_trip(tmp_path: Path) -> None:
+    info = inspect_model(small_net(), torch.randn(2, 3, 8, 8)).layers[1]
+    structures = [fam.dense(info.weight_shape), fam.spatial_svd(info.weight_shape, 2)]
+    profile = DeviceProfile(Provenance.here())
+    profile.measure([(info, s, tuple(range(s.num_factors)), "factored") for s in structures], 4, rounds=3)
+    assert len(profile.latencies) == 2
+    path = tmp_path / "profile.yaml"
+    path.write_text(profile.to_yaml())
+    again = DeviceProfile.load(path)
+    assert again.provenance == profile.provenance
+    key = layer_key(info, structures[1], (0, 1), "factored", 4)
+    assert again.latencies[key].median_ms == pytest.approx(profile.latencies[key].median_ms, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("format: 99", "expected key 'format' to be 1, got 99"),
+        ("[1, 2", "not YAML"),
+        ("format: 1\nprovenance: {}\nlatencies: {}", "expected keys 'provenance' and 'latencies'"),
+    ],
+)
+def test_bad_profiles_say_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        DeviceProfile.load(path)
+
+
+def test_profiles_of_other_thread_counts_are_refused() -> None:
+    profile = DeviceProfile(Provenance.here(num_threads=3), {"x": Latency(1.0, 0.1, 3)})
+    with pytest.raises(ConfigError, match="num_threads = 3, this run uses 1"):
+        profile.check_usable(Provenance.here(num_threads=1))

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sekron_search.kron.enumeration import (
+    FAMILIES,
+    Skeleton,
+    factor_shapes,
+    largest_where,
+    ordered_factorizations,
+    rank_choices,
+    rank_ladder,
+)
+from sekron_search.kron.families import GRAPHS
+from sekron_search.kron.structure import Structure
+
+
+@given(st.integers(1, 60), st.integers(1, 4))
+def test_ordered_factorizations_are_all(number: int, count: int) -> None:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    expected = [t for t in product(divisors, repeat=count) if prod(t) == number]
+    assert list(ordered_factorizations(number, count)) == expected
+
+
+def test_number_of_pairs_of_a_resnet_kernel() -> None:
+    # 7 divisors of 64 twice, 2 of 3 twice, less the two pairs of which one factor is a single number.
+    assert sum(1 for _ in factor_shapes((64, 64, 3, 3), 2)) == 7 * 7 * 2 * 2 - 2
+
+
+def test_every_skeleton_reconstructs_the_weight_shape() -> None:
+    shape = (8, 6, 3, 3)
+    for name, build in FAMILIES.items():
+        skeletons = list(build(shape, 3))
+        assert skeletons, name
+        for skeleton in skeletons:
+            structure = skeleton.with_ranks([1] * len(skeleton.names))
+            assert structure.weight_shape == shape
+        assert len(set(skeletons)) == len(skeletons)
+
+
+def test_prime_and_trivial_shapes_enumerate() -> None:
+    assert [s.shapes for s in FAMILIES["sekron"]((7, 1, 1, 1), 2)] == []
+    assert len(list(FAMILIES["sekron"]((7, 5, 1, 1), 2))) == 2
+    assert list(FAMILIES["tucker2"]((7, 5, 1, 1), 2)) == []
+
+
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 8))
+def test_rank_ladder_climbs_within_its_bounds(largest: int, levels: int, multiple: int) -> None:
+    ladder = rank_ladder(largest, levels, multiple)
+    assert ladder == sorted(set(ladder))
+    assert len(ladder) <= levels
+    assert all(rank % multiple == 0 for rank in ladder)
+    assert ladder[-1] == max(largest - largest % multiple, multiple)
+
+
+def test_rank_choices_fit_and_reach_the_limit() -> None:
+    limit = 500
+
+    def fits(structure: Structure) -> bool:
+        return structure.num_params < limit
+
+    skeleton = Skeleton(((16, 1, 3, 1), (1, 16, 1, 3)), GRAPHS["cp"](2))
+    ranks = [s.ranks[0][1] for s in rank_choices(skeleton, fits, 6)]
+    assert ranks[0] == 1
+    assert ranks[-1] == 5  # 5 * 96 = 480 parameters; 6 * 96 do not fit
+    nested = Skeleton(((4, 1, 3, 1), (4, 4, 1, 1), (1, 4, 1, 3)), GRAPHS["sekron"](3))
+    found = list(rank_choices(nested, fits, 6))
+    assert len(found) > 3
+    assert all(fits(s) for s in found)
+
+
+@given(st.integers(0, 50), st.integers(1, 50))
+def test_largest_where(limit: int, upper: int) -> None:
+    assert largest_where(lambda n: n <= limit, upper) == min(limit, upper)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from sekron_search.errors import StructureError
+from sekron_search.kron import families as fam
+from sekron_search.kron.projection import balance, project, reconstruct_batch, unfold_batch
+from sekron_search.kron.refine import InputMetric, refine
+from sekron_search.kron.svd import pair_spectrum
+from tests.cases import SHAPE, STRUCTURES, random_factors
+
+PAIRS = [name for name, s in STRUCTURES.items() if s.num_factors == 2]
+#: Families whose recursion is exact on tensors that they represent; the others need least squares from there.
+EXACT = ["dense", *PAIRS, "Tucker", "Tucker-2", "Tensor-Train", "Kronecker-TT"]
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def metric_of(weight: Tensor, *, seed: int = 1) -> InputMetric:
+    """A badly conditioned second moment of the right size."""
+    size = weight[0, 0].numel()
+    root = gaussian(weight.shape[0], size, size, seed=seed) * torch.logspace(0, -2, size, dtype=torch.float64)
+    return InputMetric.from_moments(root @ root.mT, torch.zeros(weight.shape[0], size).double(), centered=False)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exactly_representable_weights_are_recovered(name: str) -> None:
+    structure = STRUCTURES[name]
+    weight = reconstruct_batch(structure, random_factors(structure, groups=2))
+    fit = project(weight, structure)
+    assert fit.rel_error < 1e-12
+    torch.testing.assert_close(reconstruct_batch(structure, fit.factors), weight)
+
+
+@pytest.mark.parametrize("name", [n for n in STRUCTURES if n not in EXACT])
+def test_least_squares_closes_most_of_the_recursions_gap(name: str) -> None:
+    structure = STRUCTURES[name]
+    weight = reconstruct_batch(structure, random_factors(structure, groups=1))
+    greedy = project(weight, structure, sweeps=0).rel_error
+    fitted = project(weight, structure, sweeps=500).rel_error
+    assert greedy > 1e-3, "the recursion alone is expected to fall short here"
+    assert fitted < greedy / 3
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_factors_reach_the_eckart_young_bound(name: str) -> None:
+    structure = STRUCTURES[name]
+    weight = gaussian(1, *SHAPE)
+    values = torch.linalg.svdvals(structure.unfold(weight[0]))
+    rank = structure.ranks[0][1]
+    expected = float(values[rank:].norm() / values.norm())
+    assert project(weight, structure).rel_error == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pair_spectrum_is_the_singular_values(name: str) -> None:
+    modes = unfold_batch(gaussian(2, *SHAPE), STRUCTURES[name])
+    torch.testing.assert_close(pair_spectrum(modes), torch.linalg.svdvals(modes), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_sweeps_never_raise_the_error(name: str) -> None:
+    weight = gaussian(1, *SHAPE, seed=3)
+    errors = [project(weight, STRUCTURES[name], sweeps=sweeps).rel_error for sweeps in (0, 1, 5, 25)]
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(errors))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scale_of_the_weight_does_not_matter(scale: float) -> None:
+    weight = gaussian(1, *SHAPE)
+    for name in ("Kronecker", "CP", "Tucker-2"):
+        assert project(weight * scale, STRUCTURES[name]).rel_error == pytest.approx(
+            project(weight, STRUCTURES[name]).rel_error, rel=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_zero_weight_is_fitted_by_zero(name: str) -> None:
+    structure = STRUCTURES[name]
+    fit = project(torch.zeros(1, *SHAPE), structure)
+    assert fit.rel_error == 0
+    assert all(bool(torch.isfinite(a).all()) for a in fit.factors)
+    assert float(reconstruct_batch(structure, fit.factors).abs().max()) < 1e-12
+
+
+def test_ranks_beyond_what_the_matrix_has_are_filled() -> None:
+    structure = fam.channel_svd((4, 6, 1, 1), 6)
+    fit = project(gaussian(1, 4, 6, 1, 1), structure)
+    assert fit.rel_error < 1e-12
+    assert fit.factors[0].shape == (1, 6, 4, 1, 1, 1)
+
+
+def test_nan_is_refused() -> None:
+    weight = gaussian(1, *SHAPE)
+    weight[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(StructureError, match="NaN or infinity"):
+        project(weight, STRUCTURES["CP"])
+
+
+@pytest.mark.parametrize("name", [n for n in STRUCTURES if n != "dense"])
+def test_balance_keeps_the_product_and_evens_the_scale(name: str) -> None:
+    structure = STRUCTURES[name]
+    factors = random_factors(structure, groups=2)
+    skewed = [a * 10.0 ** (3 * k) for k, a in enumerate(factors)]
+    even = balance(structure, skewed)
+    torch.testing.assert_close(
+        reconstruct_batch(structure, even), reconstruct_batch(structure, skewed), rtol=1e-9, atol=1e-9
+    )
+    norms = [float(a.norm()) for a in even]
+    assert max(norms) / min(norms) < 10
+
+
+@pytest.mark.parametrize("name", [n for n in STRUCTURES if n != "dense"])
+def test_refinement_lowers_the_output_error(name: str) -> None:
+    structure = STRUCTURES[name]
+    weight = gaussian(2, *SHAPE)
+    metric = metric_of(weight)
+    start = project(weight, structure)
+    before = metric.rel_error(weight, reconstruct_batch(structure, start.factors))
+    refined = refine(structure, start, weight, metric, steps=30)
+    after = metric.rel_error(weight, reconstruct_batch(structure, refined.factors))
+    assert after == pytest.approx(refined.rel_error)
+    assert after < 0.95 * before
+
+
+def test_refined_channel_svd_reaches_the_closed_form() -> None:
+    """With the whole input in one factor, whitening and Eckart-Young give the optimum."""
+    structure = fam.channel_svd(SHAPE, 3)
+    weight = gaussian(1, *SHAPE)
+    metric = metric_of(weight)
+    values = torch.linalg.svdvals(weight[0].flatten(1) @ metric.root[0])
+    optimum = float(values[3:].norm() / values.norm())
+    refined = refine(structure, project(weight, structure), weight, metric, steps=400)
+    assert refined.rel_error == pytest.approx(optimum, rel=0.01)
+
+
+def test_output_error_is_what_the_metric_says() -> None:
+    """The metric's norm against the convolution itself, on the data that it came from."""
+    x = gaussian(2000, 6 * 9, seed=5)
+    weight, other = gaussian(1, *SHAPE), gaussian(1, *SHAPE, seed=7)
+    moment = (x.mT @ x / len(x))[None]
+    metric = InputMetric.from_moments(moment, x.mean(0)[None], centered=False, damping=0.0)
+    expected = (x @ (weight - other).flatten(2)[0].mT).norm() / (x @ weight.flatten(2)[0].mT).norm()
+    assert metric.rel_error(weight, other) == pytest.approx(float(expected), rel=1e-9)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sekron_search.errors import StructureError, UnsupportedLayerError
+from sekron_search.kron import families as fam
+from sekron_search.kron.layer import KroneckerConv, KroneckerLinear
+from sekron_search.kron.structure import Structure
+
+CONVS: dict[str, dict[str, Any]] = {
+    "plain": {"kernel_size": 3},
+    "stride and padding": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "asymmetric": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
+    "same": {"kernel_size": 3, "padding": "same"},
+    "same, even kernel": {"kernel_size": (4, 2), "padding": "same"},
+    "valid": {"kernel_size": 3, "padding": "valid"},
+    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "replicate, same, even": {"kernel_size": 4, "padding": "same", "padding_mode": "replicate"},
+    "circular": {"kernel_size": 3, "padding": 2, "padding_mode": "circular", "dilation": 2},
+    "groups": {"kernel_size": 3, "padding": 1, "groups": 2},
+    "pointwise, strided": {"kernel_size": 1, "stride": 2, "padding": 1},
+    "no bias": {"kernel_size": 3, "bias": False},
+}
+
+
+def structures_for(conv: nn.Conv2d) -> list[Structure]:
+    f, c = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+    h, w = conv.kernel_size
+    return [
+        fam.dense((f, c, h, w)),
+        fam.spatial_svd((f, c, h, w), 2),
+        # Channels that do not divide: padded up with zeros.
+        fam.sekron([(3, 4, h, 1), (-(-f // 3), -(-c // 4), 1, w)], [2]),
+        fam.sekron([(2, 1, 1, w), (-(-f // 2), 2, h, 1), (1, -(-c // 2), 1, 1)], [2, 2]),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", CONVS)
+def test_layer_equals_its_dense_convolution(name: str) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(10, 14, **CONVS[name]).double()
+    x = torch.randn(2, 10, 11, 12, dtype=torch.float64)
+    for structure in structures_for(conv):
+        layer = KroneckerConv.from_conv(conv, structure)
+        dense = layer.to_conv()
+        assert (dense.stride, dense.padding, dense.dilation) == (conv.stride, conv.padding, conv.dilation)
+        assert (dense.groups, dense.padding_mode) == (conv.groups, conv.padding_mode)
+        torch.testing.assert_close(layer(x), dense(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer(x[0]), dense(x[0]), rtol=1e-12, atol=1e-12)
+        rebuilt = KroneckerConv.from_conv(conv, structure, execution="dense", factors=layer.factors())
+        torch.testing.assert_close(rebuilt(x), dense(x), rtol=1e-12, atol=1e-12)
+
+
+def test_dense_structure_keeps_the_convolution() -> None:
+    conv = nn.Conv2d(6, 8, 3, padding=1).double()
+    x = torch.randn(1, 6, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(KroneckerConv.from_conv(conv, fam.dense((8, 6, 3, 3)))(x), conv(x))
+
+
+def test_prime_channels() -> None:
+    conv = nn.Conv2d(7, 13, 3, padding=1).double()
+    layer = KroneckerConv.from_conv(conv, fam.sekron([(4, 2, 3, 1), (4, 4, 1, 3)], [12]))
+    x = torch.randn(1, 7, 6, 6, dtype=torch.float64)
+    assert layer(x).shape == conv(x).shape
+    torch.testing.assert_close(layer(x), layer.to_conv()(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_its_dense_layer(bias: bool) -> None:
+    linear = nn.Linear(12, 10, bias=bias).double()
+    for structure in (fam.sekron([(2, 3, 1, 1), (5, 4, 1, 1)], [2]), fam.sekron([(3, 5, 1, 1), (4, 3, 1, 1)], [3])):
+        layer = KroneckerLinear.from_linear(linear, structure)
+        for shape in ((12,), (4, 12), (2, 3, 12)):
+            x = torch.randn(*shape, dtype=torch.float64)
+            torch.testing.assert_close(layer(x), layer.to_linear()(x), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_the_reconstructed_convolution() -> None:
+    conv = nn.Conv2d(6, 8, 3, padding=1).double()
+    layer = KroneckerConv.from_conv(conv, fam.sekron([(2, 3, 3, 1), (4, 2, 1, 3)], [3]))
+    twin = copy.deepcopy(layer)
+    twin.execution = "dense"
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    for module in (layer, twin):
+        module(x).square().sum().backward()
+    for one, other in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_dense_execution_follows_changed_factors() -> None:
+    conv = nn.Conv2d(6, 8, 3)
+    layer = KroneckerConv.from_conv(conv, fam.channel_svd((8, 6, 3, 3), 3), execution="dense")
+    x = torch.randn(1, 6, 5, 5)
+    with torch.no_grad():
+        before = layer(x)
+        assert torch.equal(layer(x), before)
+        layer.weights[0].mul_(2)
+        assert not torch.allclose(layer(x), before)
+        torch.testing.assert_close(layer(x), layer.to_conv()(x))
+
+
+def test_from_conv_shares_nothing() -> None:
+    conv = nn.Conv2d(4, 4, 1)
+    before = conv.weight.clone()
+    layer = KroneckerConv.from_conv(conv, fam.dense((4, 4, 1, 1)))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert torch.equal(conv.weight, before)
+    assert conv.bias is not None
+    assert float(conv.bias.detach().abs().sum()) > 0
+
+
+def test_half_precision_weights_are_fitted() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        conv = nn.Conv2d(6, 8, 3).to(dtype)
+        layer = KroneckerConv.from_conv(conv, fam.channel_svd((8, 6, 3, 3), 8))
+        assert layer.weights[0].dtype == dtype
+        assert float((layer.weight() - conv.weight).detach().abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("structure", "says"),
+    [
+        (fam.dense((8, 6, 5, 5)), "kernels must be equal"),
+        (fam.dense((4, 6, 3, 3)), "channels at most the structure's"),
+    ],
+)
+def test_wrong_structures_are_refused(structure: Structure, says: str) -> None:
+    with pytest.raises(StructureError, match=says):
+        KroneckerConv.from_conv(nn.Conv2d(6, 8, 3), structure)
+
+
+def test_other_layers_are_refused() -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"expected an nn\.Conv2d"):
+        KroneckerConv.from_conv(nn.ConvTranspose2d(6, 8, 3), fam.dense((8, 6, 3, 3)))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedLayerError, match="LazyConv2d"):
+        KroneckerConv.from_conv(nn.LazyConv2d(8, 3), fam.dense((8, 6, 3, 3)))
+    with pytest.raises(StructureError, match="1x1 kernel"):
+        KroneckerLinear(fam.dense((8, 6, 3, 3)), 6, 8)
+
+
+def test_exports_without_einsum() -> None:
+    conv = nn.Conv2d(6, 8, 3, padding=1)
+    layer = KroneckerConv.from_conv(conv, fam.sekron([(2, 3, 3, 1), (4, 2, 1, 3)], [3])).eval()
+    x = torch.randn(2, 6, 9, 9)
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not any("einsum" in name or "bmm" in name for name in names), names
+    more = torch.randn(5, 6, 9, 9)
+    torch.testing.assert_close(program.module()(more), layer(more))

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.utils.data import TensorDataset
+from typer.testing import CliRunner
+
+from sekron_search.cli import app, main
+from sekron_search.config import Config, DataConfig
+from sekron_search.data import batches, digits, evaluate, image_folder, import_reference
+from sekron_search.errors import ConfigError, DataError
+from sekron_search.kron.enumeration import FAMILIES
+from sekron_search.search.space import SearchSpace
+from sekron_search.tables import candidates
+from tests.cases import CONFIG, blobs, small_net, write_config
+from tests.test_run import ROOT
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("search:", "serach:", "key 'serach' is not known; expected one of: budget, calibration"),
+        ("trials: 8", "trails: 8", "key 'search.trails' is not known; expected one of: divergence, sampler, trials"),
+        ("trials: 8", "trials: many", "key 'search.trials': input should be a valid integer"),
+        ("trials: 8", "trials: 0", "key 'search.trials': input should be greater than or equal to 1"),
+        ("flops: 0.6x", "flop: 0.6x", "unknown cost 'flop'"),
+        ("0.6x", "lots", "budget.flops: expected a positive number"),
+        ('factory: "tests.cases:small_net"', "factory: small_net", "key 'model.factory'"),
+        ("source: factory,", "source: web,", "key 'data.source'"),
+        ('source: factory, factory: "tests.cases:small_data"', "source: folder", "needs the key 'path'"),
+        ("model: {", "model: {weights: nothing.pt, ", "config key 'model.weights': no such file"),
+        ("budget:", "space: nothing.yaml\nbudget:", "nothing.yaml: cannot be read"),
+        ("budget:", "budget: [", "not YAML"),
+    ],
+)
+def test_bad_configs_name_the_key(tmp_path: Path, old: str, new: str, says: str) -> None:
+    path = write_config(tmp_path, CONFIG, **{old: new})
+    with pytest.raises(ConfigError) as caught:
+        Config.load(path)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value) or "YAML" in says
+
+
+def test_missing_config_is_one_line_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sekron-search", "run", "no-such-file.yaml"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: config no-such-file.yaml: cannot be read: No such file or directory\n"
+
+
+def test_help_lists_the_commands_without_importing_torch() -> None:
+    code = (
+        "import sys; from sekron_search.cli import app; from typer.testing import CliRunner; "
+        "print(CliRunner().invoke(app, ['--help']).output); print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for command in ("demo", "run", "inspect", "profile", "report"):
+        assert command in out
+    assert out.strip().endswith("False")
+
+
+def test_inspect_shows_layers_and_costs(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["inspect", str(write_config(tmp_path))], env={"COLUMNS": "140"})
+    assert found.exit_code == 0, found.output
+    assert "conv3" in found.output
+    assert "12x12x3x3" in found.output
+    assert "whole network" in found.output
+
+
+def test_run_and_report_commands(tmp_path: Path) -> None:
+    runner = CliRunner()
+    config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "trials: 8": "trials: 2"})
+    done = runner.invoke(app, ["run", str(config), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "flops: asked at most" in done.output
+    (tmp_path / "out" / "report.md").unlink()
+    again = runner.invoke(app, ["report", str(tmp_path / "out")])
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "out" / "report.md").exists()
+
+
+def test_profile_command_writes_a_profile_that_a_run_uses(tmp_path: Path) -> None:
+    text = CONFIG.replace("params: 0.8x", "latency_ms: 90x").replace("epochs: 2", "epochs: 0")
+    text = text.replace("trials: 8", "trials: 2")
+    config = write_config(tmp_path, text)
+    runner = CliRunner()
+    measured = runner.invoke(app, ["profile", str(config), "--out", str(tmp_path / "device.yaml")])
+    assert measured.exit_code == 0, measured.output
+    known = yaml.safe_load((tmp_path / "device.yaml").read_text())["latencies"]
+    assert len(known) > 10
+    second = write_config(tmp_path, text.replace("rounds: 3}", "rounds: 3, profile: device.yaml}"))
+    done = runner.invoke(app, ["run", str(second), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load((tmp_path / "out" / "profile.yaml").read_text())["latencies"] == known
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_search_space_loads_and_enumerates(path: Path) -> None:
+    from sekron_search.model import inspect_model
+
+    space = SearchSpace.load(path)
+    assert path.read_text().startswith("#"), "a space begins with a comment that says what it is for"
+    info = inspect_model(small_net(), torch.randn(1, 3, 8, 8)).layers[1]
+    found = candidates(info, space)
+    assert found
+    assert all(c.structure.weight_shape == info.weight_shape for c in found)
+    assert set(space.families) <= set(FAMILIES)
+
+
+def test_bad_search_spaces_name_file_and_key(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("families: [sekron, quantum]")
+    with pytest.raises(ConfigError, match=r"space.yaml: key 'families.1': input should be 'sekron'"):
+        SearchSpace.load(path)
+    path.write_text("rank_level: 3")
+    with pytest.raises(ConfigError, match=r"key 'rank_level' is not known; expected one of: dense_execution"):
+        SearchSpace.load(path)
+
+
+def picture(path: Path, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (10, 12), (value, 0, 0)).save(path)
+
+
+def folder_config(path: Path) -> DataConfig:
+    return DataConfig(source="folder", path=path, image_size=(8, 8))
+
+
+def test_image_folder_is_split_and_labelled(tmp_path: Path) -> None:
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(10):
+            picture(tmp_path / name / f"{i}.png", 100 * label)
+    data = image_folder(folder_config(tmp_path), seed=0)
+    sizes = [len(split) for split in (data.train, data.validation, data.test)]  # type: ignore[arg-type]
+    assert sizes == [13, 3, 4]
+    for (images,), labels in batches(data.train, 32):
+        assert images.shape == (13, 3, 8, 8)
+        assert torch.equal(labels, (images[:, 0, 0, 0] > -1).long())
+
+
+def test_image_folder_with_splits(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        for name in ("cat", "dog"):
+            picture(tmp_path / split / name / "0.png", 1)
+    data = image_folder(folder_config(tmp_path), seed=0)
+    assert len(data.test) == 2  # type: ignore[arg-type]
+    picture(tmp_path / "test" / "horse" / "0.png", 1)
+    with pytest.raises(DataError, match=r"classes \['horse'\] are not in the training folder"):
+        image_folder(folder_config(tmp_path), seed=0)
+
+
+def test_bad_image_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a sub-folder per class, found none"):
+        image_folder(folder_config(tmp_path), seed=0)
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match="holds no image"):
+        image_folder(folder_config(tmp_path), seed=0)
+    for i in range(8):
+        (tmp_path / "cat" / f"{i}.png").write_text("not a picture")
+    data = image_folder(folder_config(tmp_path), seed=0)
+    with pytest.raises(DataError, match=r"cat/\d\.png cannot be read"):
+        list(batches(data.train, 4))
+
+
+def test_labels_that_the_network_does_not_have_are_refused() -> None:
+    images, labels = blobs(8).tensors
+    with pytest.raises(DataError, match="labels run from 1 to 4, the network has 4 classes"):
+        evaluate(small_net(), TensorDataset(images, labels + 1), "accuracy", batch_size=8, device=torch.device("cpu"))
+
+
+def test_digits_are_split_without_overlap() -> None:
+    data = digits(0)
+    splits = [data.train, data.validation, data.test]
+    assert [len(s) for s in splits] == [1097, 300, 400]  # type: ignore[arg-type]
+    rows = torch.cat([s.tensors[0].flatten(1) for s in splits])  # type: ignore[attr-defined]
+    assert len(torch.unique(rows, dim=0)) == 1797
+
+
+@pytest.mark.parametrize("reference", ["os:system", "subprocess:run", "tests.cases:nothing", "no.such:thing"])
+def test_references_to_foreign_code_are_refused(reference: str) -> None:
+    with pytest.raises(ConfigError, match=r"key 'model\.factory'"):
+        import_reference(reference, "model.factory")

@@ -1,0 +1,96 @@
+"""Imports point only downward, and each heavy third party has one adapter."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import sekron_search
+
+PACKAGE = Path(sekron_search.__file__).parent
+
+#: From the top down; a module may import from its own row's modules only below the comma-separated order given here.
+LAYERS = [
+    ["cli"],
+    ["demo"],
+    ["api"],
+    ["run"],
+    ["report"],
+    ["finetune", "sequential", "tables"],
+    ["export"],
+    ["data"],
+    ["config"],
+    ["rundir"],
+    ["files", "progress"],
+    ["search"],
+    ["proxies"],
+    ["calibration"],
+    ["costs"],
+    ["model"],
+    ["kron"],
+    ["errors"],
+]
+RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
+
+#: Third parties that one module alone may import.
+ADAPTERS = {
+    "fvcore": "costs/traced.py",
+    "optuna": "search/study.py",
+    "matplotlib": "report/plots.py",
+    "scipy": "search/knapsack.py",
+    "safetensors": "files.py",
+    "typer": "cli.py",
+    "sklearn": "data.py",
+}
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def test_imports_point_downward() -> None:
+    wrong = []
+    for path in modules():
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] != "sekron_search":
+                continue
+            assert len(parts) > 1, f"{path}: import from a module, not from the package"
+            if parts[1] != own and RANK[parts[1]] <= RANK[own]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert wrong == []
+
+
+def test_every_module_has_its_layer() -> None:
+    assert {p.relative_to(PACKAGE).with_suffix("").parts[0] for p in modules()} == set(RANK)
+
+
+def test_third_parties_have_one_adapter() -> None:
+    for path in modules():
+        for name in imports(path):
+            adapter = ADAPTERS.get(name.split(".")[0])
+            assert adapter in (None, path.relative_to(PACKAGE).as_posix()), f"{path} imports {name}"
+
+
+def test_the_search_knows_no_tensors() -> None:
+    for path in (PACKAGE / "search").glob("*.py"):
+        assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
+
+
+def test_no_pickle_is_loaded() -> None:
+    for path in modules():
+        assert "pickle" not in imports(path), path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from sekron_search.errors import DataError, StructureError
+from sekron_search.kron import families as fam
+from sekron_search.kron.layer import KroneckerConv
+from sekron_search.model import build_layer, inspect_model, layer_weight, replace_layers
+from tests.cases import SmallNet, nan_net, small_net
+
+
+class Odd(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Zoo(nn.Module):
+    """Layers that must be left alone, each for its own reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(3, 8, 3, padding=1)
+        self.subclass = Odd(8, 8, 3, padding=1)
+        self.normed = parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+        self.also = nn.Conv2d(8, 8, 3, padding=1)
+        self.also.weight = self.shared.weight
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.hooked = nn.Conv2d(8, 8, 3, padding=1)
+        self.hooked.register_forward_hook(lambda module, args, output: output + 1)
+        self.unused = nn.Conv2d(8, 8, 3)
+        self.transposed = nn.ConvTranspose2d(8, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.also(self.shared(self.normed(self.subclass(self.plain(x)))))
+        x = self.twice(self.twice(x))
+        out: Tensor = self.depthwise(self.transposed(self.hooked(x)))
+        return out
+
+
+def test_layers_are_found_in_running_order() -> None:
+    found = inspect_model(small_net(), torch.randn(2, 3, 8, 8))
+    assert [info.name for info in found.layers] == ["conv1", "conv2", "conv3", "linear"]
+    assert [info.output_shift for info in found.layers] == ["absorbed", "correctable", "absorbed", "correctable"]
+    assert found.layers[2].geometry.stride == (2, 2)
+    assert found.layers[2].input_size == (8, 8)
+    assert found.skipped == ()
+
+
+def test_what_cannot_be_carried_over_stays_with_a_reason() -> None:
+    found = inspect_model(Zoo(), torch.randn(1, 3, 6, 6))
+    assert [info.name for info in found.layers] == ["plain", "depthwise"]
+    reasons = {layer.name: layer.reason for layer in found.skipped}
+    expected = {
+        "subclass": "subclass",
+        "normed": "parametrized",
+        "shared": "shares a parameter",
+        "also": "shares a parameter",
+        "twice": "2 times",
+        "hooked": "hooks",
+        "unused": "not called",
+        "transposed": "not a kind of layer",
+    }
+    assert reasons.keys() >= expected.keys()
+    for name, word in expected.items():
+        assert word in reasons[name], (name, reasons[name])
+
+
+def test_quantized_and_lazy_layers_stay() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.lazy = nn.LazyLinear(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.attention(x, x, x)[0]
+            return out
+
+    found = inspect_model(Net(), torch.randn(1, 5, 8))
+    assert found.layers == ()
+    reasons = {layer.name: layer.reason for layer in found.skipped}
+    assert "lazy" in reasons["lazy"]
+    assert "subclass" in reasons["attention.out_proj"]
+
+
+def test_replacement_works_on_a_copy() -> None:
+    model = small_net()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    info = inspect_model(model, x).layers[1]
+    layer = build_layer(model, info, structure=fam.spatial_svd(info.weight_shape, 2))
+    changed = replace_layers(model, {"conv2": layer})
+    assert isinstance(changed.get_submodule("conv2"), KroneckerConv)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.zero_()
+    assert torch.equal(model(x), expected)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_a_replaced_network_computes_what_its_dense_twin_does() -> None:
+    model = small_net()
+    x = torch.randn(2, 3, 8, 8)
+    replaced: dict[str, nn.Module] = {}
+    dense: dict[str, nn.Module] = {}
+    for info in inspect_model(model, x).layers:
+        f, c, h, w = info.weight_shape
+        layer = build_layer(model, info, structure=fam.sekron([(f, 1, h, 1), (1, c, 1, w)], [2]))
+        replaced[info.name] = layer
+        dense[info.name] = layer.to_conv() if isinstance(layer, KroneckerConv) else layer.to_linear()
+    torch.testing.assert_close(replace_layers(model, replaced)(x), replace_layers(model, dense)(x))
+
+
+def test_errors_name_the_layer() -> None:
+    model = small_net()
+    info = inspect_model(model, torch.randn(1, 3, 8, 8)).layers[0]
+    with pytest.raises(StructureError, match="layer 'conv1'"):
+        build_layer(model, info, structure=fam.dense((3, 3, 3, 3)))
+
+
+def test_bad_networks_are_refused() -> None:
+    with pytest.raises(DataError, match="NaN or infinity on the example inputs"):
+        inspect_model(nan_net(), torch.randn(1, 3, 8, 8))
+    with pytest.raises(DataError, match=r"does not run on inputs of shapes \[\(1, 5, 8, 8\)\]"):
+        inspect_model(small_net(), torch.randn(1, 5, 8, 8))
+    broken = small_net()
+    with torch.no_grad():
+        broken.conv2.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(DataError, match=r"'conv2\.weight': the weight holds NaN"):
+        inspect_model(broken, torch.randn(1, 3, 8, 8))
+
+
+def test_inspection_leaves_the_network_as_it_was() -> None:
+    model = SmallNet().train()
+    statistics = model.bn1.running_mean
+    assert statistics is not None
+    before = statistics.clone()
+    inspect_model(model, torch.randn(4, 3, 8, 8))
+    assert model.training
+    assert torch.equal(before, statistics)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_tokens_of_a_transformer_layer_are_counted() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    first = inspect_model(model, torch.randn(2, 7, 8)).layers[0]
+    assert first.positions_per_sample == 7
+    assert layer_weight(model, first).shape == (1, 16, 8, 1, 1)
