@@ -149,13 +149,14 @@ def family(structure: Structure) -> str:
     single = all(sum(n > 1 for n in shape) <= 1 for shape in structure.shapes)
     f, c, h, w = structure.weight_shape
     if count == 2:
+        # Factors that share no mode commute, so their order does not count.
         return {
-            ((f, 1, 1, 1), (1, c, h, w)): "channel SVD",
-            ((f, c, 1, 1), (1, 1, h, w)): "spatial basis",
-            ((f, 1, h, 1), (1, c, 1, w)): "spatial SVD",
-            ((f, 1, 1, w), (1, c, h, 1)): "spatial SVD",
-            ((f, 1, h, w), (1, c, 1, 1)): "channel SVD",
-        }.get((structure.shapes[0], structure.shapes[1]), "Kronecker")
+            frozenset({(f, 1, 1, 1), (1, c, h, w)}): "channel SVD",
+            frozenset({(f, 1, h, w), (1, c, 1, 1)}): "channel SVD",
+            frozenset({(f, c, 1, 1), (1, 1, h, w)}): "spatial basis",
+            frozenset({(f, 1, h, 1), (1, c, 1, w)}): "spatial SVD",
+            frozenset({(f, 1, 1, w), (1, c, h, 1)}): "spatial SVD",
+        }.get(frozenset(structure.shapes), "Kronecker")
     if structure.shapes == ((f, 1, 1, 1), (1, 1, h, w), (1, c, 1, 1)) and structure.carries == tt_graph(3):
         return "Tucker-2"
     names: dict[GraphName, str] = {

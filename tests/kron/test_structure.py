@@ -86,6 +86,11 @@ def test_family_knows_its_name(name: str) -> None:
     assert family(STRUCTURES[name]) == expected.get(name, name)
 
 
+def test_family_does_not_depend_on_the_order_of_factors_that_commute() -> None:
+    assert family(Structure.parse("1x4x3x1[a] * 8x1x1x3[a]; a=2")) == "spatial SVD"
+    assert family(Structure.parse("1x4x1x1[a] * 8x1x3x3[a]; a=2")) == "channel SVD"
+
+
 def test_num_params_counts_every_entry() -> None:
     for structure in STRUCTURES.values():
         assert structure.num_params == sum(a.numel() for a in random_factors(structure))
