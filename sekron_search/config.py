@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sekron_search.errors import ConfigError
+from sekron_search.files import read_yaml
 from sekron_search.proxies import DivergenceName
 from sekron_search.search.budget import Budget
 from sekron_search.search.space import SearchSpace, explain
@@ -179,14 +179,7 @@ class Config(Settings):
         """
         path = Path(path)
         where = f"config {path}"
-        try:
-            data = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{where}: not YAML: {error}") from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"{where}: expected a mapping of keys, got {type(data).__name__}")
+        data = read_yaml(path, where)
         if isinstance(data.get("space"), str):
             data["space"] = SearchSpace.load(path.parent / data["space"]).model_dump()
         try:

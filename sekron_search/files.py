@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sekron_search.errors import RunFolderError
+from sekron_search.errors import ConfigError, RunFolderError
 
 
 @contextlib.contextmanager
@@ -58,6 +59,27 @@ def read_json(path: Path) -> Any:
         raise RunFolderError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path}: damaged or unreadable ({error}); delete it to have it made again") from None
+
+
+def read_yaml(path: Path, where: str) -> dict[Any, Any]:
+    """Read a mapping from YAML.
+
+    Args:
+        path: The file.
+        where: How errors name it.
+
+    Raises:
+        ConfigError: If the file is missing, not YAML, or no mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a mapping of keys, got {type(data).__name__}")
+    return data
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -21,13 +21,13 @@ LAYERS = [
     ["data"],
     ["config"],
     ["rundir"],
-    ["files", "progress"],
     ["search"],
     ["proxies"],
     ["calibration"],
     ["costs"],
     ["model"],
     ["kron"],
+    ["files", "progress"],
     ["errors"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

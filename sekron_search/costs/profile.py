@@ -17,6 +17,7 @@ from torch import device as TorchDevice
 
 from sekron_search.costs.measure import Latency, measure_callables, threads
 from sekron_search.errors import ConfigError
+from sekron_search.files import read_yaml
 from sekron_search.kron.layer import Execution, KroneckerConv, KroneckerLinear
 from sekron_search.kron.structure import Structure
 from sekron_search.model import LayerInfo
@@ -73,14 +74,9 @@ class DeviceProfile:
             ConfigError: If the file is missing, damaged or of another format; names file and key.
         """
         path = Path(path)
-        try:
-            data = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"device profile {path}: cannot be read: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"device profile {path}: not YAML: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        data = read_yaml(path, f"device profile {path}")
+        if data.get("format") != FORMAT:
+            found = data.get("format")
             raise ConfigError(
                 f"device profile {path}: expected key 'format' to be {FORMAT}, got {found!r}; measure it anew"
             )

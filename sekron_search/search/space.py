@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sekron_search.errors import ConfigError
+from sekron_search.files import read_yaml
 from sekron_search.kron.enumeration import FamilyName
 
 
@@ -50,14 +50,7 @@ class SearchSpace(BaseModel):
             ConfigError: If the file is missing or damaged, or a key is unknown or of the wrong type; names both.
         """
         path = Path(path)
-        try:
-            data = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise ConfigError(f"search space {path}: cannot be read: {error.strerror}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"search space {path}: not YAML: {error}") from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"search space {path}: expected a mapping of keys, got {type(data).__name__}")
+        data = read_yaml(path, f"search space {path}")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
