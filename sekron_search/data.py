@@ -123,6 +123,11 @@ def import_reference(reference: str, key: str) -> Callable[..., Any]:
             target = getattr(target, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"key '{key}': cannot import {reference!r}: {error}") from None
+    home = str(getattr(target, "__module__", None)).partition(".")[0]
+    if home != module_name.partition(".")[0] or home in {"torch", "numpy"}:
+        raise ConfigError(
+            f"key '{key}': {reference!r} is defined in {home!r}; expected 'package.module:function' of your own"
+        )
     if not callable(target):
         raise ConfigError(f"key '{key}': {reference!r} is not callable")
     result: Callable[..., Any] = target

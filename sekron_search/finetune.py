@@ -151,6 +151,7 @@ def finetune(
         if not going:
             break
         model.train()
+        torch.manual_seed(data.seed * 7919 + epoch)  # dropout and the like: a resumed epoch draws what it would have
         summed = 0.0
         for step, (inputs, target) in enumerate(data.epoch(epoch), start=1):
             inputs, target = to_device(inputs, device), to_device(target, device)

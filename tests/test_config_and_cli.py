@@ -189,7 +189,9 @@ def test_digits_are_split_without_overlap() -> None:
     assert len(torch.unique(rows, dim=0)) == 1797
 
 
-@pytest.mark.parametrize("reference", ["os:system", "subprocess:run", "tests.cases:nothing", "no.such:thing"])
+@pytest.mark.parametrize(
+    "reference", ["os:system", "subprocess:run", "tests.cases:nothing", "no.such:thing", "torch:os.system"]
+)
 def test_references_to_foreign_code_are_refused(reference: str) -> None:
     with pytest.raises(ConfigError, match=r"key 'model\.factory'"):
         import_reference(reference, "model.factory")

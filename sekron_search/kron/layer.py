@@ -190,7 +190,7 @@ class KroneckerConv(_KroneckerLayer):
             UnsupportedLayerError: If `conv` is not a plain `nn.Conv2d`.
             StructureError: If the structure does not reconstruct the convolution's weight.
         """
-        if not isinstance(conv, nn.Conv2d) or isinstance(conv, nn.modules.lazy.LazyModuleMixin):
+        if type(conv) is not nn.Conv2d:
             raise UnsupportedLayerError(f"expected an nn.Conv2d with its weight, got {type(conv).__name__}")
         weight = conv_weight(conv)
         check_weight(weight, structure)
@@ -280,7 +280,7 @@ class KroneckerLinear(_KroneckerLayer):
         execution: Execution = "factored",
     ) -> KroneckerLinear:
         """The replacement of a linear layer, fitted to its weight; see `KroneckerConv.from_conv`."""
-        if not isinstance(linear, nn.Linear) or isinstance(linear, nn.modules.lazy.LazyModuleMixin):
+        if type(linear) is not nn.Linear:
             raise UnsupportedLayerError(f"expected an nn.Linear with its weight, got {type(linear).__name__}")
         weight = linear.weight[None, :, :, None, None]
         check_weight(weight, structure)

@@ -71,7 +71,7 @@ def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, 
         The refined factors and their relative *output* error; the start, if no step lowered it.
     """
     start_error = metric.rel_error(weight, _reconstruct(structure, fit.factors, weight))
-    if structure.is_dense or steps == 0 or start_error == 0.0:
+    if structure.is_dense or steps == 0 or start_error == 0.0 or float(metric.norm(weight.to(torch.float32))) == 0.0:
         return Fit(fit.factors, start_error)
     root = metric.root.to(torch.float32)
     exact = weight.to(torch.float32)
