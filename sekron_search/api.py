@@ -96,7 +96,7 @@ def compress(
     data = None
     if train is not None:
         data = TrainingData(train, checked.finetune.batch_size, seed=checked.seed)
-    named = Factory(factory) if factory is not None else guess_factory(model)
+    named = Factory(factory) if factory is not None else guess_factory(moved.eval(), inputs)
     job = Job(moved, inputs, fit, holdout, checked, evaluate, test, data, named)
     folder = new_folder(Path(out) if out is not None else None)
     report = run(job, folder, ConsoleReporter() if progress else Reporter(), resume=resume)

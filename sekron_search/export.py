@@ -19,7 +19,7 @@ from sekron_search.errors import DataError, RunFolderError, SekronError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.kron.layer import KroneckerConv, KroneckerLinear
 from sekron_search.kron.structure import Structure
-from sekron_search.model import KroneckerLayer, replace_layers
+from sekron_search.model import Inputs, KroneckerLayer, output_tensors, replace_layers
 
 FORMAT = 1
 
@@ -48,8 +48,8 @@ class Factory:
         return model
 
 
-def guess_factory(model: nn.Module) -> Factory | None:
-    """The network's own class, where it can be imported and needs no arguments; else None."""
+def guess_factory(model: nn.Module, inputs: Inputs) -> Factory | None:
+    """The class of the network, if it can be imported and, built without arguments, gives the same outputs."""
     kind = type(model)
     required = [
         p
@@ -60,10 +60,16 @@ def guess_factory(model: nn.Module) -> Factory | None:
         return None
     factory = Factory(f"{kind.__module__}:{kind.__qualname__}")
     try:
-        shapes = {name: t.shape for name, t in factory.build().state_dict().items()}
-    except (SekronError, RuntimeError):
+        twin = factory.build()
+        twin.load_state_dict(model.state_dict())
+        twin.to(next(model.parameters()).device)
+        # Arguments that no shape shows (an activation, a stride) would make it another network: compare what it does.
+        with torch.no_grad():
+            pairs = zip(output_tensors(twin.eval()(*inputs)), output_tensors(model(*inputs)), strict=True)
+            same = all(torch.equal(a, b) for a, b in pairs)
+    except (SekronError, RuntimeError, ValueError):
         return None
-    return factory if shapes == {name: t.shape for name, t in model.state_dict().items()} else None
+    return factory if same else None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
