@@ -160,12 +160,6 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     return compressed.eval()
 
 
-def artefact_layers(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """Structure, order and execution of every replaced layer of an artefact."""
-    layers: dict[str, dict[str, Any]] = read_json(_artefact_folder(Path(path)) / "model.json")["layers"]
-    return layers
-
-
 def factory_json(factory: Factory | None) -> dict[str, Any] | None:
     """A factory as plain data."""
     return None if factory is None else asdict(factory)

@@ -136,7 +136,3 @@ class Network:
     def chosen(self, assignment: Assignment) -> tuple[Option, ...]:
         """The option of every layer."""
         return tuple(table.options[i] for table, i in zip(self.tables, assignment, strict=True))
-
-    def pruned(self, costs: Sequence[CostName]) -> Network:
-        """With the dominated options of every layer left out."""
-        return replace(self, tables=tuple(table.pruned(costs) for table in self.tables))
