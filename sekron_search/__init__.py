@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from sekron_search.data import DataBundle
     from sekron_search.errors import InfeasibleBudgetError, SekronError
     from sekron_search.export import load
-    from sekron_search.kron.layer import KroneckerConv, KroneckerLinear
+    from sekron_search.kron.conv import KroneckerConv
+    from sekron_search.kron.linear import KroneckerLinear
     from sekron_search.kron.structure import Structure
     from sekron_search.search.budget import Budget
     from sekron_search.search.space import SearchSpace
@@ -27,8 +28,8 @@ _HOMES = {
     "DataBundle": "data",
     "DeviceProfile": "costs.profile",
     "InfeasibleBudgetError": "errors",
-    "KroneckerConv": "kron.layer",
-    "KroneckerLinear": "kron.layer",
+    "KroneckerConv": "kron.conv",
+    "KroneckerLinear": "kron.linear",
     "Result": "api",
     "SearchSpace": "search.space",
     "SekronError": "errors",

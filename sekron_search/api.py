@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,25 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from sekron_search.config import Config, make_settings
-from sekron_search.data import DataBundle, batches, evaluate, input_batches, length, load_data, sample_order, to_device
-from sekron_search.errors import DataError
+from sekron_search.data import (
+    DataBundle,
+    batches,
+    evaluate,
+    input_batches,
+    length,
+    load_data,
+    sample_order,
+    to_device,
+    whole_batches,
+)
+from sekron_search.errors import ConfigError, DataError
 from sekron_search.export import Factory, guess_factory, load, load_weights
 from sekron_search.finetune import TrainingData
-from sekron_search.model import Inputs, as_inputs, batch_size
+from sekron_search.job import Job, checked_metric
+from sekron_search.model import Inputs, as_inputs, batch_size, copy_model
 from sekron_search.progress import ConsoleReporter, Reporter
-from sekron_search.run import Job, example_batch, new_folder, run
+from sekron_search.run import run
+from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget
 
 #: Samples of a batch when a metric is evaluated.
@@ -90,15 +101,26 @@ def compress(
         settings["calibration"] = settings.pop("calibration_settings")
     checked = make_settings(dict(budget) if isinstance(budget, Mapping) else budget, settings)
     device = torch.device(checked.device)
-    moved = copy.deepcopy(model).to(device)
     inputs = to_device(as_inputs(example_inputs), device)
+    batch_size(inputs)
+    moved = copy_model(model).to(device)
     fit, holdout = _halves(to_device(input_batches(calibration, checked.calibration.batch_size), device))
     data = None
     if train is not None:
         data = TrainingData(train, checked.finetune.batch_size, seed=checked.seed)
     named = Factory(factory) if factory is not None else guess_factory(moved.eval(), inputs)
-    job = Job(moved, inputs, fit, holdout, checked, evaluate, test, data, named)
-    folder = new_folder(Path(out) if out is not None else None)
+    job = Job(
+        moved,
+        inputs,
+        fit,
+        holdout,
+        checked,
+        validate=None if evaluate is None else checked_metric(evaluate, "evaluate"),
+        test=None if test is None else checked_metric(test, "test"),
+        train=data,
+        factory=named,
+    )
+    folder = RunFolder.new() if out is None else RunFolder(out)
     report = run(job, folder, ConsoleReporter() if progress else Reporter(), resume=resume)
     return Result(load(folder.path, model=model if named is None else None), report, folder.path)
 
@@ -126,7 +148,8 @@ def make_job(model: nn.Module, factory: Factory, data: DataBundle, config: Confi
         )
 
     def drawn(indices: list[int]) -> list[Inputs]:
-        return [to_device(inputs, device) for inputs, _ in batches(data.train, section.batch_size, order=indices)]
+        found = [inputs for inputs, _ in batches(data.train, section.batch_size, order=indices)]
+        return whole_batches(to_device(found, device))
 
     fit, holdout = drawn(order[: section.samples]), drawn(order[section.samples : needed])
 
@@ -135,7 +158,7 @@ def make_job(model: nn.Module, factory: Factory, data: DataBundle, config: Confi
 
     return Job(
         model,
-        example_batch(fit, config.latency.batch_size),
+        _example_batch(fit, config.latency.batch_size),
         fit,
         holdout,
         config,
@@ -155,3 +178,17 @@ def _halves(found: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
             raise DataError("calibration: expected at least two samples, got one")
         return [tuple(a[: size // 2] for a in found[0])], [tuple(a[size // 2 :] for a in found[0])]
     return found[: (len(found) + 1) // 2], found[(len(found) + 1) // 2 :]
+
+
+def _example_batch(batches: Sequence[Inputs], size: int) -> Inputs:
+    """The first `size` samples of calibration inputs, as the example batch.
+
+    Raises:
+        ConfigError: If there are too few samples.
+    """
+    joined = as_inputs(tuple(torch.cat(list(argument)) for argument in zip(*batches, strict=True)))
+    if batch_size(joined) < size:
+        raise ConfigError(
+            f"latency.batch_size is {size}, but there are only {batch_size(joined)} calibration samples to fill it"
+        )
+    return tuple(argument[:size] for argument in joined)

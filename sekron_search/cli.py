@@ -18,6 +18,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+#: Exit code of a run that ended well but whose network, as measured, misses a budget.
+BUDGET_MISSED = 3
+
 ConfigArgument = Annotated[
     Path, typer.Argument(help="YAML file that describes model, data and budget.", metavar="CONFIG")
 ]
@@ -58,16 +61,22 @@ def run(
 ) -> None:
     """Compress the network of a config file. Ctrl-C leaves a run that --resume goes on with.
 
+    Exit code 0: every budget is met; 3: the run ended, but its network misses a budget; 1: an error.
+
     Example: sekron-search run resnet.yaml --out runs/resnet
     """
     from sekron_search.api import job_from_config
     from sekron_search.config import Config
+    from sekron_search.errors import ConfigError
     from sekron_search.progress import ConsoleReporter
-    from sekron_search.run import new_folder
     from sekron_search.run import run as run_stages
+    from sekron_search.rundir import RunFolder
 
     loaded = Config.load(config)
-    folder = new_folder(out or loaded.out)
+    path = out or loaded.out
+    if resume and path is None:
+        raise ConfigError("--resume: which run? Name its folder with --out, or with the key 'out' in the config")
+    folder = RunFolder.new() if path is None else RunFolder(path)
     print(f"run folder: {folder.path}", file=sys.stderr)
     job = job_from_config(loaded)
     try:
@@ -136,8 +145,8 @@ def profile(
 
     from sekron_search.api import job_from_config
     from sekron_search.config import Config
+    from sekron_search.prepare import measure_profile
     from sekron_search.progress import ConsoleReporter
-    from sekron_search.run import measure_profile
     from sekron_search.rundir import RunFolder
 
     job = job_from_config(Config.load(config))
@@ -168,6 +177,8 @@ def _conclude(facts: dict[str, Any], folder: Path) -> None:
         print(line)
     print(f"report: {folder / 'report.md'}")
     print(f"network: {folder / 'compressed'} (open it with sekron_search.load({str(folder)!r}))")
+    if not all(budget["met"] for budget in facts["budgets"]):
+        raise typer.Exit(BUDGET_MISSED)
 
 
 def main() -> None:

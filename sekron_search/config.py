@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sekron_search.errors import ConfigError
@@ -151,10 +152,24 @@ class Settings(_Section):
     seed: NonNegative = 0
     device: str = "cpu"
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _valid_budget(cls, value: dict[str, float | str]) -> dict[str, float | str]:
-        Budget.of(value)
+    def _valid_budget(cls, value: Any) -> Any:
+        if isinstance(value, dict):  # before pydantic makes 1.0 of `true`
+            Budget.of(value)
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _valid_device(cls, value: str) -> str:
+        try:
+            kind = torch.device(value).type
+        except RuntimeError:
+            raise ValueError("expected a torch device such as 'cpu', 'cuda' or 'cuda:1'") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError("torch sees no CUDA device here; use 'cpu'")
+        if kind not in ("cpu", "cuda"):
+            raise ValueError("expected 'cpu' or 'cuda'")
         return value
 
     @property

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sekron_search.config import DataConfig, MetricName
-from sekron_search.errors import ConfigError, DataError
-from sekron_search.model import Inputs, as_inputs
+from sekron_search.errors import ConfigError, DataError, SekronError
+from sekron_search.model import Inputs, as_inputs, batch_size
 
 Batch = tuple[Inputs, Any]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -91,7 +91,14 @@ def input_batches(source: Any, batch_size: int) -> list[Inputs]:
         raise DataError(f"expected calibration data as a tensor, dataset or iterable of batches, got {type(source)}")
     if not found:
         raise DataError("the calibration data is empty; give at least one batch")
-    return found
+    return whole_batches(found)
+
+
+def whole_batches(found: Sequence[Inputs]) -> list[Inputs]:
+    """The batches, a last one of a single sample joined to the one before: batch-norms cannot train on one sample."""
+    if len(found) < 2 or batch_size(found[-1]) > 1 or not all(isinstance(a, Tensor) for a in found[-1]):
+        return list(found)
+    return [*found[:-2], tuple(torch.cat(pair) for pair in zip(*found[-2:], strict=True))]
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -121,8 +128,8 @@ def import_reference(reference: str, key: str) -> Callable[..., Any]:
         target: Any = importlib.import_module(module_name)
         for part in path.split("."):
             target = getattr(target, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"key '{key}': cannot import {reference!r}: {error}") from None
+    except Exception as error:  # whatever the module does when it is imported
+        raise ConfigError(f"key '{key}': cannot import {reference!r}: {type(error).__name__}: {error}") from error
     home = str(getattr(target, "__module__", None)).partition(".")[0]
     if home != module_name.partition(".")[0] or home in {"torch", "numpy"}:
         raise ConfigError(
@@ -142,7 +149,13 @@ def load_data(config: DataConfig, seed: int) -> DataBundle:
         assert config.path is not None
         return image_folder(config, seed)
     assert config.factory is not None
-    bundle = import_reference(config.factory, "data.factory")(**config.kwargs)
+    function = import_reference(config.factory, "data.factory")
+    try:
+        bundle = function(**config.kwargs)
+    except SekronError:
+        raise
+    except Exception as error:
+        raise DataError(f"data.factory {config.factory!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(bundle, DataBundle):
         raise DataError(f"data.factory {config.factory!r} must return a DataBundle, got {type(bundle).__name__}")
     for split in ("train", "validation", "test"):
@@ -272,7 +285,9 @@ def evaluate(
                 raise DataError(
                     f"metric '{metric}' needs a network that returns one tensor, got {type(output).__name__}"
                 )
-            target = to_device(target, device)
+            if not isinstance(target, Tensor):
+                raise DataError(f"metric '{metric}' needs data with a target per sample, got {type(target).__name__}")
+            target = target.to(device)
             size = output.shape[0]
             total += float(_METRICS[metric](output, target)) * size
             count += size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from sekron_search.data import import_reference
 from sekron_search.errors import DataError, RunFolderError, SekronError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
-from sekron_search.kron.layer import KroneckerConv, KroneckerLinear
+from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.structure import Structure
-from sekron_search.model import Inputs, KroneckerLayer, output_tensors, replace_layers
+from sekron_search.model import Inputs, layer_like, output_tensors, replace_layers
 
 FORMAT = 1
 
@@ -89,7 +88,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLayer]:
     """The replaced layers of a network, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, KroneckerConv | KroneckerLinear)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, KroneckerLayer)}
 
 
 def save_artefact(folder: Path, model: nn.Module, factory: Factory | None) -> None:
@@ -151,7 +150,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             )
         model = factory.build()
     try:
-        compressed = replace_layers(model, {name: _empty_layer(model, name, spec) for name, spec in layers.items()})
+        compressed = replace_layers(model, {name: _layer(model, name, spec) for name, spec in layers.items()})
         state = compressed.state_dict()
         aliases = {name: tensors[name] if name in tensors else tensors[_alias(compressed, name)] for name in state}
         compressed.load_state_dict({**tensors, **aliases})
@@ -175,20 +174,9 @@ def _artefact_folder(path: Path) -> Path:
     return path
 
 
-def _empty_layer(model: nn.Module, name: str, spec: dict[str, Any]) -> KroneckerLayer:
-    dense = model.get_submodule(name)
+def _layer(model: nn.Module, name: str, spec: dict[str, Any]) -> KroneckerLayer:
     structure = Structure.parse(spec["structure"])
-    factors = [dense.weight.new_zeros(_groups(dense), *shape) for shape in structure.factor_shapes]  # type: ignore[operator]
-    options = {"factors": factors, "order": tuple(spec["order"]), "execution": spec["execution"]}
-    if isinstance(dense, nn.Conv2d):
-        return KroneckerConv.from_conv(dense, structure, **options)
-    if isinstance(dense, nn.Linear):
-        return KroneckerLinear.from_linear(dense, structure, **options)
-    raise RunFolderError(f"layer '{name}': expected nn.Conv2d or nn.Linear, got {type(dense).__name__}")
-
-
-def _groups(dense: nn.Module) -> int:
-    return dense.groups if isinstance(dense, nn.Conv2d) else 1
+    return layer_like(model, name, structure, order=tuple(spec["order"]), execution=spec["execution"])
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -211,12 +199,3 @@ def _alias(model: nn.Module, name: str) -> str:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def state_digest(model: nn.Module) -> str:
-    """Hash of all weights and buffers of a network."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -15,6 +16,8 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._pytree import tree_leaves
 
 from sekron_search.errors import ConfigError, RunFolderError
 
@@ -101,6 +104,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise RunFolderError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise RunFolderError(f"{path}: truncated or damaged ({error})") from None
+
+
+def digest(values: Any) -> str:
+    """Hash of nested tuples, lists and dictionaries of tensors and plain values."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor) and not isinstance(leaf, UninitializedParameter | UninitializedBuffer):
+            dense = leaf.detach().dequantize() if leaf.is_quantized else leaf.detach().to_dense()
+            found.update(repr((str(leaf.dtype), tuple(leaf.shape))).encode())
+            found.update(dense.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            # An object's own repr may hold its address, which no later process shares.
+            plain = isinstance(leaf, str | int | float | bool | None | torch.dtype)
+            found.update(repr(leaf if plain else type(leaf).__name__).encode())
+    return found.hexdigest()
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from sekron_search.errors import DataError
 from sekron_search.files import read_checkpoint, write_checkpoint
 from sekron_search.model import output_tensors
 from sekron_search.proxies import DivergenceName, relative_mse
+
+#: Gradients are scaled down to this norm over all parameters: the first steps of a bad start stay small.
+MAX_GRADIENT_NORM = 5.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,19 @@ class TrainingData:
     augment: Augment | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.source, Iterator):
+            raise DataError(
+                f"train: expected a dataset, or batches that can be gone over again every epoch; a "
+                f"{type(self.source).__name__} can be gone over once: give a list or a DataLoader"
+            )
+
     def __len__(self) -> int:
         """Batches of an epoch."""
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
         if isinstance(self.source, Dataset):
             return length(self.source) // self.batch_size or 1
         try:
@@ -90,119 +105,155 @@ def distillation_loss(name: DivergenceName, output: Any, reference: Any, target:
     return loss
 
 
-def finetune(
-    model: nn.Module,
-    teacher: nn.Module,
-    data: TrainingData,
-    config: FinetuneConfig,
-    *,
-    divergence: DivergenceName,
-    validate: Callable[[nn.Module], float] | None,
-    checkpoint: Path,
-    after_epoch: Callable[[int, float], bool],
-    device: torch.device,
-    progress: Callable[[int], None] | None = None,
-) -> list[dict[str, float]]:
-    """Train the model in place; from the checkpoint on, if there is one.
+@dataclass(frozen=True)
+class Distillation:
+    """Training of compressed networks towards their original.
 
     Args:
-        model: The compressed network; ends with the weights of its last epoch, in evaluation mode.
         teacher: The original network.
         data: Training batches.
         config: Epochs, optimizer, loss.
         divergence: How outputs are compared.
-        validate: Metric after every epoch, higher is better; without it the negative training loss counts.
-        checkpoint: File that is rewritten after every epoch.
-        after_epoch: Called with (epoch from 1, metric), also for the epochs of a checkpoint; False ends the training.
-        device: To train on.
-        progress: Called with the number of batches done in all.
-
-    Returns:
-        The curve: epoch, loss and metric of every epoch.
-
-    Raises:
-        DataError: If the loss is NaN or infinite; the last good checkpoint stays.
     """
-    steps = len(data)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise DataError("the network has no parameter that requires a gradient; nothing can be fine-tuned")
-    optimizer = torch.optim.SGD(
-        parameters,
-        config.learning_rate,
-        config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )
-    total = max(steps * config.epochs, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total))
-    curve: list[dict[str, float]] = []
-    if checkpoint.exists():
-        state = read_checkpoint(checkpoint)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        curve = state["curve"]
-    going = True
-    for row in curve:
-        going = after_epoch(int(row["epoch"]), row["metric"])
-    teacher.eval()
-    for epoch in range(len(curve) + 1, config.epochs + 1):
-        if not going:
-            break
-        model.train()
-        torch.manual_seed(data.seed * 7919 + epoch)  # dropout and the like: a resumed epoch draws what it would have
-        summed = 0.0
-        for step, (inputs, target) in enumerate(data.epoch(epoch), start=1):
-            inputs, target = to_device(inputs, device), to_device(target, device)
-            summed += _train_step(model, teacher, inputs, target, optimizer, divergence, config)
-            schedule.step()
+
+    teacher: nn.Module
+    data: TrainingData
+    config: FinetuneConfig
+    divergence: DivergenceName
+
+    @property
+    def total_steps(self) -> int:
+        """Batches of all epochs."""
+        return len(self.data) * self.config.epochs
+
+    def train(
+        self,
+        model: nn.Module,
+        *,
+        checkpoint: Path,
+        validate: Callable[[nn.Module], float] | None,
+        after_epoch: Callable[[int, float], bool],
+        progress: Callable[[int], None],
+    ) -> list[dict[str, float]]:
+        """Train a network in place, on the device where it is; from the checkpoint on, if there is one.
+
+        Args:
+            model: The compressed network; ends with the weights of its last epoch, in evaluation mode.
+            checkpoint: File that is rewritten after every epoch.
+            validate: Metric after every epoch, higher is better; without it the negative training loss counts.
+            after_epoch: Called with (epoch from 1, metric), also for the epochs of a checkpoint; False ends it.
+            progress: Called with the number of batches done in all.
+
+        Returns:
+            The curve: epoch, loss and metric of every epoch.
+
+        Raises:
+            DataError: If the loss is NaN or infinite; the last good checkpoint stays.
+        """
+        for network in (model, self.teacher):
+            _set_memory_format(network, torch.channels_last)
+        state = _State.start(model, self.config, self.total_steps)
+        if checkpoint.exists():
+            state.restore(read_checkpoint(checkpoint))
+        self.teacher.eval()
+        going = [after_epoch(int(row["epoch"]), row["metric"]) for row in state.curve][-1:] != [False]
+        while going and len(state.curve) < self.config.epochs:
+            epoch = len(state.curve) + 1
+            loss = self._epoch(state, epoch, progress)
+            metric = validate(model.eval()) if validate is not None else -loss
+            state.curve.append({"epoch": float(epoch), "loss": loss, "metric": metric})
+            write_checkpoint(checkpoint, state.to_save())
+            going = after_epoch(epoch, metric)
+        for network in (model.eval(), self.teacher):
+            _set_memory_format(network, torch.contiguous_format)
+        return state.curve
+
+    def _epoch(self, state: _State, epoch: int, progress: Callable[[int], None]) -> float:
+        """Mean loss over one epoch of training."""
+        state.model.train()
+        # Dropout and the like: a resumed epoch draws what it would have drawn.
+        torch.manual_seed(self.data.seed * 7919 + epoch)
+        device = next(state.model.parameters()).device
+        summed, steps = 0.0, 0
+        for steps, (inputs, target) in enumerate(self.data.epoch(epoch), start=1):
+            loss = self._loss(state.model, to_device(inputs, device), to_device(target, device))
+            summed += state.step(loss)
             if not math.isfinite(summed):
                 raise DataError(
-                    f"fine-tuning: the loss became {summed} in epoch {epoch}, step {step}; lower "
-                    f"finetune.learning_rate (now {config.learning_rate:g}). "
+                    f"fine-tuning: the loss became {summed} in epoch {epoch}, step {steps}; lower "
+                    f"finetune.learning_rate (now {self.config.learning_rate:g}). "
                     f"The checkpoint of epoch {epoch - 1} is kept"
                 )
-            if progress is not None:
-                progress((epoch - 1) * steps + step)
-        model.eval()
-        metric = validate(model) if validate is not None else -summed / steps
-        curve.append({"epoch": float(epoch), "loss": summed / steps, "metric": metric})
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": [None]},
-            "curve": curve,
+            progress((epoch - 1) * len(self.data) + steps)
+        return summed / max(steps, 1)
+
+    def _loss(self, model: nn.Module, inputs: tuple[Any, ...], target: Any) -> Tensor:
+        config = self.config
+        cast = torch.autocast(inputs[0].device.type, torch.bfloat16) if config.autocast else nullcontext()
+        with cast:
+            with torch.no_grad():
+                reference = self.teacher(*inputs)
+            output = model(*inputs)
+        labelled = isinstance(target, Tensor) and isinstance(output, Tensor) and config.label_weight > 0
+        if self.divergence == "kl" and labelled:
+            check_labels(target, output.shape[1])
+        return distillation_loss(self.divergence, output, reference, target, config)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    curve: list[dict[str, float]]
+
+    @classmethod
+    def start(cls, model: nn.Module, config: FinetuneConfig, total_steps: int) -> _State:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if not parameters:
+            raise DataError("the network has no parameter that requires a gradient; nothing can be fine-tuned")
+        optimizer = torch.optim.SGD(
+            parameters,
+            config.learning_rate,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, max(total_steps, 1)))
+        return cls(model, optimizer, schedule, [])
+
+    def step(self, loss: Tensor) -> float:
+        """Take a step down the loss; returns the loss."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+    def to_save(self) -> dict[str, Any]:
+        schedule = {name: value for name, value in self.schedule.state_dict().items() if name != "lr_lambdas"}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {**schedule, "lr_lambdas": [None]},
+            "curve": self.curve,
         }
-        write_checkpoint(checkpoint, state)
-        going = after_epoch(epoch, metric)
-    model.eval()
-    return curve
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.curve[:] = saved["curve"]
 
 
-def _train_step(
-    model: nn.Module,
-    teacher: nn.Module,
-    inputs: tuple[Any, ...],
-    target: Any,
-    optimizer: torch.optim.Optimizer,
-    divergence: DivergenceName,
-    config: FinetuneConfig,
-) -> float:
-    kind = inputs[0].device.type
-    cast = torch.autocast(kind, torch.bfloat16) if config.autocast == "bfloat16" else nullcontext()
-    with cast:
-        with torch.no_grad():
-            reference = teacher(*inputs)
-        output = model(*inputs)
-    if divergence == "kl" and isinstance(target, Tensor) and isinstance(output, Tensor) and config.label_weight:
-        check_labels(target, output.shape[1])
-    loss = distillation_loss(divergence, output, reference, target, config)
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-    optimizer.step()
-    return float(loss.detach())
+def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay out the weights of 2-d convolutions; activations follow. Channels last trains up to twice as fast on CPUs."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _rate(step: int, total: int) -> float:

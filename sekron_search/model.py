@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sekron_search.errors import DataError, StructureError, UnsupportedLayerError
-from sekron_search.kron.layer import KroneckerConv, KroneckerLinear, conv_geometry, conv_weight
+from sekron_search.kron.conv import KroneckerConv, conv_geometry, conv_weight
+from sekron_search.kron.layer import Execution, KroneckerLayer
+from sekron_search.kron.linear import KroneckerLinear, linear_weight
 from sekron_search.kron.plan import ConvGeometry, Pair
-from sekron_search.kron.structure import Shape
+from sekron_search.kron.structure import Shape, Structure
 
 Inputs = tuple[Any, ...]
 OutputShift = Literal["absorbed", "correctable", "kept"]
-KroneckerLayer = KroneckerConv | KroneckerLinear
 
 _REPLACEABLE: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -34,7 +35,8 @@ class LayerInfo:
         weight_shape: (F, C, Kh, Kw) of one group.
         geometry: Stride, dilation, zero padding, groups.
         input_size: (height, width) on entry, non-zero padding modes included; (1, 1) for a linear layer.
-        positions_per_sample: How often a linear layer is applied to one sample; 1 for a convolution.
+        positions_per_sample: How often the layer is applied to one sample: tokens of a linear layer; crops or frames
+            of a convolution, where the network folds them into its batch.
         out_channels, in_channels: Of the whole layer.
         output_shift: What becomes of a constant shift of the output: "absorbed" by a batch-norm that follows,
             "correctable" through the layer's own bias, or "kept".
@@ -76,9 +78,33 @@ def as_inputs(example_inputs: Any) -> Inputs:
 def batch_size(inputs: Inputs) -> int:
     """Number of samples: the leading size of the first tensor."""
     for item in inputs:
-        if isinstance(item, Tensor) and item.dim() > 0:
+        if isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] > 0:
             return int(item.shape[0])
-    raise DataError(f"expected an example input with a tensor whose first axis is the batch, got {type(inputs[0])}")
+    shown = ", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else type(i).__name__ for i in inputs) or "nothing"
+    raise DataError(f"expected an example input with a tensor whose first axis is the batch, got {shown}")
+
+
+def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None) -> nn.Module:
+    """A deep copy of a network; nothing is shared with the original.
+
+    Args:
+        model: The network.
+        replaced: Modules that stand in the copy for others, by the `id` of what they stand for.
+
+    Raises:
+        DataError: If a layer is lazy and has no weight yet.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise DataError(f"'{name}': a lazy layer without a weight yet; run the network once on an input first")
+    memo: dict[int, Any] = dict(replaced or {})
+    for module in model.modules():
+        for value in vars(module).values():
+            # What a hook computed (weight norm of the old kind) has a history, which deepcopy refuses; it is computed
+            # anew in every forward pass.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
@@ -122,32 +148,39 @@ def layer_weight(model: nn.Module, info: LayerInfo) -> Tensor:
     if isinstance(module, nn.Conv2d):
         return conv_weight(module).detach()
     if isinstance(module, nn.Linear):
-        return module.weight.detach()[None, :, :, None, None]
+        return linear_weight(module).detach()
     raise UnsupportedLayerError(f"layer '{info.name}': expected nn.Conv2d or nn.Linear, got {type(module).__name__}")
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     """A deep copy of the network with the named layers replaced; nothing is shared with the original."""
-    replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     # Telling deepcopy that a layer is already copied puts the new one wherever the old one stood, at no cost.
-    return copy.deepcopy(model, memo=dict(replaced))
+    return copy_model(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
 
 
-def build_layer(model: nn.Module, info: LayerInfo, **options: Any) -> KroneckerLayer:
-    """The replacement of a layer; options as for `from_conv` and `from_linear` (structure, factors, order, ...).
+def layer_like(
+    model: nn.Module,
+    name: str,
+    structure: Structure,
+    *,
+    order: Sequence[int] | None = None,
+    execution: Execution = "factored",
+) -> KroneckerLayer:
+    """A layer of zeros that can stand in the place of a network's dense layer: to set factors, or load a state dict.
 
     Raises:
+        UnsupportedLayerError: If the layer is no plain `nn.Conv2d` or `nn.Linear`.
         StructureError: With the layer's name, if the structure does not fit.
     """
-    module = model.get_submodule(info.name)
+    module = model.get_submodule(name)
     try:
         if isinstance(module, nn.Conv2d):
-            return KroneckerConv.from_conv(module, input_size=info.input_size, **options)
+            return KroneckerConv.like(module, structure, order=order, execution=execution)
         if isinstance(module, nn.Linear):
-            return KroneckerLinear.from_linear(module, **options)
+            return KroneckerLinear.like(module, structure, order=order, execution=execution)
     except StructureError as error:
-        raise StructureError(f"layer '{info.name}': {error}") from None
-    raise UnsupportedLayerError(f"layer '{info.name}': expected nn.Conv2d or nn.Linear, got {type(module).__name__}")
+        raise StructureError(f"layer '{name}': {error}") from None
+    raise UnsupportedLayerError(f"layer '{name}': expected nn.Conv2d or nn.Linear, got {type(module).__name__}")
 
 
 def run_model(model: nn.Module, inputs: Inputs) -> Any:
@@ -286,6 +319,7 @@ def _layer_info(name: str, module: nn.Module, record: _Record, samples: int) -> 
         shift = "correctable"
     if isinstance(module, nn.Conv2d):
         height, width = record.input_shape[-2:]
+        batch = record.input_shape[0] if len(record.input_shape) == 4 else 1
         if module.padding_mode != "zeros":
             pads = module._reversed_padding_repeated_twice
             height, width = height + pads[2] + pads[3], width + pads[0] + pads[1]
@@ -296,7 +330,7 @@ def _layer_info(name: str, module: nn.Module, record: _Record, samples: int) -> 
             (shape[0], shape[1], shape[2], shape[3]),
             conv_geometry(module),
             (height, width),
-            1,
+            max(batch // samples, 1),
             module.out_channels,
             module.in_channels,
             shift,

@@ -42,6 +42,15 @@ def divergence(name: DivergenceName, output: Any, reference: Any) -> Tensor:
     return torch.stack([DIVERGENCES[name](a, b) for a, b in zip(ours, theirs, strict=True)]).mean()
 
 
+def check_divergence(name: DivergenceName, output: Any) -> None:
+    """Raise a `DataError` unless the divergence means something on such outputs: "kl" needs logits of classes."""
+    if name == "kl" and (bad := [tuple(t.shape) for t in output_tensors(output) if t.dim() < 2 or t.shape[1] < 2]):
+        raise DataError(
+            f"search.divergence is 'kl', which needs logits of shape (N, classes, ...) with two classes or more; the "
+            f"network gives {bad[0]}: set search.divergence to 'mse'"
+        )
+
+
 @torch.no_grad()
 def reference_outputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Any]:
     """The original network's outputs, to be compared with; checks that they are finite."""

@@ -40,6 +40,15 @@ class RunFolder:
         self.markdown = self.path / "report.md"
         self.plots = self.path / "plots"
 
+    @classmethod
+    def new(cls) -> RunFolder:
+        """runs/run-1, run-2, ... in the working directory: the first that is free."""
+        for number in range(1, 10_000):
+            candidate = Path("runs") / f"run-{number}"
+            if not candidate.exists():
+                return cls(candidate)
+        raise RunFolderError("runs/ holds ten thousand runs; clear it, or name a folder")
+
     @contextlib.contextmanager
     def claimed(self, fingerprint: dict[str, Any], *, resume: bool) -> Iterator[RunFolder]:
         """Own the folder for a run.

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from sekron_search.calibration import unfold_input
 from sekron_search.costs.traced import reestimate_batch_norm
+from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.projection import Fit
 from sekron_search.kron.refine import DAMPING, InputMetric, refine
-from sekron_search.model import Inputs, KroneckerLayer, LayerInfo, layer_weight
+from sekron_search.model import Inputs, LayerInfo, layer_weight
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def fit_sequentially(
             start = Fit(tuple(a.double() for a in layer.factors()), float("nan"))
             layer.set_factors(refine(layer.structure, start, target, metric, steps=steps).factors)
             if layer.bias is not None and info.output_shift == "correctable":
-                predicted = layer.weight().double().unflatten(0, (metric.mean.shape[0], -1)).flatten(2)
+                predicted = layer.weight.double().unflatten(0, (metric.mean.shape[0], -1)).flatten(2)
                 layer.bias.copy_(mean_output - (predicted @ metric.mean[:, :, None]).flatten())
             reestimate_batch_norm(compressed, batches)
         if progress is not None:

@@ -26,12 +26,13 @@ from sekron_search.kron.refine import InputMetric, refine
 from sekron_search.kron.structure import Structure
 from sekron_search.kron.svd import pair_spectrum
 from sekron_search.model import LayerInfo
+from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Option
 from sekron_search.search.pareto import non_dominated
 from sekron_search.search.space import SearchSpace
 
 #: Raised whenever a change makes earlier tables wrong.
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 
 #: Least-squares sweeps of a fit that is only there to be scored, or refined on data afterwards.
 SCORING_SWEEPS = 10
@@ -50,6 +51,17 @@ class FittedLayer:
     table: LayerTable
     factors: tuple[tuple[Tensor, ...], ...]
     shifts: tuple[Tensor | None, ...]
+
+    def pruned(self, costs: Sequence[CostName]) -> FittedLayer:
+        """Only the options that no other one beats on these costs and the error; the first always stays."""
+        options = self.table.options
+        mask = non_dominated([[o.error, *(o.cost(name) for name in costs)] for o in options])
+        kept = [i for i in range(len(options)) if i == 0 or mask[i]]
+        return FittedLayer(
+            replace(self.table, options=tuple(options[i] for i in kept)),
+            tuple(self.factors[i] for i in kept),
+            tuple(self.shifts[i] for i in kept),
+        )
 
 
 def selected(layers: Sequence[LayerInfo], space: SearchSpace) -> list[LayerInfo]:
@@ -147,16 +159,19 @@ def build_layer_table(
     return FittedLayer(LayerTable(info.name, tuple(options)), tuple(factors), tuple(shifts))
 
 
-def table_key(
-    info: LayerInfo, weight: Tensor, metric: InputMetric, space: SearchSpace, *, bytes_per_sample: int, steps: int
-) -> str:
-    """Hash of everything a layer's table depends on."""
+def table_key(info: LayerInfo, space: SearchSpace, context: str, *, bytes_per_sample: int, steps: int) -> str:
+    """Hash of everything a layer's table depends on.
+
+    Args:
+        info: The layer.
+        space: Which structures.
+        context: Hash of the network and its calibration inputs. The moments themselves are no key: their last digits
+            change with the number of threads.
+        bytes_per_sample, steps: As for `build_layer_table`.
+    """
     relevant = space.model_dump(exclude={"include", "exclude", "name"}, mode="json")
-    parts = [TABLE_VERSION, repr(replace(info, name="")), relevant, bytes_per_sample, steps]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    for tensor in (weight, metric.root, metric.mean):
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:20]
+    parts = [TABLE_VERSION, repr(info), relevant, context, bytes_per_sample, steps]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def load_table(folder: Path, key: str, name: str) -> FittedLayer | None:
@@ -188,22 +203,16 @@ def save_table(folder: Path, key: str, fitted: FittedLayer) -> None:
 
 def build_tables(
     layers: Sequence[LayerInfo],
-    weight_of: Callable[[LayerInfo], Tensor],
-    metrics: dict[str, InputMetric],
-    space: SearchSpace,
+    fit: Callable[[LayerInfo], FittedLayer],
+    key: Callable[[LayerInfo], str],
     cache: Path,
-    *,
-    bytes_per_sample: int,
-    steps: int,
 ) -> Iterator[FittedLayer]:
-    """The tables of all layers in turn, from the cache where it has them."""
+    """The tables of all layers in turn, from the cache where it has them, else fitted and put there."""
     for info in layers:
-        weight, metric = weight_of(info), metrics[info.name]
-        key = table_key(info, weight, metric, space, bytes_per_sample=bytes_per_sample, steps=steps)
-        fitted = load_table(cache, key, info.name)
+        fitted = load_table(cache, key(info), info.name)
         if fitted is None:
-            fitted = build_layer_table(info, weight, metric, space, bytes_per_sample=bytes_per_sample, steps=steps)
-            save_table(cache, key, fitted)
+            fitted = fit(info)
+            save_table(cache, key(info), fitted)
         yield fitted
 
 
@@ -253,9 +262,10 @@ def _scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) -
     the enumeration.
     """
     norm = float(weight.norm())
+    cheapest = set(_cheapest(pool))
     spectra: dict[tuple[object, ...], Tensor] = {}
     longer = [i for i, c in enumerate(pool) if c.structure.num_factors > 2]
-    fitted = {longer[i] for i in _spread(len(longer), max_fits)}
+    fitted = {longer[i] for i in _spread(len(longer), max_fits)} | cheapest
     scores = []
     for i, candidate in enumerate(pool):
         structure = candidate.structure
@@ -288,7 +298,15 @@ def _shortlist(pool: Sequence[CandidateStructure], scores: Sequence[float], most
     chosen = sorted({i for group in groups for i in pareto(group)}, key=lambda i: pool[i].cost.flops)
     if len(chosen) > most:
         chosen = [chosen[i] for i in _spread(len(chosen), most)]
-    return chosen
+    return sorted({*chosen, *_cheapest(pool)}, key=lambda i: pool[i].cost.flops)
+
+
+def _cheapest(pool: Sequence[CandidateStructure]) -> list[int]:
+    """The candidates of least flops, params and peak: with them a budget can be met that the space can meet at all."""
+    if not pool:
+        return []
+    costs = [(c.cost.flops, c.cost.params, c.cost.peak_elements) for c in pool]
+    return [min(range(len(pool)), key=lambda i: (costs[i][which], costs[i])) for which in range(3)]
 
 
 def _spread(count: int, most: int) -> list[int]:

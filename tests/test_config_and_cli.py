@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from sekron_search.cli import app, main
 from sekron_search.config import Config, DataConfig
-from sekron_search.data import batches, digits, evaluate, image_folder, import_reference
+from sekron_search.costs.profile import DeviceProfile
+from sekron_search.data import batches, digits, evaluate, image_folder, import_reference, load_data
 from sekron_search.errors import ConfigError, DataError
 from sekron_search.kron.enumeration import FAMILIES
 from sekron_search.search.space import SearchSpace
@@ -41,6 +42,9 @@ pytestmark = pytest.mark.filterwarnings(
         ("model: {", "model: {weights: nothing.pt, ", "config key 'model.weights': no such file"),
         ("budget:", "space: nothing.yaml\nbudget:", "nothing.yaml: cannot be read"),
         ("budget:", "budget: [", "not YAML"),
+        ("flops: 0.6x", "flops: true", "budget.flops: expected a positive number"),
+        ("budget:", "device: abacus\nbudget:", "key 'device': value error, expected a torch device such as 'cpu'"),
+        ("budget:", "device: meta\nbudget:", "key 'device': value error, expected 'cpu' or 'cuda'"),
     ],
 )
 def test_bad_configs_name_the_key(tmp_path: Path, old: str, new: str, says: str) -> None:
@@ -195,3 +199,42 @@ def test_digits_are_split_without_overlap() -> None:
 def test_references_to_foreign_code_are_refused(reference: str) -> None:
     with pytest.raises(ConfigError, match=r"key 'model\.factory'"):
         import_reference(reference, "model.factory")
+
+
+def test_resuming_needs_a_folder_and_a_missed_budget_an_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "trials: 8": "trials: 1"})
+    monkeypatch.setattr(sys, "argv", ["sekron-search", "run", str(config), "--resume"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "name its folder with --out" in capsys.readouterr().err.lower()
+    runner = CliRunner()
+    assert runner.invoke(app, ["run", str(config), "--out", str(tmp_path / "out")]).exit_code == 0
+    report = tmp_path / "out" / "report.json"
+    report.write_text(report.read_text().replace('"met": true', '"met": false'))
+    assert runner.invoke(app, ["report", str(tmp_path / "out")]).exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("factory", "kwargs", "says"),
+    [
+        ("broken_module:data", {}, "cannot import 'broken_module:data': SyntaxError"),
+        ("tests.cases:small_data", {"size": 3}, "data.factory 'tests.cases:small_data' failed: TypeError"),
+    ],
+)
+def test_broken_data_factories_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, kwargs: dict[str, int], says: str
+) -> None:
+    (tmp_path / "broken_module.py").write_text("def data(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises((ConfigError, DataError), match=says):
+        load_data(DataConfig(source="factory", factory=factory, kwargs=kwargs), seed=0)
+
+
+def test_damaged_profiles_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text("format: 1\nprovenance: {}\nlatencies: [1]")
+    with pytest.raises(ConfigError, match=r"profile.yaml: .*expected keys 'provenance' and 'latencies'"):
+        DeviceProfile.load(path)

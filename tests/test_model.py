@@ -9,8 +9,9 @@ from torch.nn.utils import parametrizations
 
 from sekron_search.errors import DataError, StructureError
 from sekron_search.kron import families as fam
-from sekron_search.kron.layer import KroneckerConv
-from sekron_search.model import build_layer, inspect_model, layer_weight, replace_layers
+from sekron_search.kron.conv import KroneckerConv
+from sekron_search.kron.linear import KroneckerLinear
+from sekron_search.model import inspect_model, layer_like, layer_weight, replace_layers
 from tests.cases import SmallNet, nan_net, small_net
 
 
@@ -96,7 +97,7 @@ def test_replacement_works_on_a_copy() -> None:
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
     info = inspect_model(model, x).layers[1]
-    layer = build_layer(model, info, structure=fam.spatial_svd(info.weight_shape, 2))
+    layer = layer_like(model, info.name, fam.spatial_svd(info.weight_shape, 2))
     changed = replace_layers(model, {"conv2": layer})
     assert isinstance(changed.get_submodule("conv2"), KroneckerConv)
     with torch.no_grad():
@@ -113,8 +114,10 @@ def test_a_replaced_network_computes_what_its_dense_twin_does() -> None:
     dense: dict[str, nn.Module] = {}
     for info in inspect_model(model, x).layers:
         f, c, h, w = info.weight_shape
-        layer = build_layer(model, info, structure=fam.sekron([(f, 1, h, 1), (1, c, 1, w)], [2]))
+        layer = layer_like(model, info.name, fam.sekron([(f, 1, h, 1), (1, c, 1, w)], [2]))
+        layer.set_factors([torch.randn_like(a) for a in layer.factors()])
         replaced[info.name] = layer
+        assert isinstance(layer, KroneckerConv | KroneckerLinear)
         dense[info.name] = layer.to_conv() if isinstance(layer, KroneckerConv) else layer.to_linear()
     torch.testing.assert_close(replace_layers(model, replaced)(x), replace_layers(model, dense)(x))
 
@@ -123,7 +126,7 @@ def test_errors_name_the_layer() -> None:
     model = small_net()
     info = inspect_model(model, torch.randn(1, 3, 8, 8)).layers[0]
     with pytest.raises(StructureError, match="layer 'conv1'"):
-        build_layer(model, info, structure=fam.dense((3, 3, 3, 3)))
+        layer_like(model, info.name, fam.dense((3, 3, 3, 3)))
 
 
 def test_bad_networks_are_refused() -> None:

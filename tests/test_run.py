@@ -24,7 +24,7 @@ from sekron_search.costs.traced import traced_flops
 from sekron_search.data import evaluate
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
 from sekron_search.files import read_json
-from sekron_search.kron.layer import KroneckerConv
+from sekron_search.kron.conv import KroneckerConv
 from sekron_search.progress import Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder

@@ -18,12 +18,17 @@ from torch import device as TorchDevice
 from sekron_search.costs.measure import Latency, measure_callables, threads
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
-from sekron_search.kron.layer import Execution, KroneckerConv, KroneckerLinear
+from sekron_search.kron.conv import KroneckerConv
+from sekron_search.kron.layer import Execution
+from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.structure import Structure
 from sekron_search.model import LayerInfo
 
 FORMAT = 1
 RUNTIME = "pytorch-eager"
+
+#: What a latency is of: layer, structure, order of the factors, execution.
+Measurement = tuple[LayerInfo, Structure, tuple[int, ...], Execution]
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,8 @@ class DeviceProfile:
             )
         try:
             provenance = Provenance(**data["provenance"])
-            latencies = {str(key): Latency(**value) for key, value in (data["latencies"] or {}).items()}
-        except (KeyError, TypeError) as error:
+            latencies = {str(key): Latency(**value) for key, value in dict(data["latencies"] or {}).items()}
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"device profile {path}: {error}; expected keys 'provenance' and 'latencies'") from None
         if bad := [k for k, v in latencies.items() if not (isinstance(v.median_ms, float) and 0 < v.median_ms < 1e9)]:
             raise ConfigError(f"device profile {path}: latencies[{bad[0]!r}].median_ms must be a positive number")
@@ -109,16 +114,21 @@ class DeviceProfile:
                     f"measure one with `sekron-search profile`, or set latency.{key} to match"
                 )
 
+    def missing(self, jobs: Sequence[Measurement], samples_per_batch: int) -> list[Measurement]:
+        """The jobs whose latency the profile does not hold yet, each geometry once."""
+        found = {layer_key(*job, samples_per_batch): job for job in jobs}
+        return [job for key, job in found.items() if key not in self.latencies]
+
     def measure(
         self,
-        jobs: Sequence[tuple[LayerInfo, Structure, tuple[int, ...], Execution]],
+        jobs: Sequence[Measurement],
         samples_per_batch: int,
         *,
         rounds: int = 7,
         progress: Callable[[int, int], None] | None = None,
         after_group: Callable[[], None] | None = None,
     ) -> None:
-        """Measure what the profile does not hold yet; layers of equal geometry share their measurements.
+        """Measure layers; those of equal geometry are timed one beside the other.
 
         Args:
             jobs: (layer, structure, order, execution) to have latencies of.
@@ -128,11 +138,9 @@ class DeviceProfile:
             after_group: Called whenever a group of jobs is measured, to save the profile.
         """
         device = torch.device(self.provenance.device)
-        groups: dict[str, dict[str, tuple[LayerInfo, Structure, tuple[int, ...], Execution]]] = {}
+        groups: dict[str, dict[str, Measurement]] = {}
         for job in jobs:
-            key = layer_key(*job, samples_per_batch)
-            if key not in self.latencies:
-                groups.setdefault(geometry_key(job[0], samples_per_batch), {})[key] = job
+            groups.setdefault(geometry_key(job[0], samples_per_batch), {})[layer_key(*job, samples_per_batch)] = job
         total = sum(len(group) for group in groups.values())
         done = 0
         for group in groups.values():
@@ -155,12 +163,13 @@ class DeviceProfile:
 def geometry_key(info: LayerInfo, samples_per_batch: int) -> str:
     """Text that is equal for layers that take the same time with the same structure."""
     geometry = info.geometry
+    batch = samples_per_batch * info.positions_per_sample
     if info.kind == "linear":
-        return f"linear rows={samples_per_batch * info.positions_per_sample} {info.in_channels}->{info.out_channels}"
+        return f"linear rows={batch} {info.in_channels}->{info.out_channels}"
     kernel = "x".join(map(str, info.weight_shape[2:]))
     size = "x".join(map(str, info.input_size))
     return (
-        f"conv2d batch={samples_per_batch} {info.in_channels}->{info.out_channels} at {size} kernel={kernel} "
+        f"conv2d batch={batch} {info.in_channels}->{info.out_channels} at {size} kernel={kernel} "
         f"stride={geometry.stride} padding={geometry.padding} dilation={geometry.dilation} groups={geometry.groups}"
     )
 
@@ -179,10 +188,8 @@ def _call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
 
 def _random_input(info: LayerInfo, samples: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    if info.kind == "linear":
-        shape: tuple[int, ...] = (samples * info.positions_per_sample, info.in_channels)
-    else:
-        shape = (samples, info.in_channels, *info.input_size)
+    size = () if info.kind == "linear" else info.input_size
+    shape = (samples * info.positions_per_sample, info.in_channels, *size)
     return torch.randn(shape, generator=generator).to(device)
 
 

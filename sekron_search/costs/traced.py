@@ -16,6 +16,7 @@ with warnings.catch_warnings():
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 
+from sekron_search.errors import DataError
 from sekron_search.model import Inputs, as_inputs, batch_size
 
 
@@ -38,9 +39,16 @@ def traced_flops(model: nn.Module, example_inputs: object) -> TracedFlops:
     training = model.training
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        analysis = FlopCountAnalysis(model.eval(), inputs)
+        model.eval()(*inputs)  # layers that rebuild their weight do so once, here, and not in the trace
+        analysis = FlopCountAnalysis(model, inputs)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        total = analysis.total()
+        try:
+            total = analysis.total()
+        except Exception as error:
+            raise DataError(
+                f"the flops of the network cannot be counted, for torch.jit.trace fails on it: {error}; quantize, or "
+                "convert otherwise, after compressing"
+            ) from error
         uncounted = dict(analysis.unsupported_ops())
     model.train(training)
     return TracedFlops(total / batch_size(inputs), uncounted)
@@ -59,7 +67,13 @@ def reestimate_batch_norm(model: nn.Module, batches: Sequence[Inputs]) -> None:
             module.train()
     if get_bn_modules(model):
         logging.getLogger("fvcore.nn.precise_bn").setLevel(logging.WARNING)
-        update_bn_stats(_Splat(model), batches, len(batches))
+        try:
+            update_bn_stats(_Splat(model), batches, len(batches))
+        except ValueError as error:
+            raise DataError(
+                f"batch-norm statistics cannot be estimated from the calibration batches: {error}; give batches of "
+                "two samples or more"
+            ) from None
     model.eval()
 
 

@@ -50,11 +50,17 @@ def execute(plan: Plan, weights: Sequence[Tensor], x: Tensor, bias: Tensor | Non
     for position, (step, stored) in enumerate(zip(plan.steps, weights, strict=True)):
         if step.permutation is not None:
             x = _permute(x, step.axes, step.permutation)
-        weight = stored.expand(*step.kept, *stored.shape[-4:]).reshape(step.weight_shape)
-        x = convolve(x, weight, bias if position == last else None, step.geometry)
+        x = convolve(x, _expand(stored, step), bias if position == last else None, step.geometry)
     if plan.output_permutation is not None:
         x = _permute(x, plan.output_axes, plan.output_permutation)
     return x
+
+
+def _expand(stored: Tensor, step: Step) -> Tensor:
+    """The weight that runs: the stored one, repeated for the groups that share it."""
+    if step.stored_shape == step.weight_shape:
+        return stored
+    return stored.reshape(step.shared_shape).expand(*step.kept, *step.shared_shape[-4:]).reshape(step.weight_shape)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:

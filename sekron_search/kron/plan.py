@@ -54,8 +54,8 @@ class Step:
         permutation: Order of those axes that puts the kept ones first; None if it is the present one.
         weight_permutation: Axes of the stored factor (G, rank indices, f, c, h, w) in the order
             (kept axes that the factor has, produced, contracted, h, w).
-        stored_shape: Shape of the stored convolution weight: (kept sizes, 1 where the factor lacks the axis)
-            + (produced, contracted, h, w).
+        shared_shape: The stored weight with its groups unfolded: (kept sizes, 1 where the factor lacks the axis, so
+            that these groups share it) + (produced, contracted, h, w).
         kept: Sizes of the kept axes; their product is the number of convolution groups.
         produced, contracted: Channels out and in of one group.
         kernel, stride, dilation, padding: Of this convolution, per axis; padding as (before, after).
@@ -65,7 +65,7 @@ class Step:
     axes: tuple[int, ...]
     permutation: tuple[int, ...] | None
     weight_permutation: tuple[int, ...]
-    stored_shape: tuple[int, ...]
+    shared_shape: tuple[int, ...]
     kept: tuple[int, ...]
     produced: int
     contracted: int
@@ -88,6 +88,12 @@ class Step:
     def out_channels(self) -> int:
         """Channels on exit."""
         return self.groups * self.produced
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the stored weight, that of a convolution: memory formats and other tools for those apply to it."""
+        *groups, produced, contracted, height, width = self.shared_shape
+        return prod(groups) * produced, contracted, height, width
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -225,7 +231,7 @@ def _channel_steps(
                 axes=tuple(sizes[a] for a in state),
                 permutation=_permutation(state, kept + consumed),
                 weight_permutation=tuple(own.index(a) for a in wanted),
-                stored_shape=tuple(sizes[a] if a in own else 1 for a in kept)
+                shared_shape=tuple(sizes[a] if a in own else 1 for a in kept)
                 + (out_channels, in_channels, *structure.shapes[k][2:]),
                 kept=tuple(sizes[a] for a in kept),
                 produced=out_channels,

@@ -3,82 +3,92 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from sekron_search.candidates import Finished
+from sekron_search.config import Settings
 from sekron_search.model import Inspection
-from sekron_search.search.budget import Budget, CostName
+from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Network, Option
 from sekron_search.search.study import Trial, pareto_trials
 
 FORMAT = 1
 
 
-def build_report(
-    *,
-    network: Network,
-    inspection: Inspection,
-    bounds: Mapping[CostName, float],
-    budget: Budget,
-    trials: Sequence[Trial],
-    best: Mapping[str, Any],
-    costs: Mapping[str, Mapping[str, float]],
-    metrics: Mapping[str, float | None],
-    batch: int,
-    metric_name: str,
-    divergence_name: str,
-    uncounted: Mapping[str, int],
-    environment: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Everything the report says, as plain data.
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a finished run knows.
 
     Args:
-        network: Tables and original costs.
+        settings: What was asked for.
         inspection: Of the original network.
-        bounds, budget: Absolute bounds, and the budget as it was asked for.
+        network: Tables and original costs.
+        bounds: Absolute bounds of the budgeted costs.
         trials: All trials of the search.
-        best: Record of the chosen candidate.
+        chosen: The candidate that was saved, its curve and its validation metric.
         costs: Of "original" and "compressed", measured on the saved and re-loaded network.
         metrics: Of "original", "compressed" and "untrained".
-        batch: Samples of the example batch.
-        metric_name, divergence_name: As configured.
-        uncounted: Operators that fvcore does not count.
-        environment: Of the run.
+        batch_size: Samples of the example batch.
+        uncounted: Operators of the compressed network that fvcore does not count, and how often they run.
+        environment: What it ran on.
     """
-    assignment = tuple(best["assignment"])
-    front = pareto_trials(trials, budget.names)
-    asked = dict(budget.items())
-    return {
-        "format": FORMAT,
-        "original": {**costs["original"], "metric": metrics["original"]},
-        "compressed": {**costs["compressed"], "metric": metrics["compressed"]},
-        "metric_without_training": metrics["untrained"],
-        "metric_name": metric_name,
-        "divergence_name": divergence_name,
-        "divergence": best["divergence"],
-        "validation_metric": best["validation_metric"],
-        "batch_size": batch,
-        "budgets": [
+
+    settings: Settings
+    inspection: Inspection
+    network: Network
+    bounds: Mapping[CostName, float]
+    trials: Sequence[Trial]
+    chosen: Finished
+    costs: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, float | None]
+    batch_size: int
+    uncounted: Mapping[str, int]
+    environment: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything the report says, as plain data."""
+        candidate, budget = self.chosen.candidate, self.settings.bounds
+        front = pareto_trials(self.trials, budget.names)
+        return {
+            "format": FORMAT,
+            "original": {**self.costs["original"], "metric": self.metrics["original"]},
+            "compressed": {**self.costs["compressed"], "metric": self.metrics["compressed"]},
+            "metric_without_training": self.metrics["untrained"],
+            "metric_name": self.settings.metric,
+            "divergence_name": self.settings.search.divergence,
+            "divergence": candidate.divergence,
+            "validation_metric": self.chosen.metric,
+            "batch_size": self.batch_size,
+            "budgets": self._budgets(),
+            "front": [_candidate(t, self.network, chosen=t.assignment == candidate.assignment) for t in front],
+            "num_trials": len(self.trials),
+            "num_distinct_networks": len({t.assignment for t in self.trials}),
+            "trials": [
+                {"divergence": t.divergence, **t.costs, "feasible": t.feasible, "source": t.source} for t in self.trials
+            ],
+            "curve": self.chosen.curve,
+            "layers": [
+                _layer(table, index, list(budget.names))
+                for table, index in zip(self.network.tables, candidate.assignment, strict=True)
+            ],
+            "left_alone": [{"name": s.name, "type": s.type, "reason": s.reason} for s in self.inspection.skipped],
+            "uncounted_operators": dict(self.uncounted),
+            "environment": dict(self.environment),
+        }
+
+    def _budgets(self) -> list[dict[str, Any]]:
+        values = self.costs["compressed"]
+        return [
             {
                 "name": name,
-                "asked": str(asked[name]),
-                "bound": bound,
-                "value": costs["compressed"][name],
-                "met": bool(costs["compressed"][name] <= bound),
+                "asked": str(asked),
+                "bound": self.bounds[name],
+                "value": values[name],
+                "met": bool(values[name] <= self.bounds[name]),
             }
-            for name, bound in bounds.items()
-        ],
-        "front": [_candidate(trial, network, chosen=trial.assignment == assignment) for trial in front],
-        "num_trials": len(trials),
-        "num_distinct_networks": len({t.assignment for t in trials}),
-        "trials": [{"divergence": t.divergence, **t.costs, "feasible": t.feasible, "source": t.source} for t in trials],
-        "curve": best["curve"],
-        "layers": [
-            _layer(table, index, list(budget.names)) for table, index in zip(network.tables, assignment, strict=True)
-        ],
-        "left_alone": [{"name": s.name, "type": s.type, "reason": s.reason} for s in inspection.skipped],
-        "uncounted_operators": dict(uncounted),
-        "environment": dict(environment),
-    }
+            for name, asked in self.settings.bounds.items()
+        ]
 
 
 def _candidate(trial: Trial, network: Network, *, chosen: bool) -> dict[str, Any]:

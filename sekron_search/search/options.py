@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sekron_search.search.budget import COST_NAMES, CostName
-from sekron_search.search.pareto import non_dominated
 
 Assignment = tuple[int, ...]
 Execution = Literal["factored", "dense"]
@@ -83,12 +82,6 @@ class LayerTable:
     name: str
     options: tuple[Option, ...]
     outside_bytes: int = 0
-
-    def pruned(self, costs: Sequence[CostName]) -> LayerTable:
-        """Only the options that no other one beats on these costs and the error; the first always stays."""
-        values = np.array([[o.error, *(o.cost(name) for name in costs)] for o in self.options])
-        kept = [option for i, option in enumerate(self.options) if i == 0 or bool(non_dominated(values)[i])]
-        return replace(self, options=tuple(kept))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from sekron_search.costs.profile import DeviceProfile, Provenance, layer_key
 from sekron_search.costs.traced import reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError
 from sekron_search.kron import families as fam
-from sekron_search.kron.layer import KroneckerConv, KroneckerLinear
+from sekron_search.kron.conv import KroneckerConv
+from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.model import inspect_model
 from tests.cases import SHAPE, STRUCTURES, small_net
 
@@ -33,6 +34,19 @@ def test_plan_counts_what_fvcore_counts(name: str, groups: int) -> None:
     assert not analysis.unsupported_ops()
     weights = sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
     assert weights == structure.num_params * groups
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "linear"])
+def test_rebuilt_weights_count_as_dense_layers(kind: str) -> None:
+    if kind == "conv2d":
+        dense: nn.Module = nn.Conv2d(6, 8, 3)
+        layer: nn.Module = KroneckerConv.from_conv(dense, fam.channel_svd(SHAPE, 3), execution="dense")  # type: ignore[arg-type]
+        x = torch.randn(2, 6, 9, 9)
+    else:
+        dense = nn.Linear(6, 8)
+        layer = KroneckerLinear.from_linear(dense, fam.channel_svd((8, 6, 1, 1), 3), execution="dense")
+        x = torch.randn(2, 6)
+    assert traced_flops(layer, x).total == traced_flops(dense, x).total
 
 
 def test_plan_counts_linear_layers_as_fvcore_does() -> None:

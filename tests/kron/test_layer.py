@@ -9,7 +9,8 @@ from torch import nn
 
 from sekron_search.errors import StructureError, UnsupportedLayerError
 from sekron_search.kron import families as fam
-from sekron_search.kron.layer import KroneckerConv, KroneckerLinear
+from sekron_search.kron.conv import KroneckerConv
+from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.structure import Structure
 
 CONVS: dict[str, dict[str, Any]] = {
@@ -107,6 +108,29 @@ def test_dense_execution_follows_changed_factors() -> None:
         torch.testing.assert_close(layer(x), layer.to_conv()(x))
 
 
+def test_weights_can_be_laid_out_channels_last() -> None:
+    conv = nn.Conv2d(6, 8, 3, padding=1)
+    x = torch.randn(2, 6, 9, 9)
+    for structure in (fam.cp((8, 6, 3, 3), 5), fam.tucker((8, 6, 3, 3), [4, 3, 2, 2])):
+        layer = KroneckerConv.from_conv(conv, structure)
+        expected = layer(x)
+        moved: Any = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.testing.assert_close(moved(x.contiguous(memory_format=torch.channels_last)), expected)
+        assert all(stored.dim() == 4 for stored in layer.weights)
+
+
+def test_the_weight_can_be_read_like_that_of_a_dense_layer() -> None:
+    linear = nn.Linear(6, 8)
+    layer = KroneckerLinear.from_linear(linear, fam.dense((8, 6, 1, 1)))
+    torch.testing.assert_close(layer.weight, linear.weight)
+    encoder: Any = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    expected = encoder(x)
+    encoder.linear1 = KroneckerLinear.from_linear(encoder.linear1, fam.dense((16, 8, 1, 1)))
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), expected)  # torch's fast path reads the weight itself
+
+
 def test_from_conv_shares_nothing() -> None:
     conv = nn.Conv2d(4, 4, 1)
     before = conv.weight.clone()
@@ -124,7 +148,7 @@ def test_half_precision_weights_are_fitted() -> None:
         conv = nn.Conv2d(6, 8, 3).to(dtype)
         layer = KroneckerConv.from_conv(conv, fam.channel_svd((8, 6, 3, 3), 8))
         assert layer.weights[0].dtype == dtype
-        assert float((layer.weight() - conv.weight).detach().abs().max()) < 0.02
+        assert float((layer.weight - conv.weight).detach().abs().max()) < 0.02
 
 
 @pytest.mark.parametrize(

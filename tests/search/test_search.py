@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from sekron_search.search.knapsack import additive_errors, best_reachable, solve
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
 from sekron_search.search.pareto import front, non_dominated
 from sekron_search.search.study import SAMPLERS, SamplerName, Trial, best_feasible, pareto_trials, run_study
+from sekron_search.tables import FittedLayer
 from tests.oracles import dominated, knapsack_by_enumeration
 
 NUMBERS = st.one_of(st.integers(0, 4).map(float), st.just(math.inf))
@@ -105,11 +107,13 @@ def test_infeasible_budgets_say_what_can_be_had() -> None:
 
 
 def test_pruning_keeps_the_original_and_drops_the_dominated() -> None:
-    table = LayerTable(
-        "a", (option(9, 9, 0.0, family="dense"), option(5, 5, 0.2), option(6, 6, 0.2), option(5, 9, 0.1))
-    )
-    assert [o.flops for o in table.pruned(["flops", "params"]).options] == [9, 5, 5]
-    assert [(o.flops, o.error) for o in table.pruned(["flops"]).options] == [(9, 0.0), (5, 0.1)]
+    options = (option(9, 9, 0.0, family="dense"), option(5, 5, 0.2), option(6, 6, 0.2), option(5, 9, 0.1))
+    factors = tuple((torch.full((1,), float(i)),) for i in range(4))
+    fitted = FittedLayer(LayerTable("a", options), factors, (None,) * 4)
+    assert [o.flops for o in fitted.pruned(["flops", "params"]).table.options] == [9, 5, 5]
+    pruned = fitted.pruned(["flops"])
+    assert [(o.flops, o.error) for o in pruned.table.options] == [(9, 0.0), (5, 0.1)]
+    assert [float(a) for (a,) in pruned.factors] == [0, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,271 @@
+"""From the tables to one network: search, fit the best candidates layer after layer, measure, fine-tune, choose."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sekron_search.costs.traced import reestimate_batch_norm
+from sekron_search.errors import InfeasibleBudgetError
+from sekron_search.files import read_json, read_tensors, write_json, write_tensors
+from sekron_search.finetune import Distillation
+from sekron_search.job import Job
+from sekron_search.kron.layer import KroneckerLayer
+from sekron_search.kron.structure import Structure
+from sekron_search.model import layer_like, replace_layers
+from sekron_search.prepare import Tables, network_costs
+from sekron_search.progress import Reporter
+from sekron_search.proxies import mean_divergence, reference_outputs
+from sekron_search.rundir import RunFolder
+from sekron_search.search.budget import CostName
+from sekron_search.search.knapsack import infeasible
+from sekron_search.search.options import Assignment
+from sekron_search.search.study import Halving, Trial, best_feasible, run_study
+from sekron_search.sequential import fit_sequentially
+
+#: How often the search is repeated with corrected costs when its networks miss the budget as measured.
+MAX_ROUNDS = 3
+
+#: A corrected bound is tighter than the measurements ask for by this factor.
+MARGIN = 0.98
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network of the search, fitted and measured; its weights lie in its folder.
+
+    Args:
+        assignment: Option of every layer.
+        trial: Index of the trial it comes from.
+        divergence: Of its outputs from the original's.
+        divergence_before_sequential_fit: As the search saw it.
+        predicted: Costs of the whole network from the tables.
+        costs: Costs of the whole network, measured.
+        metric: For choosing, on the validation data.
+    """
+
+    assignment: Assignment
+    trial: int
+    divergence: float
+    divergence_before_sequential_fit: float
+    predicted: Mapping[str, float]
+    costs: Mapping[str, float]
+    metric: float | None
+
+    def meets(self, bounds: Mapping[CostName, float]) -> bool:
+        """Whether all budgeted costs, as measured, are within their bounds."""
+        return all(self.costs[name] <= bound for name, bound in bounds.items())
+
+    @classmethod
+    def load(cls, folder: Path) -> Candidate:
+        """Read its record."""
+        data = read_json(folder / "candidate.json")
+        return cls(**{**data, "assignment": tuple(data["assignment"])})
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What the search gave: all trials, the candidates, and the bounds in force."""
+
+    trials: list[Trial]
+    candidates: list[Candidate]
+    bounds: dict[CostName, float]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The chosen candidate, its training curve, its validation metric in the end, and the network itself."""
+
+    candidate: Candidate
+    curve: list[dict[str, float]]
+    metric: float | None
+    network: nn.Module
+
+
+class Finder:
+    """Searches, fits, measures and trains candidates, each step kept in the run folder and done once.
+
+    Args:
+        job: What to do.
+        tables: What every layer can become.
+        folder: The run folder.
+        reporter: Told of the progress.
+    """
+
+    def __init__(self, job: Job, tables: Tables, folder: RunFolder, reporter: Reporter) -> None:
+        self.job, self.tables, self.folder, self.reporter = job, tables, folder, reporter
+        self.network = tables.network
+        self.bounds = job.settings.bounds.resolve(tables.original)
+        self.references = reference_outputs(job.model, job.holdout)
+
+    def search(self) -> Searched:
+        """Search, measure the candidates as whole networks, and search again where the tables were too hopeful."""
+        corrected = dict(self.bounds)
+        searched: Searched | None = None
+        for number in range(1, MAX_ROUNDS + 1):
+            try:
+                trials = self._trials(corrected, number)
+            except InfeasibleBudgetError:
+                if searched is None:
+                    raise
+                break  # no network meets the corrected bounds: those that miss the budget by little have to do
+            candidates = [self._candidate(t) for t in best_feasible(trials, self.job.settings.finetune.candidates)]
+            if not candidates:
+                raise infeasible(self.network, self.bounds)
+            if searched is None or any(c.meets(self.bounds) for c in candidates):
+                searched = Searched(trials, candidates, self.bounds)
+            if any(c.meets(self.bounds) for c in candidates):
+                break
+            for name, bound in self.bounds.items():
+                ratio = min(c.costs[name] / c.predicted[name] for c in candidates)
+                if ratio > 1:
+                    corrected[name] = bound / ratio * MARGIN
+            self.reporter.say("the measured networks miss the budget; searching again with corrected costs")
+        assert searched is not None
+        return searched
+
+    def finish(self, searched: Searched) -> Finished:
+        """Fine-tune the candidates that meet the budget as measured; the best by the validation metric."""
+        pool = [c for c in searched.candidates if c.meets(searched.bounds)] or searched.candidates
+        halving = Halving()
+        finished = []
+        for number, candidate in enumerate(pool, start=1):
+            network = self.load(candidate)
+            curve = self._train(candidate, network, halving, f"fine-tuning {number}/{len(pool)}")
+            metric = curve[-1]["metric"] if curve else candidate.metric
+            if curve and self.job.validate is not None and (candidate.metric or 0.0) > curve[-1]["metric"]:
+                # Training can hurt where there is little data: then the network stays as it was fitted.
+                network, metric = self.load(candidate), candidate.metric
+            finished.append(Finished(candidate, curve, metric, network))
+        # Without any metric the divergence decides; candidates come in its order.
+        return max(finished, key=lambda f: f.metric if f.metric is not None else -f.candidate.divergence)
+
+    def load(self, candidate: Candidate) -> nn.Module:
+        """A candidate's network as it was before fine-tuning."""
+        network = self._skeleton(candidate.assignment)
+        network.load_state_dict(read_tensors(self._home(candidate.assignment) / "weights.safetensors"))
+        return network.to(self.job.device).eval()
+
+    def assemble(self, assignment: Assignment) -> nn.Module:
+        """The network with the fitted factors, the biases corrected, batch-norm statistics re-estimated."""
+        network = self._skeleton(assignment)
+        for info, fitted, index in zip(self.tables.layers, self.tables.fitted, assignment, strict=True):
+            if fitted.table.options[index].is_original:
+                continue
+            layer, dense = network.get_submodule(info.name), self.job.model.get_submodule(info.name)
+            assert isinstance(layer, KroneckerLayer)
+            layer.set_factors([a.to(self.job.device) for a in fitted.factors[index]])
+            shift = fitted.shifts[index]
+            if layer.bias is not None:
+                assert isinstance(dense.bias, Tensor)
+                correction = shift.to(layer.bias) if info.output_shift == "correctable" and shift is not None else 0.0
+                with torch.no_grad():
+                    layer.bias.copy_(dense.bias + correction)
+        reestimate_batch_norm(network, self.job.calibration)
+        return network
+
+    def divergence(self, network: nn.Module) -> float:
+        """Of a network's outputs on the held-out calibration inputs."""
+        name = self.job.settings.search.divergence
+        return mean_divergence(name, network, self.job.holdout, self.references)
+
+    def _skeleton(self, assignment: Assignment) -> nn.Module:
+        """The network with the layers of an assignment, all their weights zero."""
+        job = self.job
+        chosen = zip(self.tables.layers, self.network.chosen(assignment), strict=True)
+        layers = {
+            info.name: layer_like(
+                job.model,
+                info.name,
+                Structure.parse(option.structure),
+                order=option.order,
+                execution=option.execution,
+            )
+            for info, option in chosen
+            if not option.is_original
+        }
+        return replace_layers(job.model, layers).eval()
+
+    def _trials(self, bounds: Mapping[CostName, float], number: int) -> list[Trial]:
+        settings = self.job.settings
+        trials: list[Trial] = []
+        best = float("inf")
+        with self.reporter.task("searching", settings.search.trials) as task:
+            for trial in run_study(
+                self.network,
+                bounds,
+                lambda assignment: self.divergence(self.assemble(assignment)),
+                storage=f"sqlite:///{self.folder.study}",
+                name=f"round {number}: " + ", ".join(f"{n} <= {b:.6g}" for n, b in bounds.items()),
+                trials=settings.search.trials,
+                seed=settings.seed,
+                sampler=settings.search.sampler,
+            ):
+                trials.append(trial)
+                best = min(best, trial.divergence) if trial.feasible else best
+                task.update(len(trials), f"best divergence {best:.4g}")
+        found = {"round": number, "bounds": dict(bounds), "trials": [t.to_json() for t in trials]}
+        write_json(self.folder.search, found)
+        return trials
+
+    def _candidate(self, trial: Trial) -> Candidate:
+        """A trial's network, fitted layer after layer and measured; from the run folder if it is there."""
+        home = self._home(trial.assignment)
+        if not (home / "candidate.json").exists():
+            network = self.assemble(trial.assignment)
+            divergence = self._fit_sequentially(network, trial.divergence)
+            write_tensors(home / "weights.safetensors", dict(network.state_dict()))
+            candidate = Candidate(
+                assignment=trial.assignment,
+                trial=trial.index,
+                divergence=divergence,
+                divergence_before_sequential_fit=trial.divergence,
+                predicted=dict(trial.costs),
+                costs=network_costs(self.job, {"candidate": network})["candidate"],
+                metric=self.job.validate(network) if self.job.validate is not None else None,
+            )
+            write_json(home / "candidate.json", asdict(candidate))
+        return Candidate.load(home)
+
+    def _fit_sequentially(self, network: nn.Module, before: float) -> float:
+        """Fit a network layer after layer, in place; undone if that does not lower its divergence."""
+        steps = self.job.settings.calibration.sequential_steps
+        if steps == 0:
+            return before
+        start = {name: t.clone() for name, t in network.state_dict().items()}
+        with self.reporter.task("fitting layer after layer", len(self.tables.layers)) as task:
+            fit_sequentially(
+                network, self.job.model, self.tables.layers, self.job.calibration, steps=steps, progress=task.update
+            )
+        after = self.divergence(network)
+        if after > before:
+            network.load_state_dict(start)
+        return min(after, before)
+
+    def _train(self, candidate: Candidate, network: nn.Module, halving: Halving, what: str) -> list[dict[str, float]]:
+        job = self.job
+        if job.train is None or job.settings.finetune.epochs == 0:
+            return []
+        home = self._home(candidate.assignment)
+        halving.start()
+        distillation = Distillation(job.model, job.train, job.settings.finetune, job.settings.search.divergence)
+        with self.reporter.task(what, distillation.total_steps) as task:
+            curve = distillation.train(
+                network,
+                checkpoint=home / "checkpoint.pt",
+                validate=job.validate,
+                after_epoch=halving.keep_on,
+                progress=task.update,
+            )
+        write_json(home / "curve.json", curve)
+        return curve
+
+    def _home(self, assignment: Assignment) -> Path:
+        """Folder of a candidate, named after what its layers become."""
+        structures = [(o.structure, o.order, o.execution) for o in self.network.chosen(assignment)]
+        return self.folder.candidates / hashlib.sha256(repr(structures).encode()).hexdigest()[:10]

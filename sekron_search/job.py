@@ -1,0 +1,91 @@
+"""What a run is asked to do: network, data, metrics and settings, wherever they came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sekron_search.config import Settings
+from sekron_search.errors import DataError
+from sekron_search.export import Factory
+from sekron_search.files import digest
+from sekron_search.finetune import TrainingData
+from sekron_search.model import Inputs, batch_size
+
+Metric = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs.
+
+    Args:
+        model: The trained network; never changed.
+        example_inputs: The batch on which latency and peak memory are meant.
+        calibration: Inputs on which layers are fitted.
+        holdout: Other inputs, on which the divergence is measured.
+        settings: What to do.
+        validate: Metric for choosing, higher is better.
+        test: Metric for the report, on data that nothing before has seen.
+        train: For fine-tuning.
+        factory: How the architecture is built, for the artefact.
+        source: What the model and the data are, for the run folder's identity.
+    """
+
+    model: nn.Module
+    example_inputs: Inputs
+    calibration: Sequence[Inputs]
+    holdout: Sequence[Inputs]
+    settings: Settings
+    validate: Metric | None = None
+    test: Metric | None = None
+    train: TrainingData | None = None
+    factory: Factory | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return torch.device(self.settings.device)
+
+    @property
+    def batch(self) -> int:
+        """Samples of the example batch."""
+        return batch_size(self.example_inputs)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes this run another one than the next: a folder is gone on with only by the same."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "model": digest([str(self.model), list(self.model.state_dict().items())]),
+            "inputs": digest([self.example_inputs, list(self.calibration), list(self.holdout)]),
+            "source": dict(self.source),
+        }
+
+
+def checked_metric(metric: Metric, name: str) -> Metric:
+    """A metric of the user's, as a finite Python number.
+
+    Args:
+        metric: Takes a network.
+        name: For messages.
+    """
+
+    def call(network: nn.Module) -> float:
+        network.eval()
+        with torch.no_grad():
+            value = metric(network)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(f"{name}: expected a function that returns a number, got {value!r:.80}") from None
+        if not math.isfinite(number):
+            raise DataError(f"{name}: it returned {number}; expected a finite number, higher is better")
+        return number
+
+    return call
