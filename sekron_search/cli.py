@@ -97,8 +97,8 @@ def inspect(config: ConfigArgument) -> None:
     from sekron_search.config import Config
     from sekron_search.costs.analytic import layer_cost
     from sekron_search.costs.traced import traced_flops
+    from sekron_search.inspection import inspect_model
     from sekron_search.kron.families import dense
-    from sekron_search.model import inspect_model
     from sekron_search.tables import candidates, selected
 
     job = job_from_config(Config.load(config))

@@ -1,4 +1,4 @@
-"""Which layers of a network can be replaced, what they see, and the network with some of them replaced."""
+"""Layers that can be replaced, and networks with some of them replaced."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from sekron_search.errors import DataError, StructureError, UnsupportedLayerError
-from sekron_search.kron.conv import KroneckerConv, conv_geometry, conv_weight
+from sekron_search.kron.conv import KroneckerConv, conv_weight
 from sekron_search.kron.layer import Execution, KroneckerLayer
 from sekron_search.kron.linear import KroneckerLinear, linear_weight
 from sekron_search.kron.plan import ConvGeometry, Pair
@@ -20,9 +18,6 @@ from sekron_search.kron.structure import Shape, Structure
 
 Inputs = tuple[Any, ...]
 OutputShift = Literal["absorbed", "correctable", "kept"]
-
-_REPLACEABLE: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 @dataclass(frozen=True)
@@ -51,23 +46,6 @@ class LayerInfo:
     out_channels: int
     in_channels: int
     output_shift: OutputShift
-
-
-@dataclass(frozen=True)
-class SkippedLayer:
-    """A layer with a weight matrix that is left alone, and why."""
-
-    name: str
-    type: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a network offers: layers that can be replaced, in running order, and those that cannot."""
-
-    layers: tuple[LayerInfo, ...]
-    skipped: tuple[SkippedLayer, ...]
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
@@ -105,41 +83,6 @@ def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
-
-
-def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
-    """Find the layers that can be replaced, by looking at every module and running the network once.
-
-    Args:
-        model: The network; it is run in evaluation mode without gradients and left as it was.
-        example_inputs: What the network takes: a tensor, or a tuple of positional arguments.
-
-    Raises:
-        DataError: If the network does not run on the inputs, or gives NaN or infinity, or a weight holds them.
-    """
-    inputs = as_inputs(example_inputs)
-    samples = batch_size(inputs)
-    reasons = {name: _static_reason(module) for name, module in model.named_modules() if _has_weight(module)}
-    _mark_shared(model, reasons)
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.is_floating_point():
-            continue
-        if not bool(torch.isfinite(parameter).all()):
-            raise DataError(f"'{name}': the weight holds NaN or infinity; repair the network first")
-    calls = _record_calls(model, inputs, [name for name, reason in reasons.items() if reason is None])
-    layers, skipped = [], []
-    for name, reason in reasons.items():
-        module = model.get_submodule(name)
-        record = calls.get(name)
-        if reason is None and (record is None or record.count == 0):
-            reason = "its forward is not called by the network (unused, or its weight is read directly)"
-        elif reason is None and record is not None and record.count > 1:
-            reason = f"it runs {record.count} times in one forward pass"
-        if reason is None and record is not None:
-            layers.append((record.position, _layer_info(name, module, record, samples)))
-        else:
-            skipped.append(SkippedLayer(name, type(module).__name__, str(reason)))
-    return Inspection(tuple(info for _, info in sorted(layers, key=lambda item: item[0])), tuple(skipped))
 
 
 def layer_weight(model: nn.Module, info: LayerInfo) -> Tensor:
@@ -195,6 +138,31 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
         ) from error
 
 
+class _Reached(Exception):
+    """Ends a forward pass at a layer."""
+
+
+def run_until(model: nn.Module, inputs: Inputs, name: str | None, *, after: bool = False) -> Any:
+    """Run a network up to a layer: what the layer gets as its input, or gives if `after`; the whole network if None."""
+    if name is None:
+        return model(*inputs)
+    seen: list[Any] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        seen.append(output if after else args[0])
+        raise _Reached
+
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_hook(stop) if after else layer.register_forward_pre_hook(stop)
+    try:
+        model(*inputs)
+    except _Reached:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise DataError(f"layer '{name}' was not reached by the network on these inputs, though it was on the example")
+
+
 def output_tensors(output: Any) -> list[Tensor]:
     """All floating-point tensors in a network's output: a tensor, or tuples, lists and dictionaries of them."""
     if isinstance(output, Tensor):
@@ -204,149 +172,3 @@ def output_tensors(output: Any) -> list[Tensor]:
     if isinstance(output, tuple | list):
         return [tensor for item in output for tensor in output_tensors(item)]
     return []
-
-
-@dataclass
-class _Record:
-    count: int = 0
-    position: int = 0
-    input_shape: tuple[int, ...] = ()
-    output: Tensor | None = None
-    normalised: bool = False
-
-
-def _has_weight(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and "weight" in module._parameters:
-        return True
-    weight = getattr(module, "weight", None)
-    if callable(weight):  # quantized layers and ours hand out their weight through a method
-        return "weight" not in module._parameters and type(module).__module__.startswith("torch.")
-    return isinstance(weight, Tensor) and weight.dim() >= 2
-
-
-def _static_reason(module: nn.Module) -> str | None:
-    """Why a module with a weight cannot be replaced, as far as the module itself tells."""
-    kind = type(module).__name__
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "a lazy layer without a weight yet; run the network once first"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized (weight norm, spectral norm, ...); remove the parametrization first"
-    if not isinstance(module, _REPLACEABLE):
-        return f"{kind} is not a kind of layer that is factorized"
-    if type(module) not in _REPLACEABLE:
-        return f"{kind} is a subclass whose forward may differ from {_parent(module)}"
-    if hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
-        return "its weight is computed by a hook (weight norm, spectral norm, pruning)"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
-        return "it has hooks or a patched forward that a replacement would lose"
-    weight = module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}, not floating point"
-    if weight.is_quantized or weight.layout != torch.strided or type(weight.data) is not Tensor:
-        return "its weight is quantized, sparse or a tensor subclass"
-    return None
-
-
-def _parent(module: nn.Module) -> str:
-    return next(f"nn.{kind.__name__}" for kind in _REPLACEABLE if isinstance(module, kind))
-
-
-def _mark_shared(model: nn.Module, reasons: dict[str, str | None]) -> None:
-    """Layers whose module or parameter stands in the network under a second name stay as they are."""
-    names: dict[int, list[str]] = {}
-    for owner, module in model.named_modules(remove_duplicate=False):
-        for parameter_name, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(id(parameter), []).append(f"{owner}.{parameter_name}".lstrip("."))
-    for name, reason in reasons.items():
-        if reason is not None:
-            continue
-        for parameter in model.get_submodule(name).parameters(recurse=False):
-            others = [n for n in names[id(parameter)] if n.rpartition(".")[0] != name]
-            if others:
-                reasons[name] = f"it shares a parameter with {others[0]!r}"
-
-
-def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[str, _Record]:
-    records = {name: _Record() for name in names}
-    handles = []
-    order = iter(range(1 << 30))
-
-    def layer_hook(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            record = records[name]
-            record.count += 1
-            record.position = next(order)
-            record.input_shape = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else ()
-            record.output = output if isinstance(output, Tensor) else None
-
-        return hook
-
-    def norm_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        for record in records.values():
-            if args and record.output is args[0] and record.output is not None:
-                record.normalised = True
-
-    training = {module: module.training for module in model.modules()}
-    try:
-        for name, module in model.named_modules():
-            if name in records:
-                handles.append(module.register_forward_hook(layer_hook(name)))
-            if isinstance(module, _NORMS) and module.track_running_stats:
-                handles.append(module.register_forward_pre_hook(norm_hook))
-        with torch.no_grad():
-            output = run_model(model.eval(), inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    tensors = output_tensors(output)
-    if not tensors:
-        raise DataError(
-            f"the network returned no floating-point tensor but {type(output).__name__}; nothing to preserve"
-        )
-    if not all(bool(torch.isfinite(t).all()) for t in tensors):
-        raise DataError(
-            "the network gives NaN or infinity on the example inputs; check its weights and the inputs' scale"
-        )
-    return records
-
-
-def _layer_info(name: str, module: nn.Module, record: _Record, samples: int) -> LayerInfo:
-    shift: OutputShift = "absorbed" if record.normalised else "kept"
-    if shift == "kept" and module.bias is not None:
-        shift = "correctable"
-    if isinstance(module, nn.Conv2d):
-        height, width = record.input_shape[-2:]
-        batch = record.input_shape[0] if len(record.input_shape) == 4 else 1
-        if module.padding_mode != "zeros":
-            pads = module._reversed_padding_repeated_twice
-            height, width = height + pads[2] + pads[3], width + pads[0] + pads[1]
-        shape = conv_weight(module).shape[1:]
-        return LayerInfo(
-            name,
-            "conv2d",
-            (shape[0], shape[1], shape[2], shape[3]),
-            conv_geometry(module),
-            (height, width),
-            max(batch // samples, 1),
-            module.out_channels,
-            module.in_channels,
-            shift,
-        )
-    assert isinstance(module, nn.Linear)
-    rows = 1
-    for size in record.input_shape[:-1]:
-        rows *= size
-    return LayerInfo(
-        name,
-        "linear",
-        (module.out_features, module.in_features, 1, 1),
-        ConvGeometry(),
-        (1, 1),
-        max(rows // samples, 1),
-        module.out_features,
-        module.in_features,
-        shift,
-    )

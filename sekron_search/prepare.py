@@ -17,10 +17,11 @@ from sekron_search.costs.profile import DeviceProfile, Provenance, layer_key
 from sekron_search.costs.traced import traced_flops
 from sekron_search.errors import DataError
 from sekron_search.files import digest, read_json, write_json, write_text
+from sekron_search.inspection import Inspection, inspect_model
 from sekron_search.job import Job
 from sekron_search.kron.refine import InputMetric
 from sekron_search.kron.structure import Structure
-from sekron_search.model import Inspection, LayerInfo, inspect_model, layer_weight
+from sekron_search.model import LayerInfo, layer_weight
 from sekron_search.progress import Reporter
 from sekron_search.proxies import check_divergence, reference_outputs
 from sekron_search.rundir import RunFolder

@@ -12,7 +12,7 @@ from sekron_search.costs.traced import reestimate_batch_norm
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.projection import Fit
 from sekron_search.kron.refine import DAMPING, InputMetric, refine
-from sekron_search.model import Inputs, LayerInfo, layer_weight
+from sekron_search.model import Inputs, LayerInfo, layer_weight, run_until
 
 
 @torch.no_grad()
@@ -47,17 +47,21 @@ def fit_sequentially(
     for done, info in enumerate(layers, start=1):
         layer = compressed.get_submodule(info.name)
         if isinstance(layer, KroneckerLayer):
+            reestimate_batch_norm(compressed, batches, until=info.name)
             moments = _Moments(info)
-            _run_both(compressed, original, info, batches, moments)
+            dense = original.get_submodule(info.name)
+            for inputs in batches:
+                columns = unfold_input(run_until(compressed, inputs, info.name), info, dense)
+                moments.add(columns, run_until(original, inputs, info.name, after=True))
             target, metric, mean_output = moments.solve(layer_weight(original, info).double())
             start = Fit(tuple(a.double() for a in layer.factors()), float("nan"))
             layer.set_factors(refine(layer.structure, start, target, metric, steps=steps).factors)
             if layer.bias is not None and info.output_shift == "correctable":
                 predicted = layer.weight.double().unflatten(0, (metric.mean.shape[0], -1)).flatten(2)
                 layer.bias.copy_(mean_output - (predicted @ metric.mean[:, :, None]).flatten())
-            reestimate_batch_norm(compressed, batches)
         if progress is not None:
             progress(done)
+    reestimate_batch_norm(compressed, batches)
 
 
 class _Moments:
@@ -67,7 +71,6 @@ class _Moments:
         self.info = info
         self.count = 0
         self.sums: list[Tensor] | None = None
-        self.columns: Tensor | None = None
 
     def add(self, columns: Tensor, output: Tensor) -> None:
         groups = columns.shape[0]
@@ -93,29 +96,3 @@ class _Moments:
         damping = DAMPING * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         best = torch.linalg.solve(damped, (cross + damping * weight.flatten(2)).mT).mT
         return best.reshape(weight.shape), metric, mean_out.flatten()
-
-
-def _run_both(
-    compressed: nn.Module, original: nn.Module, info: LayerInfo, batches: Sequence[Inputs], moments: _Moments
-) -> None:
-    dense = original.get_submodule(info.name)
-    seen: dict[str, Tensor] = {}
-
-    def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen["input"] = args[0]
-
-    def keep_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["output"] = output
-
-    handles = [
-        compressed.get_submodule(info.name).register_forward_pre_hook(keep_input),
-        dense.register_forward_hook(keep_output),
-    ]
-    try:
-        for inputs in batches:
-            compressed(*inputs)
-            original(*inputs)
-            moments.add(unfold_input(seen["input"], info, dense), seen["output"])
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 import sekron_search
 from sekron_search.errors import DataError, InfeasibleBudgetError, RunFolderError, SekronError
-from sekron_search.model import inspect_model
+from sekron_search.inspection import inspect_model
 from tests.cases import blobs, small_net
 
 pytestmark = pytest.mark.filterwarnings(

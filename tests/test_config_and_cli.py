@@ -113,7 +113,7 @@ def test_profile_command_writes_a_profile_that_a_run_uses(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_search_space_loads_and_enumerates(path: Path) -> None:
-    from sekron_search.model import inspect_model
+    from sekron_search.inspection import inspect_model
 
     space = SearchSpace.load(path)
     assert path.read_text().startswith("#"), "a space begins with a comment that says what it is for"

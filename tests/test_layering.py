@@ -28,6 +28,7 @@ LAYERS = [
     ["proxies"],
     ["calibration"],
     ["costs"],
+    ["inspection"],
     ["model"],
     ["kron"],
     ["files", "progress"],

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from sekron_search.errors import DataError, StructureError
+from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.linear import KroneckerLinear
-from sekron_search.model import inspect_model, layer_like, layer_weight, replace_layers
+from sekron_search.model import layer_like, layer_weight, replace_layers
 from tests.cases import SmallNet, nan_net, small_net
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,10 @@ with warnings.catch_warnings():
     # fvcore compiles a few functions with torch.jit when it is imported, which torch deprecates.
     warnings.simplefilter("ignore")
     from fvcore.nn import FlopCountAnalysis
-    from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
+    from fvcore.nn.precise_bn import update_bn_stats
 
 from sekron_search.errors import DataError
-from sekron_search.model import Inputs, as_inputs, batch_size
+from sekron_search.model import Inputs, as_inputs, batch_size, run_until
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,30 @@ def traced_flops(model: nn.Module, example_inputs: object) -> TracedFlops:
     return TracedFlops(total / batch_size(inputs), uncounted)
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Sequence[Inputs]) -> None:
-    """Set every batch-norm's statistics to those of the data, as the network now is; leaves it in evaluation mode.
+def reestimate_batch_norm(model: nn.Module, batches: Sequence[Inputs], *, until: str | None = None) -> None:
+    """Set the batch-norms' statistics to those of the data, as the network now is; leaves it in evaluation mode.
 
-    Only the batch-norm layers are put into training mode, so that dropout and the like stay off.
+    Only batch-norms that run once per forward pass are put into training mode: dropout and the like stay off, and a
+    batch-norm with several inputs keeps the statistics it was trained with.
+
+    Args:
+        model: The network.
+        batches: Inputs.
+        until: Name of a layer; only batch-norms that run before it are touched.
+
+    Raises:
+        DataError: If the batches are too small.
 
     Source: Wu and Johnson, Rethinking "Batch" in BatchNorm (2021), as implemented by fvcore.
     """
     model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            module.train()
-    if get_bn_modules(model):
+    norms = _norms_that_run_once(model, batches[0], until)
+    if norms:
         logging.getLogger("fvcore.nn.precise_bn").setLevel(logging.WARNING)
+        for norm in norms:
+            norm.train()
         try:
-            update_bn_stats(_Splat(model), batches, len(batches))
+            update_bn_stats(_Partial(model, until), batches, len(batches))
         except ValueError as error:
             raise DataError(
                 f"batch-norm statistics cannot be estimated from the calibration batches: {error}; give batches of "
@@ -77,13 +87,27 @@ def reestimate_batch_norm(model: nn.Module, batches: Sequence[Inputs]) -> None:
     model.eval()
 
 
-class _Splat(nn.Module):
-    """Lets fvcore, which calls the network with one argument, call it with several."""
+def _norms_that_run_once(model: nn.Module, inputs: Inputs, until: str | None) -> list[nn.Module]:
+    calls: Counter[nn.Module] = Counter()
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.track_running_stats]
+    handles = [m.register_forward_pre_hook(lambda module, args: calls.update([module])) for m in norms]
+    try:
+        with torch.no_grad():
+            run_until(model, inputs, until)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [norm for norm in norms if calls[norm] == 1]
 
-    def __init__(self, model: nn.Module) -> None:
+
+class _Partial(nn.Module):
+    """The network up to a layer, for fvcore, which calls it with one argument."""
+
+    def __init__(self, model: nn.Module, until: str | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.until = model, until
         self.training = model.training
 
     def forward(self, inputs: Inputs) -> object:
-        return self.model(*inputs)
+        return run_until(self.model, inputs, self.until)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sekron_search.candidates import Finished
 from sekron_search.config import Settings
-from sekron_search.model import Inspection
+from sekron_search.inspection import Inspection
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Network, Option
 from sekron_search.search.study import Trial, pareto_trials

@@ -30,7 +30,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 SamplerName = Literal["local", "tpe", "nsgaii", "random"]
 
 #: Multipliers reach so many octaves up and down.
-OCTAVES = 1.5
+OCTAVES = 3.0
 
 #: Levels of the budget at which the knapsack's own solutions start the study: 0 is the budget, 1 the original's
 #: costs, -1 the least that can be reached. The looser and tighter ones are there to show the front around the budget.
@@ -147,16 +147,7 @@ def run_study(
     Raises:
         InfeasibleBudgetError: If no assignment meets the bounds.
     """
-    study = optuna.create_study(
-        storage=storage,
-        study_name=name,
-        directions=["minimize"] * (1 + len(bounds)),
-        load_if_exists=True,
-    )
-    for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.ask()  # takes the waiting ones first; a trial has to run before it can be dropped
-    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(stale.number, state=TrialState.FAIL)
+    study = _open_study(storage, name, objectives=1 + len(bounds))
     finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     known: dict[Assignment, float] = {}
     for index, frozen in enumerate(finished):
@@ -195,6 +186,18 @@ def run_study(
         asked.set_user_attr("trial", trial.to_json())
         study.tell(asked, [trial.divergence, *(trial.costs[cost] for cost in bounds)])
         yield trial
+
+
+def _open_study(storage: str, name: str, objectives: int) -> Study:
+    """The study of that name, the trials that a kill left unfinished dropped."""
+    study = optuna.create_study(
+        storage=storage, study_name=name, directions=["minimize"] * objectives, load_if_exists=True
+    )
+    for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        study.ask()  # takes the waiting ones first; a trial has to run before it can be dropped
+    for stale in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(stale.number, state=TrialState.FAIL)
+    return study
 
 
 def pareto_trials(trials: Sequence[Trial], costs: Sequence[CostName]) -> list[Trial]:
@@ -254,7 +257,8 @@ def _solve(
 def _best(study: Study) -> FrozenTrial | None:
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     feasible = [t for t in done if t.user_attrs["trial"]["feasible"]]
-    return min(feasible, key=lambda t: (t.values[0], t.number), default=None)
+    # Of equals the latest: many points give the same network, and drifting among them finds the ways out.
+    return min(feasible, key=lambda t: (t.values[0], -t.number), default=None)
 
 
 def _from_frozen(index: int, frozen: FrozenTrial) -> Trial:

@@ -13,10 +13,10 @@ from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile, Provenance, layer_key
 from sekron_search.costs.traced import reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError
+from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.linear import KroneckerLinear
-from sekron_search.model import inspect_model
 from tests.cases import SHAPE, STRUCTURES, small_net
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -154,3 +154,27 @@ def test_profiles_of_other_thread_counts_are_refused() -> None:
     profile = DeviceProfile(Provenance.here(num_threads=3), {"x": Latency(1.0, 0.1, 3)})
     with pytest.raises(ConfigError, match="num_threads = 3, this run uses 1"):
         profile.check_usable(Provenance.here(num_threads=1))
+
+
+def test_batch_norms_that_are_unused_or_reused_keep_their_statistics() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.unused, self.twice, self.last = (nn.BatchNorm2d(3) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.last(self.twice(self.twice(self.first(x))))
+            return out
+
+    batches = [(3 + 2 * torch.randn(16, 3, 4, 4),) for _ in range(3)]
+    model = Net()
+    reestimate_batch_norm(model, batches, until="last")
+    fresh = torch.zeros(3)
+    for norm, changed in ((model.first, True), (model.unused, False), (model.twice, False), (model.last, False)):
+        assert norm.running_mean is not None
+        assert torch.equal(norm.running_mean, fresh) is not changed
+    torch.testing.assert_close(model.first.running_mean, torch.cat([b for (b,) in batches]).mean((0, 2, 3)))
+    reestimate_batch_norm(model, batches)
+    assert model.last.running_mean is not None
+    assert not torch.equal(model.last.running_mean, fresh)
+    assert not model.training

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from sekron_search.config import FinetuneConfig
+from sekron_search.errors import DataError
+from sekron_search.files import read_checkpoint
+from sekron_search.finetune import Distillation, TrainingData, distillation_loss
+from sekron_search.kron import families as fam
+from sekron_search.kron.conv import KroneckerConv
+from sekron_search.model import replace_layers
+from tests.cases import blobs, small_net
+
+
+def compressed(teacher: nn.Module) -> nn.Module:
+    conv = teacher.get_submodule("conv2")
+    assert isinstance(conv, nn.Conv2d)
+    return replace_layers(teacher, {"conv2": KroneckerConv.from_conv(conv, fam.spatial_svd((12, 12, 3, 3), 2))})
+
+
+def distillation(**options: Any) -> Distillation:
+    config = FinetuneConfig(**{"epochs": 3, "batch_size": 32, **options})
+    return Distillation(small_net(), TrainingData(blobs(128), 32, seed=5), config, "kl")
+
+
+def train(task: Distillation, model: nn.Module, checkpoint: Path, **options: Any) -> list[dict[str, float]]:
+    quiet: dict[str, Any] = {"validate": None, "after_epoch": lambda *_: True, "progress": lambda _: None}
+    return task.train(model, checkpoint=checkpoint, **{**quiet, **options})
+
+
+def test_training_lowers_the_loss_and_leaves_the_teacher_alone(tmp_path: Path) -> None:
+    task = distillation()
+    before = copy.deepcopy(task.teacher.state_dict())
+    model = compressed(task.teacher)
+    curve = train(task, model, tmp_path / "checkpoint.pt")
+    assert [row["epoch"] for row in curve] == [1, 2, 3]
+    assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
+    assert not model.training
+    assert all(torch.equal(before[name], t) for name, t in task.teacher.state_dict().items())
+    assert all(p.is_contiguous() for p in [*model.parameters(), *task.teacher.parameters()])
+
+
+def test_a_resumed_training_ends_where_the_whole_one_does(tmp_path: Path) -> None:
+    task = distillation()
+    whole, resumed = compressed(task.teacher), compressed(task.teacher)
+    curve = train(task, whole, tmp_path / "whole.pt")
+    stopped = train(task, resumed, tmp_path / "parts.pt", after_epoch=lambda epoch, _: epoch < 1)
+    assert len(stopped) == 1
+    again = compressed(task.teacher)
+    assert train(task, again, tmp_path / "parts.pt") == curve
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in whole.state_dict().items())
+
+
+def test_a_loss_that_explodes_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    task = distillation()
+    model = compressed(task.teacher)
+    train(task, model, tmp_path / "checkpoint.pt", after_epoch=lambda epoch, _: epoch < 1)
+    broken = distillation()
+    with torch.no_grad():
+        next(broken.teacher.parameters()).fill_(float("nan"))
+    with pytest.raises(DataError, match=r"the loss became nan in epoch 2, step 1; lower finetune\.learning_rate"):
+        train(broken, model, tmp_path / "checkpoint.pt")
+    assert len(read_checkpoint(tmp_path / "checkpoint.pt")["curve"]) == 1
+
+
+def test_labels_and_loaders_are_taken(tmp_path: Path) -> None:
+    teacher = small_net()
+    loader: DataLoader[Any] = DataLoader(blobs(64), batch_size=16)
+    task = Distillation(teacher, TrainingData(loader, 16), FinetuneConfig(epochs=1), "mse")
+    assert task.total_steps == 4
+    assert len(train(task, compressed(teacher), tmp_path / "checkpoint.pt")) == 1
+
+
+def test_the_loss_is_zero_at_the_teacher_and_mixes_in_the_labels() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
+    labels = torch.tensor([0, 1])
+    pure = FinetuneConfig(label_weight=0, temperature=3)
+    assert float(distillation_loss("kl", logits, logits, labels, pure)) == pytest.approx(0, abs=1e-6)
+    mixed = FinetuneConfig(label_weight=0.25)
+    expected = 0.25 * float(nn.functional.cross_entropy(logits, labels))
+    assert float(distillation_loss("kl", logits, logits, labels, mixed)) == pytest.approx(expected, abs=1e-6)
+    assert float(distillation_loss("mse", logits + 1, logits, None, pure)) == pytest.approx(
+        1 / float(logits.var(correction=0))
+    )
