@@ -122,20 +122,21 @@ class FinetuneConfig(_Section):
     Args:
         epochs: Of training at most; 0 trains nothing.
         candidates: How many of the front's best feasible networks are trained, with successive halving.
-        batch_size, learning_rate, momentum, weight_decay: Of SGD with Nesterov momentum, cosine decay after a warm-up.
+        batch_size, learning_rate, weight_decay: Of AdamW, with cosine decay after a warm-up.
         temperature: Of the distillation, for "kl".
         label_weight: Weight of the labels' loss; the original's outputs get the rest.
+        layer_weight: Weight of the error of the replaced layers' outputs, which is added; 0 leaves it out.
         autocast: "bfloat16" computes forward and backward passes in it.
     """
 
     epochs: NonNegative = 3
     candidates: Positive = 2
     batch_size: Positive = 128
-    learning_rate: Annotated[float, Field(gt=0)] = 0.02
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    temperature: Annotated[float, Field(gt=0)] = 2.0
+    temperature: Annotated[float, Field(gt=0)] = 3.0
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
+    layer_weight: Annotated[float, Field(ge=0)] = 4.0
     autocast: Literal["bfloat16"] | None = None
 
 

@@ -117,7 +117,7 @@ def demo_config(weights: Path, out: Path, seed: int) -> Config:
             "calibration": {"samples": 512, "holdout": 512, "batch_size": 128},
             "search": {"trials": 40},
             "latency": {"batch_size": 64},
-            "finetune": {"epochs": 12, "candidates": 2, "batch_size": 64, "learning_rate": 0.01, "label_weight": 0.3},
+            "finetune": {"epochs": 12, "candidates": 2, "batch_size": 64, "label_weight": 0.3},
             "seed": seed,
             "out": out,
         }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from sekron_search.config import FinetuneConfig
 from sekron_search.data import Augment, Batch, batches, check_labels, length, sample_order, to_device
 from sekron_search.errors import DataError
 from sekron_search.files import read_checkpoint, write_checkpoint
+from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.model import output_tensors
 from sekron_search.proxies import DivergenceName, relative_mse
 
@@ -103,6 +104,24 @@ def distillation_loss(name: DivergenceName, output: Any, reference: Any, target:
     if weight and not target.is_floating_point():
         return (1 - weight) * loss + weight * F.cross_entropy(ours[0].float(), target)
     return loss
+
+
+def layer_loss(outputs: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> Tensor:
+    """Squared error of layers' outputs, relative to the variance of the reference's channels, averaged over the layers.
+
+    Args:
+        outputs: Of the replaced layers by name, (N, channels, H, W) or (..., channels).
+        references: Of the layers they replaced.
+
+    Source: hints, Romero et al. 2015 (FitNets); every replaced layer has its counterpart, so no regressor is needed.
+    """
+    errors = []
+    for name, output in outputs.items():
+        reference = references[name].float()
+        others = (0, 2, 3) if reference.dim() == 4 else tuple(range(reference.dim() - 1))
+        spread = reference.var(others, correction=0).mean().clamp_min(torch.finfo(torch.float32).tiny)
+        errors.append((output.float() - reference).square().mean() / spread)
+    return torch.stack(errors).mean()
 
 
 @dataclass(frozen=True)
@@ -190,14 +209,34 @@ class Distillation:
     def _loss(self, model: nn.Module, inputs: tuple[Any, ...], target: Any) -> Tensor:
         config = self.config
         cast = torch.autocast(inputs[0].device.type, torch.bfloat16) if config.autocast else nullcontext()
-        with cast:
+        replaced = [n for n, m in model.named_modules() if isinstance(m, KroneckerLayer)] if config.layer_weight else []
+        with cast, _outputs_of(model, replaced) as ours, _outputs_of(self.teacher, replaced) as theirs:
             with torch.no_grad():
                 reference = self.teacher(*inputs)
             output = model(*inputs)
         labelled = isinstance(target, Tensor) and isinstance(output, Tensor) and config.label_weight > 0
         if self.divergence == "kl" and labelled:
             check_labels(target, output.shape[1])
-        return distillation_loss(self.divergence, output, reference, target, config)
+        loss = distillation_loss(self.divergence, output, reference, target, config)
+        if replaced:
+            loss = loss + config.layer_weight * layer_loss(ours, theirs)
+        return loss
+
+
+@contextmanager
+def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Filled, while the network runs, with the outputs of the named layers."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, args, output: found.__setitem__(name, output)
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -214,13 +253,8 @@ class _State:
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise DataError("the network has no parameter that requires a gradient; nothing can be fine-tuned")
-        optimizer = torch.optim.SGD(
-            parameters,
-            config.learning_rate,
-            config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0,
-        )
+        # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
+        optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, max(total_steps, 1)))
         return cls(model, optimizer, schedule, [])
 

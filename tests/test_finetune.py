@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from sekron_search.config import FinetuneConfig
 from sekron_search.errors import DataError
 from sekron_search.files import read_checkpoint
-from sekron_search.finetune import Distillation, TrainingData, distillation_loss
+from sekron_search.finetune import Distillation, TrainingData, distillation_loss, layer_loss
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.model import replace_layers
@@ -26,7 +26,7 @@ def compressed(teacher: nn.Module) -> nn.Module:
 
 
 def distillation(**options: Any) -> Distillation:
-    config = FinetuneConfig(**{"epochs": 3, "batch_size": 32, **options})
+    config = FinetuneConfig(**{"epochs": 3, "batch_size": 32, "learning_rate": 1e-2, **options})
     return Distillation(small_net(), TrainingData(blobs(128), 32, seed=5), config, "kl")
 
 
@@ -76,6 +76,15 @@ def test_labels_and_loaders_are_taken(tmp_path: Path) -> None:
     task = Distillation(teacher, TrainingData(loader, 16), FinetuneConfig(epochs=1), "mse")
     assert task.total_steps == 4
     assert len(train(task, compressed(teacher), tmp_path / "checkpoint.pt")) == 1
+
+
+def test_the_layer_loss_is_relative_to_the_reference() -> None:
+    maps = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(1))
+    assert float(layer_loss({"a": maps, "b": rows}, {"a": maps, "b": rows})) == 0
+    scaled = layer_loss({"a": 10 * maps + 1, "b": 10 * rows}, {"a": 10 * maps, "b": 10 * rows})
+    expected = 0.5 / float((10 * maps).var((0, 2, 3), correction=0).mean())
+    assert float(scaled) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_is_zero_at_the_teacher_and_mixes_in_the_labels() -> None:

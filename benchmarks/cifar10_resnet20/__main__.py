@@ -9,6 +9,7 @@ chosen on a validation split of the training data; the test split is evaluated o
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -20,8 +21,24 @@ from sekron_search.progress import ConsoleReporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 
-#: (budget, least accuracy without training, least accuracy after three epochs), in percent.
-BUDGETS = (("0.5x", 86.0, 87.5), ("0.25x", 73.0, 85.5))
+
+@dataclass(frozen=True)
+class Case:
+    """A budget of flops, the learning rate for it (chosen on the validation split), and what has to be reached.
+
+    Args:
+        budget: Of flops.
+        learning_rate: The further a network starts from its original, the larger the best one is.
+        untrained, trained: Least top-1 in percent, without training and after three epochs.
+    """
+
+    budget: str
+    learning_rate: float
+    untrained: float
+    trained: float
+
+
+CASES = (Case("0.5x", 4e-4, 86.0, 87.5), Case("0.25x", 3e-3, 73.0, 85.5))
 
 
 def main() -> None:
@@ -33,11 +50,12 @@ def main() -> None:
     template = yaml.safe_load((Path(__file__).parent / "config.yaml").read_text())
     targets, samples = [], []
     for seed in args.seeds:
-        for budget, untrained, trained in BUDGETS:
+        for case in CASES:
             config = Config.model_validate(
                 {
                     **template,
-                    "budget": {"flops": budget},
+                    "finetune": {**template["finetune"], "learning_rate": case.learning_rate},
+                    "budget": {"flops": case.budget},
                     "seed": seed,
                     "model": {
                         "factory": "benchmarks.cifar10_resnet20.network:ResNet20",
@@ -50,16 +68,21 @@ def main() -> None:
                     },
                 }
             )
-            folder = RunFolder(args.runs / f"flops-{budget}-seed-{seed}")
+            folder = RunFolder(args.runs / f"flops-{case.budget}-seed-{seed}")
             report = run(job_from_config(config), folder, ConsoleReporter(), resume=True)
             plain = 100 * report["metric_without_training"]
             final = 100 * report["compressed"]["metric"]
-            for what, value, bound in (("without training", plain, untrained), ("after 3 epochs", final, trained)):
-                targets.append(Target(f"top-1 at {budget} flops {what}, seed {seed}", value, bound))
+            for what, value, bound in (
+                ("without training", plain, case.untrained),
+                ("after 3 epochs", final, case.trained),
+            ):
+                targets.append(Target(f"top-1 at {case.budget} flops {what}, seed {seed}", value, bound))
             for item in report["budgets"]:
-                targets.append(Target(f"flops at {budget}, seed {seed}", item["value"], item["bound"], at_least=False))
+                targets.append(
+                    Target(f"flops at {case.budget}, seed {seed}", item["value"], item["bound"], at_least=False)
+                )
             keys = ("original", "compressed", "metric_without_training", "budgets", "divergence", "curve", "layers")
-            samples.append({"budget": budget, "seed": seed, **{key: report[key] for key in keys}})
+            samples.append({"budget": case.budget, "seed": seed, **{key: report[key] for key in keys}})
     write_results("cifar10_resnet20", targets, samples, command="make bench NAME=cifar10_resnet20 DATA=...")
 
 
