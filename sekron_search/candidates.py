@@ -57,9 +57,9 @@ class Candidate:
     costs: Mapping[str, float]
     metric: float | None
 
-    def meets(self, bounds: Mapping[CostName, float]) -> bool:
-        """Whether all budgeted costs, as measured, are within their bounds."""
-        return all(self.costs[name] <= bound for name, bound in bounds.items())
+    def excess(self, bounds: Mapping[CostName, float]) -> float:
+        """The largest ratio of a cost, as measured, to its bound: the budget is met if it is at most 1."""
+        return max(self.costs[name] / bound for name, bound in bounds.items())
 
     @classmethod
     def load(cls, folder: Path) -> Candidate:
@@ -75,6 +75,11 @@ class Searched:
     trials: list[Trial]
     candidates: list[Candidate]
     bounds: dict[CostName, float]
+
+    @property
+    def excess(self) -> float:
+        """Of the candidate that is nearest to the budget."""
+        return min(c.excess(self.bounds) for c in self.candidates)
 
 
 @dataclass(frozen=True)
@@ -106,32 +111,32 @@ class Finder:
     def search(self) -> Searched:
         """Search, measure the candidates as whole networks, and search again where the tables were too hopeful."""
         corrected = dict(self.bounds)
-        searched: Searched | None = None
+        best: Searched | None = None
         for number in range(1, MAX_ROUNDS + 1):
             try:
                 trials = self._trials(corrected, number)
             except InfeasibleBudgetError:
-                if searched is None:
+                if best is None:
                     raise
-                break  # no network meets the corrected bounds: those that miss the budget by little have to do
+                break  # no network meets the corrected bounds: the one that misses the budget by least has to do
             candidates = [self._candidate(t) for t in best_feasible(trials, self.job.settings.finetune.candidates)]
             if not candidates:
                 raise infeasible(self.network, self.bounds)
-            if searched is None or any(c.meets(self.bounds) for c in candidates):
-                searched = Searched(trials, candidates, self.bounds)
-            if any(c.meets(self.bounds) for c in candidates):
+            searched = Searched(trials, candidates, self.bounds)
+            best = searched if best is None or searched.excess < best.excess else best
+            if best.excess <= 1 or number == MAX_ROUNDS:
                 break
             for name, bound in self.bounds.items():
                 ratio = min(c.costs[name] / c.predicted[name] for c in candidates)
                 if ratio > 1:
                     corrected[name] = bound / ratio * MARGIN
             self.reporter.say("the measured networks miss the budget; searching again with corrected costs")
-        assert searched is not None
-        return searched
+        assert best is not None
+        return best
 
     def finish(self, searched: Searched) -> Finished:
         """Fine-tune the candidates that meet the budget as measured; the best by the validation metric."""
-        pool = [c for c in searched.candidates if c.meets(searched.bounds)] or searched.candidates
+        pool = [c for c in searched.candidates if c.excess(searched.bounds) <= 1] or searched.candidates
         halving = Halving()
         finished = []
         for number, candidate in enumerate(pool, start=1):

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sekron_search.candidates
+from sekron_search.api import job_from_config
+from sekron_search.candidates import Finder
+from sekron_search.config import Config
+from sekron_search.files import read_json
+from sekron_search.prepare import network_costs, prepare
+from sekron_search.progress import Reporter
+from sekron_search.rundir import RunFolder
+from tests.cases import CONFIG, write_config
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+
+
+@pytest.fixture
+def finder(tmp_path: Path) -> Finder:
+    config = write_config(tmp_path, CONFIG, **{"trials: 8": "trials: 3", "params: 0.8x": "params: 0.9x"})
+    job, folder = job_from_config(Config.load(config)), RunFolder(tmp_path / "out")
+    return Finder(job, prepare(job, folder, Reporter()), folder, Reporter())
+
+
+def measure_more(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Networks cost more than their tables say, as latencies often do."""
+
+    def costs(*args: Any) -> dict[str, dict[str, float]]:
+        return {name: {**c, "flops": factor * c["flops"]} for name, c in network_costs(*args).items()}
+
+    monkeypatch.setattr(sekron_search.candidates, "network_costs", costs)
+
+
+def test_tables_that_are_too_hopeful_are_corrected_by_what_was_measured(
+    finder: Finder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_more(monkeypatch, 1.3)
+    searched = finder.search()
+    assert searched.excess <= 1
+    found = read_json(finder.folder.search)
+    assert found["round"] == 2
+    assert found["bounds"]["flops"] == pytest.approx(finder.bounds["flops"] / 1.3 * 0.98, rel=1e-3)
+    assert all(c.costs["flops"] > 1.2 * c.predicted["flops"] for c in searched.candidates)
+
+
+def test_a_budget_that_turns_out_impossible_leaves_the_nearest_network(
+    finder: Finder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_more(monkeypatch, 50)
+    searched = finder.search()
+    assert searched.excess > 1
+    assert finder.finish(searched).candidate in searched.candidates
+
+
+def test_a_candidate_is_fitted_once_and_is_what_its_record_says(finder: Finder) -> None:
+    searched = finder.search()
+    candidate = searched.candidates[0]
+    assert candidate.divergence <= candidate.divergence_before_sequential_fit
+    assert finder.divergence(finder.load(candidate)) == pytest.approx(candidate.divergence, rel=1e-5)
+    assert finder.divergence(finder.assemble(candidate.assignment)) == pytest.approx(
+        candidate.divergence_before_sequential_fit, rel=1e-5
+    )
+    assert finder.search() == searched
