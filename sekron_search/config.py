@@ -141,7 +141,12 @@ class FinetuneConfig(_Section):
 
 
 class Settings(_Section):
-    """What a run does, whatever the model and the data are."""
+    """What a run does, whatever the model and the data are.
+
+    Args:
+        tables: Folder in which fitted tables are kept by their content, for other budgets and runs of the same network;
+            by default the run folder's own.
+    """
 
     budget: dict[str, float | str]
     space: SearchSpace = SearchSpace()
@@ -152,6 +157,7 @@ class Settings(_Section):
     finetune: FinetuneConfig = FinetuneConfig()
     seed: NonNegative = 0
     device: str = "cpu"
+    tables: Path | None = None
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -222,6 +228,7 @@ class Config(Settings):
                 "latency": self.latency.model_copy(
                     update={"profile": absolute(self.latency.profile, "latency.profile")}
                 ),
+                "tables": absolute(self.tables, "tables", must_exist=False),
                 "out": absolute(self.out, "out", must_exist=False),
             }
         )

@@ -107,7 +107,7 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
 
     fitted: list[FittedLayer] = []
     with reporter.task("fitting options", len(layers)) as task:
-        for table in build_tables(layers, fit, key, folder.tables):
+        for table in build_tables(layers, fit, key, settings.tables or folder.tables):
             fitted.append(table)
             task.update(len(fitted), f"{table.table.name}: {len(table.table.options)} options")
     return Tables(inspection, layers, original, memory, tuple(fitted))

@@ -57,6 +57,7 @@ def main() -> None:
                     "finetune": {**template["finetune"], "learning_rate": case.learning_rate},
                     "budget": {"flops": case.budget},
                     "seed": seed,
+                    "tables": args.runs / "tables",
                     "model": {
                         "factory": "benchmarks.cifar10_resnet20.network:ResNet20",
                         "weights": (args.data / "models/resnet20_cifar10_jpeg.pt").resolve(),
