@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sekron_search.config import Config, make_settings
@@ -25,10 +25,10 @@ from sekron_search.data import (
     whole_batches,
 )
 from sekron_search.errors import ConfigError, DataError
-from sekron_search.export import Factory, guess_factory, load, load_weights
+from sekron_search.export import Factory, check_factory, guess_factory, load, load_weights
 from sekron_search.finetune import TrainingData
 from sekron_search.job import Job, checked_metric
-from sekron_search.model import Inputs, as_inputs, batch_size, copy_model
+from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, run_model
 from sekron_search.progress import ConsoleReporter, Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
@@ -97,9 +97,11 @@ def compress(
     Raises:
         SekronError: On bad input; InfeasibleBudgetError carries the best that can be reached.
     """
+    if not isinstance(model, nn.Module):
+        raise DataError(f"model: expected an nn.Module, got {type(model).__name__}")
     if "calibration_settings" in settings:
         settings["calibration"] = settings.pop("calibration_settings")
-    checked = make_settings(dict(budget) if isinstance(budget, Mapping) else budget, settings)
+    checked = make_settings(Budget.of(budget), settings)
     device = torch.device(checked.device)
     inputs = to_device(as_inputs(example_inputs), device)
     batch_size(inputs)
@@ -108,7 +110,12 @@ def compress(
     data = None
     if train is not None:
         data = TrainingData(train, checked.finetune.batch_size, seed=checked.seed)
-    named = Factory(factory) if factory is not None else guess_factory(moved.eval(), inputs)
+    run_model(moved.eval(), inputs)
+    if factory is not None:
+        named: Factory | None = Factory(factory)
+        check_factory(Factory(factory), moved, inputs)
+    else:
+        named = guess_factory(moved, inputs)
     job = Job(
         moved,
         inputs,
@@ -176,8 +183,13 @@ def _halves(found: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
         size = batch_size(found[0])
         if size < 2:
             raise DataError("calibration: expected at least two samples, got one")
-        return [tuple(a[: size // 2] for a in found[0])], [tuple(a[size // 2 :] for a in found[0])]
+        first, second = slice(size // 2), slice(size // 2, None)
+        return [_part(found[0], first)], [_part(found[0], second)]
     return found[: (len(found) + 1) // 2], found[(len(found) + 1) // 2 :]
+
+
+def _part(inputs: Inputs, samples: slice) -> Inputs:
+    return tuple(a[samples] if isinstance(a, Tensor) and a.dim() > 0 else a for a in inputs)
 
 
 def _example_batch(batches: Sequence[Inputs], size: int) -> Inputs:

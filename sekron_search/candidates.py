@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sekron_search.costs.traced import reestimate_batch_norm
 from sekron_search.errors import InfeasibleBudgetError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
-from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.structure import Structure
@@ -142,13 +141,21 @@ class Finder:
         for number, candidate in enumerate(pool, start=1):
             network = self.load(candidate)
             curve = self._train(candidate, network, halving, f"fine-tuning {number}/{len(pool)}")
-            metric = curve[-1]["metric"] if curve else candidate.metric
-            if curve and self.job.validate is not None and (candidate.metric or 0.0) > curve[-1]["metric"]:
-                # Training can hurt where there is little data: then the network stays as it was fitted.
-                network, metric = self.load(candidate), candidate.metric
+            metric = candidate.metric
+            if curve and metric is not None:
+                if metric > curve[-1]["metric"]:
+                    # Training can hurt where there is little data: then the network stays as it was fitted.
+                    network = self.load(candidate)
+                metric = max(metric, curve[-1]["metric"])
             finished.append(Finished(candidate, curve, metric, network))
-        # Without any metric the divergence decides; candidates come in its order.
-        return max(finished, key=lambda f: f.metric if f.metric is not None else -f.candidate.divergence)
+
+        def worth(found: Finished) -> float:
+            """The metric; without one the training loss, or the divergence, decides."""
+            if found.metric is not None:
+                return found.metric
+            return found.curve[-1]["metric"] if found.curve else -found.candidate.divergence
+
+        return max(finished, key=worth)
 
     def load(self, candidate: Candidate) -> nn.Module:
         """A candidate's network as it was before fine-tuning."""
@@ -254,11 +261,11 @@ class Finder:
 
     def _train(self, candidate: Candidate, network: nn.Module, halving: Halving, what: str) -> list[dict[str, float]]:
         job = self.job
-        if job.train is None or job.settings.finetune.epochs == 0:
+        distillation = job.distillation
+        if distillation is None:
             return []
         home = self._home(candidate.assignment)
         halving.start()
-        distillation = Distillation(job.model, job.train, job.settings.finetune, job.settings.search.divergence)
         with self.reporter.task(what, distillation.total_steps) as task:
             curve = distillation.train(
                 network,

@@ -57,7 +57,9 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Run folder; by default the config's, else a new one in runs/.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that the folder holds, if it holds one.")
+    ] = False,
 ) -> None:
     """Compress the network of a config file. Ctrl-C leaves a run that --resume goes on with.
 
@@ -103,7 +105,7 @@ def inspect(config: ConfigArgument) -> None:
 
     job = job_from_config(Config.load(config))
     found = inspect_model(job.model, job.example_inputs)
-    chosen = {info.name for info in selected(found.layers, job.settings.space)}
+    chosen = {info.name for info in selected(found, job.settings.space)}
     total = traced_flops(job.model, job.example_inputs).total
     table = Table(title="Layers that can be replaced")
     for column, side in (("layer", "left"), ("kind", "left"), ("F x C x Kh x Kw", "left"), ("groups", "right")):

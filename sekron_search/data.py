@@ -52,14 +52,14 @@ def length(dataset: Dataset[Any]) -> int:
 
 def batches(dataset: Dataset[Any], batch_size: int, *, order: Sequence[int] | None = None) -> Iterator[Batch]:
     """Batches of (inputs, target) in the given order of samples; a dataset of tensors is sliced at once."""
-    indices = torch.arange(length(dataset)) if order is None else torch.as_tensor(order)
+    indices = torch.arange(length(dataset)) if order is None else torch.as_tensor(order, dtype=torch.long)
     if isinstance(dataset, TensorDataset):
         for chunk in indices.split(batch_size):
-            yield _as_batch(tuple(tensor[chunk] for tensor in dataset.tensors))
+            yield as_batch(tuple(tensor[chunk] for tensor in dataset.tensors))
         return
     loader: DataLoader[Any] = DataLoader(Subset(dataset, indices.tolist()), batch_size=batch_size)
     for item in loader:
-        yield _as_batch(item)
+        yield as_batch(item)
 
 
 def sample_order(count: int, seed: int) -> list[int]:
@@ -68,7 +68,7 @@ def sample_order(count: int, seed: int) -> list[int]:
     return order
 
 
-def _as_batch(item: Any) -> Batch:
+def as_batch(item: Any) -> Batch:
     """(inputs, target) from what a loader gives: a pair, or the input alone."""
     if isinstance(item, tuple | list) and len(item) == 2:
         return as_inputs(item[0]), item[1]
@@ -86,7 +86,7 @@ def input_batches(source: Any, batch_size: int) -> list[Inputs]:
     elif isinstance(source, Dataset):
         found = [inputs for inputs, _ in batches(source, batch_size)]
     elif isinstance(source, Iterable):
-        found = [_as_batch(item)[0] for item in source]
+        found = [as_batch(item)[0] for item in source]
     else:
         raise DataError(f"expected calibration data as a tensor, dataset or iterable of batches, got {type(source)}")
     if not found:
@@ -297,21 +297,20 @@ def evaluate(
     return value
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise a `DataError` unless all labels are class indices below `num_classes`."""
-    if labels.is_floating_point() or labels.dim() != 1:
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raise a `DataError` unless there is a class index for every position of the logits (N, classes, ...)."""
+    wanted = (logits.shape[0], *logits.shape[2:])
+    if labels.is_floating_point() or labels.shape != wanted:
         raise DataError(
-            f"expected integer class labels of shape (N,), got {labels.dtype} of shape {tuple(labels.shape)}"
+            f"expected integer class labels of shape {tuple(wanted)}, got {labels.dtype} of shape {tuple(labels.shape)}"
         )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f"labels run from {low} to {high}, the network has {num_classes} classes (0 to {num_classes - 1})"
-        )
+    low, high, classes = int(labels.min()), int(labels.max()), logits.shape[1]
+    if low < 0 or high >= classes:
+        raise DataError(f"labels run from {low} to {high}, the network has {classes} classes (0 to {classes - 1})")
 
 
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:
-    check_labels(target, output.shape[1])
+    check_labels(target, output)
     return (output.argmax(1) == target).float().mean()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -58,17 +59,28 @@ def guess_factory(model: nn.Module, inputs: Inputs) -> Factory | None:
     if required or "<" in kind.__qualname__ or kind.__module__ == "__main__" or kind.__module__.startswith("torch."):
         return None
     factory = Factory(f"{kind.__module__}:{kind.__qualname__}")
+    return factory if _difference(factory, model, inputs) is None else None
+
+
+def check_factory(factory: Factory, model: nn.Module, inputs: Inputs) -> None:
+    """Raise a `DataError` unless the factory builds the network, but for its weights."""
+    if (difference := _difference(factory, model, inputs)) is not None:
+        raise DataError(f"factory {factory.reference!r} does not build the network that was given: {difference}")
+
+
+def _difference(factory: Factory, model: nn.Module, inputs: Inputs) -> str | None:
+    """In what the factory's network, with the weights of `model`, differs from it."""
     try:
         twin = factory.build()
         twin.load_state_dict(model.state_dict())
-        twin.to(next(model.parameters()).device)
+        for tensor in itertools.islice(itertools.chain(model.parameters(), model.buffers()), 1):
+            twin.to(tensor.device)
         # Arguments that no shape shows (an activation, a stride) would make it another network: compare what it does.
         with torch.no_grad():
-            pairs = zip(output_tensors(twin.eval()(*inputs)), output_tensors(model(*inputs)), strict=True)
-            same = all(torch.equal(a, b) for a, b in pairs)
-    except (SekronError, RuntimeError, ValueError):
-        return None
-    return factory if same else None
+            pairs = list(zip(output_tensors(twin.eval()(*inputs)), output_tensors(model(*inputs)), strict=True))
+    except Exception as error:  # whatever a user's class does
+        return f"{type(error).__name__}: {error}"
+    return None if all(torch.equal(a, b) for a, b in pairs) else "its outputs differ"
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -83,7 +95,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state = state["state_dict"]
         model.load_state_dict(state)
     except Exception as error:
-        raise DataError(f"model.weights {path}: cannot be loaded into the network: {error}") from None
+        what = f"{type(error).__name__}: {error}"
+        raise DataError(f"model.weights {path}: cannot be loaded into the network: {what}") from None
 
 
 def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLayer]:
@@ -150,7 +163,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             )
         model = factory.build()
     try:
-        compressed = replace_layers(model, {name: _layer(model, name, spec) for name, spec in layers.items()})
+        new = {name: _layer(model, name, spec) for name, spec in layers.items() if not _is_there(model, name, spec)}
+        compressed = replace_layers(model, new)
         state = compressed.state_dict()
         aliases = {name: tensors[name] if name in tensors else tensors[_alias(compressed, name)] for name in state}
         compressed.load_state_dict({**tensors, **aliases})
@@ -172,6 +186,12 @@ def _artefact_folder(path: Path) -> Path:
     if not (path / "model.json").exists():
         raise RunFolderError(f"{path}: no artefact here (expected model.json and model.safetensors)")
     return path
+
+
+def _is_there(model: nn.Module, name: str, spec: dict[str, Any]) -> bool:
+    """Whether the network has the layer already: it was compressed before."""
+    layer = model.get_submodule(name)
+    return isinstance(layer, KroneckerLayer) and str(layer.structure) == spec["structure"]
 
 
 def _layer(model: nn.Module, name: str, spec: dict[str, Any]) -> KroneckerLayer:

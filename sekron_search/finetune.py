@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sekron_search.config import FinetuneConfig
-from sekron_search.data import Augment, Batch, batches, check_labels, length, sample_order, to_device
+from sekron_search.data import Augment, Batch, as_batch, batches, check_labels, length, sample_order, to_device
 from sekron_search.errors import DataError
 from sekron_search.files import read_checkpoint, write_checkpoint
 from sekron_search.kron.layer import KroneckerLayer
-from sekron_search.model import output_tensors
+from sekron_search.kron.linear import KroneckerLinear
+from sekron_search.model import output_tensors, run_model
 from sekron_search.proxies import DivergenceName, relative_mse
 
 #: Gradients are scaled down to this norm over all parameters: the first steps of a bad start stay small.
@@ -44,6 +45,11 @@ class TrainingData:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, Dataset | Iterable) or isinstance(self.source, str | Mapping | Tensor):
+            raise DataError(
+                f"train: expected a dataset, or an iterable of batches, got {type(self.source).__name__}; a tensor of "
+                "inputs goes into a TensorDataset"
+            )
         if isinstance(self.source, Iterator):
             raise DataError(
                 f"train: expected a dataset, or batches that can be gone over again every epoch; a "
@@ -57,7 +63,8 @@ class TrainingData:
     @cached_property
     def _count(self) -> int:
         if isinstance(self.source, Dataset):
-            return length(self.source) // self.batch_size or 1
+            count = length(self.source)
+            return count // self.batch_size or min(count, 1)
         try:
             return len(self.source)  # type: ignore[arg-type]
         except TypeError:
@@ -67,14 +74,11 @@ class TrainingData:
         """The batches of an epoch."""
         generator = torch.Generator().manual_seed(self.seed * 7919 + index)
         if isinstance(self.source, Dataset):
-            count = length(self.source)
-            order = sample_order(count, self.seed * 7919 + index)[: len(self) * self.batch_size]
-            source: Iterable[Any] = batches(self.source, self.batch_size, order=order)
+            order = sample_order(length(self.source), self.seed * 7919 + index)[: len(self) * self.batch_size]
+            found = batches(self.source, self.batch_size, order=order)
         else:
-            source = self.source
-        for item in source:
-            inputs, target = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
-            inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+            found = (as_batch(item) for item in self.source)
+        for inputs, target in found:
             if self.augment is not None:
                 inputs = (self.augment(inputs[0], generator), *inputs[1:])
             yield inputs, target
@@ -102,6 +106,7 @@ def distillation_loss(name: DivergenceName, output: Any, reference: Any, target:
         losses.append(F.kl_div(log_q, log_p, log_target=True, reduction="sum") * (a.shape[1] / a.numel()) * hot**2)
     loss = torch.stack(losses).mean()
     if weight and not target.is_floating_point():
+        check_labels(target, ours[0])
         return (1 - weight) * loss + weight * F.cross_entropy(ours[0].float(), target)
     return loss
 
@@ -110,7 +115,7 @@ def layer_loss(outputs: Mapping[str, Tensor], references: Mapping[str, Tensor]) 
     """Squared error of layers' outputs, relative to the variance of the reference's channels, averaged over the layers.
 
     Args:
-        outputs: Of the replaced layers by name, (N, channels, H, W) or (..., channels).
+        outputs: Of the replaced layers by name, (N, channels, ...).
         references: Of the layers they replaced.
 
     Source: hints, Romero et al. 2015 (FitNets); every replaced layer has its counterpart, so no regressor is needed.
@@ -118,7 +123,7 @@ def layer_loss(outputs: Mapping[str, Tensor], references: Mapping[str, Tensor]) 
     errors = []
     for name, output in outputs.items():
         reference = references[name].float()
-        others = (0, 2, 3) if reference.dim() == 4 else tuple(range(reference.dim() - 1))
+        others = [axis for axis in range(reference.dim()) if axis != 1]
         spread = reference.var(others, correction=0).mean().clamp_min(torch.finfo(torch.float32).tiny)
         errors.append((output.float() - reference).square().mean() / spread)
     return torch.stack(errors).mean()
@@ -144,6 +149,24 @@ class Distillation:
     def total_steps(self) -> int:
         """Batches of all epochs."""
         return len(self.data) * self.config.epochs
+
+    def check(self) -> None:
+        """Compute the loss of one batch, before any long work depends on it.
+
+        Raises:
+            DataError: If the data is empty, the network does not run on it, labels do not fit, or nothing can be
+                trained.
+        """
+        if not any(p.requires_grad for p in self.teacher.parameters()):
+            raise DataError("the network has no parameter that requires a gradient; nothing can be fine-tuned")
+        device = next(self.teacher.parameters()).device
+        if len(self.data) == 0:
+            raise DataError("train: the data is empty; give at least one batch")
+        first = next(self.data.epoch(1))
+        inputs, target = to_device(first, device)
+        with torch.no_grad():
+            output = run_model(self.teacher.eval(), inputs)
+            distillation_loss(self.divergence, output, output, target, self.config)
 
     def train(
         self,
@@ -178,7 +201,11 @@ class Distillation:
         going = [after_epoch(int(row["epoch"]), row["metric"]) for row in state.curve][-1:] != [False]
         while going and len(state.curve) < self.config.epochs:
             epoch = len(state.curve) + 1
-            loss = self._epoch(state, epoch, progress)
+            device = next(model.parameters()).device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                # Dropout and the like: a resumed epoch draws what it would have drawn.
+                torch.manual_seed(self.data.seed * 7919 + epoch)
+                loss = self._epoch(state, epoch, progress)
             metric = validate(model.eval()) if validate is not None else -loss
             state.curve.append({"epoch": float(epoch), "loss": loss, "metric": metric})
             write_checkpoint(checkpoint, state.to_save())
@@ -190,8 +217,6 @@ class Distillation:
     def _epoch(self, state: _State, epoch: int, progress: Callable[[int], None]) -> float:
         """Mean loss over one epoch of training."""
         state.model.train()
-        # Dropout and the like: a resumed epoch draws what it would have drawn.
-        torch.manual_seed(self.data.seed * 7919 + epoch)
         device = next(state.model.parameters()).device
         summed, steps = 0.0, 0
         for steps, (inputs, target) in enumerate(self.data.epoch(epoch), start=1):
@@ -214,24 +239,30 @@ class Distillation:
             with torch.no_grad():
                 reference = self.teacher(*inputs)
             output = model(*inputs)
-        labelled = isinstance(target, Tensor) and isinstance(output, Tensor) and config.label_weight > 0
-        if self.divergence == "kl" and labelled:
-            check_labels(target, output.shape[1])
         loss = distillation_loss(self.divergence, output, reference, target, config)
         if replaced:
             loss = loss + config.layer_weight * layer_loss(ours, theirs)
         return loss
 
 
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear | KroneckerLinear)
+
+
 @contextmanager
 def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Filled, while the network runs, with the outputs of the named layers."""
+    """Filled, while the network runs, with the outputs of the named layers as (N, channels, ...)."""
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, args, output: found.__setitem__(name, output)
+    def keep(name: str, linear: bool) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            # A copy, for what follows may change the output in place.
+            found[name] = (output.flatten(0, -2) if linear else output).clone()
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+        return hook
+
+    layers = [(name, model.get_submodule(name)) for name in names]
+    handles = [layer.register_forward_hook(keep(name, _is_linear(layer))) for name, layer in layers]
     try:
         yield found
     finally:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from sekron_search.errors import DataError
 from sekron_search.kron.conv import conv_geometry, conv_weight
@@ -49,6 +53,10 @@ def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
     samples = batch_size(inputs)
     reasons = {name: _static_reason(module) for name, module in model.named_modules() if _has_weight(module)}
     _mark_shared(model, reasons)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for part in ("linear1", "linear2"):
+                reasons[f"{name}.{part}".lstrip(".")] = "nn.TransformerEncoderLayer reads its weight itself"
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.is_floating_point():
             continue
@@ -63,6 +71,10 @@ def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
             reason = "its forward is not called by the network (unused, or its weight is read directly)"
         elif reason is None and record is not None and record.count > 1:
             reason = f"it runs {record.count} times in one forward pass"
+        elif reason is None and record is not None and not record.input_shape:
+            reason = "it is called with keyword arguments only"
+        elif reason is None and isinstance(module, nn.Conv2d) and record is not None and len(record.input_shape) != 4:
+            reason = f"it runs on inputs without a batch axis, of shape {record.input_shape}"
         if reason is None and record is not None:
             layers.append((record.position, _layer_info(name, module, record, samples)))
         else:
@@ -76,7 +88,8 @@ class _Record:
     position: int = 0
     input_shape: tuple[int, ...] = ()
     output: Tensor | None = None
-    normalised: bool = False
+    uses: int = 0
+    norm: nn.Module | None = None
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -146,10 +159,13 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
 
         return hook
 
+    norm_calls: Counter[nn.Module] = Counter()
+
     def norm_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        norm_calls[module] += 1
         for record in records.values():
             if args and record.output is args[0] and record.output is not None:
-                record.normalised = True
+                record.norm = module
 
     training = {module: module.training for module in model.modules()}
     try:
@@ -158,7 +174,7 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
                 handles.append(module.register_forward_hook(layer_hook(name)))
             if isinstance(module, _NORMS) and module.track_running_stats:
                 handles.append(module.register_forward_pre_hook(norm_hook))
-        with torch.no_grad():
+        with torch.no_grad(), _CountUses(records):
             output = run_model(model.eval(), inputs)
     finally:
         for handle in handles:
@@ -174,11 +190,32 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
         raise DataError(
             "the network gives NaN or infinity on the example inputs; check its weights and the inputs' scale"
         )
+    for record in records.values():
+        # A batch-norm takes up a shift only if nothing else sees it, and if it has the statistics of one input alone.
+        if record.norm is not None and (record.uses != 1 or norm_calls[record.norm] != 1):
+            record.norm = None
     return records
 
 
+class _CountUses(TorchFunctionMode):
+    """Counts the operations that take a layer's output."""
+
+    def __init__(self, records: Mapping[str, _Record]) -> None:
+        super().__init__()
+        self.records = records
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # asking for a shape is no use
+            taken = [id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            for record in self.records.values():
+                if record.output is not None:
+                    record.uses += id(record.output) in taken
+        return result
+
+
 def _layer_info(name: str, module: nn.Module, record: _Record, samples: int) -> LayerInfo:
-    shift: OutputShift = "absorbed" if record.normalised else "kept"
+    shift: OutputShift = "absorbed" if record.norm is not None else "kept"
     if shift == "kept" and module.bias is not None:
         shift = "correctable"
     if isinstance(module, nn.Conv2d):

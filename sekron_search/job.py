@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from sekron_search.config import Settings
-from sekron_search.errors import DataError
-from sekron_search.export import Factory
+from sekron_search.errors import DataError, SekronError
+from sekron_search.export import Factory, factory_json
 from sekron_search.files import digest
-from sekron_search.finetune import TrainingData
+from sekron_search.finetune import Distillation, TrainingData
 from sekron_search.model import Inputs, batch_size
 
 Metric = Callable[[nn.Module], float]
@@ -58,6 +58,13 @@ class Job:
         """Samples of the example batch."""
         return batch_size(self.example_inputs)
 
+    @property
+    def distillation(self) -> Distillation | None:
+        """How candidates are trained, if they are."""
+        if self.train is None or self.settings.finetune.epochs == 0:
+            return None
+        return Distillation(self.model, self.train, self.settings.finetune, self.settings.search.divergence)
+
     def fingerprint(self) -> dict[str, Any]:
         """What makes this run another one than the next: a folder is gone on with only by the same."""
         return {
@@ -65,6 +72,9 @@ class Job:
             "model": digest([str(self.model), list(self.model.state_dict().items())]),
             "inputs": digest([self.example_inputs, list(self.calibration), list(self.holdout)]),
             "source": dict(self.source),
+            "factory": factory_json(self.factory),
+            "train": None if self.train is None else len(self.train),
+            "metrics": [self.validate is not None, self.test is not None],
         }
 
 
@@ -76,10 +86,18 @@ def checked_metric(metric: Metric, name: str) -> Metric:
         name: For messages.
     """
 
+    if not callable(metric):
+        raise DataError(f"{name}: expected a function of a network that returns a number, got {type(metric).__name__}")
+
     def call(network: nn.Module) -> float:
         network.eval()
-        with torch.no_grad():
-            value = metric(network)
+        try:
+            with torch.no_grad():
+                value = metric(network)
+        except SekronError:
+            raise
+        except Exception as error:
+            raise DataError(f"{name}: it failed: {type(error).__name__}: {error}") from error
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError):

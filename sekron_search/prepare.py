@@ -83,14 +83,17 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     """
     settings = job.settings
     inspection = inspect_model(job.model, job.example_inputs)
-    layers = tuple(selected(inspection.layers, settings.space))
+    layers = tuple(selected(inspection, settings.space))
     if not layers:
         skipped = "; ".join(f"'{s.name}': {s.reason}" for s in inspection.skipped[:5])
         raise DataError(
             f"no layer can be replaced ({skipped or 'there is none, or the search space excludes them all'}); "
             "see `sekron-search inspect`"
         )
-    check_divergence(settings.search.divergence, reference_outputs(job.model, job.calibration[:1])[0])
+    outputs = reference_outputs(job.model, [*job.calibration[:1], *job.holdout])
+    check_divergence(settings.search.divergence, outputs[0])
+    if job.distillation is not None:
+        job.distillation.check()
     original = _original_costs(job, folder, reporter)
     memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
     element = next(job.model.parameters()).element_size() * job.batch
@@ -225,6 +228,8 @@ def _measure(
     profile.check_usable(here)
     jobs = [(i, Structure.parse(o.structure), o.order, o.execution) for i, table in tables for o in table.options]
     missing = profile.missing(jobs, job.batch)
+    if missing:
+        profile.check_same_machine(here, len(missing))
     with reporter.task("measuring options", len(missing)) as task:
         profile.measure(
             missing,

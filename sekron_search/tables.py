@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sekron_search.costs.analytic import LayerCost, layer_cost
-from sekron_search.errors import SekronError
+from sekron_search.errors import ConfigError, SekronError
 from sekron_search.files import read_tensors, write_json, write_tensors
+from sekron_search.inspection import Inspection
 from sekron_search.kron.enumeration import FAMILIES, rank_choices
 from sekron_search.kron.families import dense, family
 from sekron_search.kron.layer import Execution
@@ -64,13 +65,24 @@ class FittedLayer:
         )
 
 
-def selected(layers: Sequence[LayerInfo], space: SearchSpace) -> list[LayerInfo]:
-    """The layers that the space includes and does not exclude."""
+def selected(inspection: Inspection, space: SearchSpace) -> list[LayerInfo]:
+    """The layers that can be replaced, that the space includes and does not exclude.
+
+    Raises:
+        ConfigError: If a pattern of the space fits no layer of the network.
+    """
 
     def matches(name: str, patterns: Iterable[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
 
-    return [i for i in layers if matches(i.name, space.include) and not matches(i.name, space.exclude)]
+    names = [info.name for info in inspection.layers] + [skipped.name for skipped in inspection.skipped]
+    for key, patterns in (("include", space.include), ("exclude", space.exclude)):
+        for pattern in patterns:
+            if pattern != "*" and not any(matches(name, [pattern]) for name in names):
+                raise ConfigError(
+                    f"key 'space.{key}': {pattern!r} fits no layer; the network's layers are {', '.join(names)}"
+                )
+    return [i for i in inspection.layers if matches(i.name, space.include) and not matches(i.name, space.exclude)]
 
 
 @dataclass(frozen=True)

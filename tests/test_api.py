@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import sekron_search
-from sekron_search.errors import DataError, InfeasibleBudgetError, RunFolderError, SekronError
+from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError, SekronError
 from sekron_search.inspection import inspect_model
 from tests.cases import blobs, small_net
 
@@ -46,6 +46,10 @@ def compress(model: nn.Module, out: Path, **options: Any) -> sekron_search.Resul
         ({"evaluate": lambda model: None}, "evaluate: expected a function that returns a number, got None"),
         ({"evaluate": lambda model: float("nan")}, "evaluate: it returned nan; expected a finite number"),
         ({"train": (batch for batch in [(IMAGES, None)])}, "a generator can be gone over once"),
+        ({"evaluate": 3}, "evaluate: expected a function of a network that returns a number, got int"),
+        ({"evaluate": lambda model: 1 / 0}, "evaluate: it failed: ZeroDivisionError"),
+        ({"budget": 0.5}, "budget: expected a mapping such as"),
+        ({"example_inputs": IMAGES[:2, :1]}, r"does not run on inputs of shapes \[\(2, 1, 8, 8\)\]"),
         ({"calibration": IMAGES[:1]}, "expected at least two samples, got one"),
         ({"device": "gpu"}, "key 'device': value error, expected a torch device such as 'cpu'"),
         ({"budget": {"flops": True}}, "budget.flops: expected a positive number"),
@@ -153,31 +157,97 @@ def test_a_run_goes_on_only_with_the_same_data(tmp_path: Path) -> None:
     assert compress(model, tmp_path / "run", resume=True).report["num_trials"] == 1
 
 
-def test_a_network_with_state_outside_of_its_state_dict_is_noticed(tmp_path: Path) -> None:
-    class Scaled(nn.Module):
-        def __init__(self, scale: float = 1.0) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 3)
-            self.head = nn.Linear(8, 4)
-            self.scale = scale
+class Scaled(nn.Module):
+    """A network with an argument that no shape shows."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.head(self.conv(x).mean((2, 3))) * self.scale
-            return logits
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 4)
+        self.scale = scale
 
-    # An explicit factory is believed until the saved network is loaded again.
-    global _wrong_factory
-    _wrong_factory = Scaled
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.conv(x).mean((2, 3))) * self.scale
+        return logits
+
+
+def test_a_factory_of_another_network_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'tests\.test_api:Scaled' does not build the network.*its outputs differ"):
+        compress(Scaled(2.0), tmp_path / "run", factory="tests.test_api:Scaled")
+    with pytest.raises(DataError, match="does not build the network that was given: RuntimeError"):
+        compress(small_net(), tmp_path / "run", factory="tests.test_api:Scaled")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_saved_network_that_comes_back_different_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **options: Any) -> nn.Module:
+        network = sekron_search.load(*args, **options)
+        with torch.no_grad():
+            next(network.parameters()).mul_(1.001)
+        return network
+
+    monkeypatch.setattr("sekron_search.run.load", load)
     with pytest.raises(RunFolderError, match="outputs differ from those of the one that was saved"):
-        compress(Scaled(2.0), tmp_path / "run", factory="tests.test_api:wrong_factory")
+        compress(small_net(), tmp_path / "run")
+    assert not (tmp_path / "run" / "report.json").exists()
 
 
-_wrong_factory: Callable[[], nn.Module] = nn.Identity
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        (TensorDataset(IMAGES[:, :1], torch.zeros(64, dtype=torch.long)), "does not run on inputs of shapes"),
+        (TensorDataset(IMAGES[:0]), "train: the data is empty"),
+        ([], "train: the data is empty"),
+        (IMAGES, "a tensor of inputs goes into a TensorDataset"),
+        (5, "expected a dataset, or an iterable of batches, got int"),
+        (TensorDataset(IMAGES, torch.full((64,), 9)), "labels run from 9 to 9, the network has 4 classes"),
+        (TensorDataset(IMAGES, torch.zeros(64, 8, 8, dtype=torch.long)), r"integer class labels of shape \(32,\)"),
+    ],
+)
+def test_bad_training_data_is_refused_at_once(tmp_path: Path, train: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        compress(small_net(), tmp_path / "run", train=train)
+    assert not (tmp_path / "run" / "tables").exists()
 
 
-def wrong_factory() -> nn.Module:
-    """A factory that forgets an argument of the network it is named for."""
-    return _wrong_factory()
+@pytest.mark.parametrize(
+    "train",
+    [
+        DataLoader(TensorDataset(IMAGES), batch_size=32),
+        TensorDataset(IMAGES, torch.rand(64, 4)),
+        [IMAGES[:32], (IMAGES[32:], torch.zeros(32, dtype=torch.long))],
+    ],
+)
+def test_training_data_of_many_kinds_is_taken(tmp_path: Path, train: Any) -> None:
+    report = compress(small_net(), tmp_path / "run", train=train).report
+    assert len(report["curve"]) == 1
+    assert report["validation_metric"] is None
+
+
+def test_a_frozen_network_cannot_be_trained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing can be fine-tuned"):
+        compress(small_net().requires_grad_(False), tmp_path / "a", train=blobs(64))
+    assert compress(small_net().requires_grad_(False), tmp_path / "b").report["budgets"][0]["met"]
+
+
+def test_a_run_goes_on_only_with_the_same_callbacks_and_training(tmp_path: Path) -> None:
+    model = small_net()
+    compress(model, tmp_path / "run")
+    with pytest.raises(RunFolderError, match=r"different: metrics, train\)"):
+        compress(model, tmp_path / "run", train=blobs(64), evaluate=lambda network: 1.0, resume=True)
+
+
+def test_a_compressed_network_can_be_compressed_again(tmp_path: Path) -> None:
+    first = compress(small_net(), tmp_path / "a", space={"exclude": ("conv3",)})
+    again = compress(first.model, tmp_path / "b", budget={"flops": "0.9x"})
+    assert "conv3" in {layer["name"] for layer in again.report["layers"]}
+    loaded = sekron_search.load(tmp_path / "b", model=first.model)
+    torch.testing.assert_close(loaded(IMAGES[:3]), again.model(IMAGES[:3]))
+
+
+def test_patterns_that_fit_no_layer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"key 'space\.exclude': 'convv1' fits no layer.*conv1, conv2"):
+        compress(small_net(), tmp_path / "run", space={"exclude": ("convv1",)})
 
 
 def test_unlabelled_data_has_no_accuracy() -> None:

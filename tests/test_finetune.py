@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from sekron_search.config import FinetuneConfig
 from sekron_search.errors import DataError
 from sekron_search.files import read_checkpoint
-from sekron_search.finetune import Distillation, TrainingData, distillation_loss, layer_loss
+from sekron_search.finetune import Distillation, TrainingData, _outputs_of, distillation_loss, layer_loss
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.model import replace_layers
@@ -80,7 +80,7 @@ def test_labels_and_loaders_are_taken(tmp_path: Path) -> None:
 
 def test_the_layer_loss_is_relative_to_the_reference() -> None:
     maps = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    rows = torch.randn(4, 7, 6, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(28, 6, generator=torch.Generator().manual_seed(1))
     assert float(layer_loss({"a": maps, "b": rows}, {"a": maps, "b": rows})) == 0
     scaled = layer_loss({"a": 10 * maps + 1, "b": 10 * rows}, {"a": 10 * maps, "b": 10 * rows})
     expected = 0.5 / float((10 * maps).var((0, 2, 3), correction=0).mean())
@@ -98,3 +98,20 @@ def test_the_loss_is_zero_at_the_teacher_and_mixes_in_the_labels() -> None:
     assert float(distillation_loss("mse", logits + 1, logits, None, pure)) == pytest.approx(
         1 / float(logits.var(correction=0))
     )
+
+
+def test_layers_are_compared_over_their_channels_before_anything_changes_them() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.conv = nn.Linear(6, 5), nn.Conv2d(5, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.conv(self.linear(x).movedim(-1, 1))
+            return out.relu_()
+
+    with torch.no_grad(), _outputs_of(model := Net(), ["linear", "conv"]) as found:
+        out = model(torch.randn(2, 7, 3, 6))
+    assert found["linear"].shape == (2 * 7 * 3, 5)
+    assert torch.equal(found["conv"].relu(), out)
+    assert float(found["conv"].min()) < 0

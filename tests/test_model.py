@@ -158,3 +158,46 @@ def test_tokens_of_a_transformer_layer_are_counted() -> None:
     first = inspect_model(model, torch.randn(2, 7, 8)).layers[0]
     assert first.positions_per_sample == 7
     assert layer_weight(model, first).shape == (1, 16, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift"),
+    [("plain", "absorbed"), ("inplace", "kept"), ("reused", "kept"), ("branched", "kept"), ("biased", "correctable")],
+)
+def test_a_shift_is_absorbed_only_by_a_batch_norm_that_alone_sees_it(kind: str, shift: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, bias=kind == "biased")
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            if kind in ("inplace", "biased"):
+                y.relu_()
+            out: torch.Tensor = self.norm(y)
+            if kind == "reused":
+                out = self.norm(out)
+            return out + y if kind == "branched" else out
+
+    assert inspect_model(Net(), torch.randn(2, 3, 8, 8)).layers[0].output_shift == shift
+
+
+def test_layers_that_would_not_run_are_left_alone() -> None:
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 4))
+    found = inspect_model(encoder, torch.randn(2, 5, 8))
+    assert [info.name for info in found.layers] == ["1"]
+    assert {s.name for s in found.skipped} >= {"0.linear1", "0.linear2"}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.named, self.single, self.last = nn.Linear(8, 8), nn.Conv2d(1, 8, 1), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.last(self.named(input=x) + self.single(x[None, 0, None].mT).sum())
+            return out
+
+    reasons = {s.name: s.reason for s in inspect_model(Net(), torch.randn(2, 8)).skipped}
+    assert "keyword arguments only" in reasons["named"]
+    assert "without a batch axis" in reasons["single"]

@@ -90,7 +90,8 @@ class DeviceProfile:
             latencies = {str(key): Latency(**value) for key, value in dict(data["latencies"] or {}).items()}
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"device profile {path}: {error}; expected keys 'provenance' and 'latencies'") from None
-        if bad := [k for k, v in latencies.items() if not (isinstance(v.median_ms, float) and 0 < v.median_ms < 1e9)]:
+        medians = {key: latency.median_ms for key, latency in latencies.items()}
+        if bad := [k for k, v in medians.items() if not (isinstance(v, int | float) and 0 < v < 1e9)]:
             raise ConfigError(f"device profile {path}: latencies[{bad[0]!r}].median_ms must be a positive number")
         return cls(provenance, latencies)
 
@@ -112,6 +113,16 @@ class DeviceProfile:
                 raise ConfigError(
                     f"device profile: it was measured with {key} = {mine!r}, this run uses {wanted!r}; "
                     f"measure one with `sekron-search profile`, or set latency.{key} to match"
+                )
+
+    def check_same_machine(self, here: Provenance, missing: int) -> None:
+        """Raise a `ConfigError` if what the profile lacks would be measured on another machine than the rest."""
+        for key in ("machine", "processor"):
+            mine, wanted = getattr(self.provenance, key), getattr(here, key)
+            if mine != wanted:
+                raise ConfigError(
+                    f"device profile: it lacks {missing} latencies and was measured with {key} = {mine!r}, this is "
+                    f"{wanted!r}; measure it there with `sekron-search profile` and this configuration"
                 )
 
     def missing(self, jobs: Sequence[Measurement], samples_per_batch: int) -> list[Measurement]:

@@ -32,15 +32,20 @@ def write_report(folder: RunFolder) -> None:
             f"run folder {folder.path}: not finished, it has no report.json; go on with `run --resume`"
         )
     report = read_json(folder.report)
-    if report.get("format") != FORMAT:
-        raise RunFolderError(f"{folder.report}: format {report.get('format')!r}, this version reads {FORMAT}")
-    plots = make_plots(report)
+    version = report.get("format") if isinstance(report, dict) else None
+    if version != FORMAT:
+        raise RunFolderError(f"{folder.report}: format {version!r}, this version reads {FORMAT}")
+    try:
+        plots = make_plots(report)
+        text = markdown(report, list(plots))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{folder.report}: damaged: {type(error).__name__}: {error}") from None
     for name, figure in plots.items():
         for ending in ("png", "svg"):
             with atomic(folder.plots / f"{name}.{ending}") as path:
                 metadata = {"Date": None} if ending == "svg" else {}
                 figure.savefig(path, format=ending, dpi=130, metadata=metadata)
-    write_text(folder.markdown, markdown(report, list(plots)))
+    write_text(folder.markdown, text)
 
 
 def markdown(report: dict[str, Any], plots: list[str]) -> str:

@@ -78,10 +78,12 @@ class Budget:
         """From a mapping such as {"flops": "0.5x"}.
 
         Raises:
-            ConfigError: If a key is not the name of a cost.
+            ConfigError: If it is no mapping, or a key is not the name of a cost.
         """
         if isinstance(value, Budget):
             return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f'budget: expected a mapping such as {{"flops": "0.5x"}}, got {value!r}')
         if unknown := sorted(set(value) - set(COST_NAMES)):
             raise ConfigError(f"budget: unknown cost {unknown[0]!r}; expected any of {', '.join(COST_NAMES)}")
         return cls(**value)

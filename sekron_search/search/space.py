@@ -32,7 +32,7 @@ class SearchSpace(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "default"
-    families: tuple[FamilyName, ...] = ("sekron", "tucker2")
+    families: Annotated[tuple[FamilyName, ...], Field(min_length=1)] = ("sekron", "tucker2")
     max_factors: Annotated[int, Field(ge=2, le=5)] = 2
     rank_levels: Annotated[int, Field(ge=1, le=64)] = 12
     rank_multiple: Annotated[int, Field(ge=1)] = 1
