@@ -111,11 +111,11 @@ def compress(
     if train is not None:
         data = TrainingData(train, checked.finetune.batch_size, seed=checked.seed)
     run_model(moved.eval(), inputs)
-    if factory is not None:
-        named: Factory | None = Factory(factory)
-        check_factory(Factory(factory), moved, inputs)
-    else:
+    if factory is None:
         named = guess_factory(moved, inputs)
+    else:
+        named = Factory(factory)
+        check_factory(named, moved, inputs)
     job = Job(
         moved,
         inputs,
@@ -203,4 +203,4 @@ def _example_batch(batches: Sequence[Inputs], size: int) -> Inputs:
         raise ConfigError(
             f"latency.batch_size is {size}, but there are only {batch_size(joined)} calibration samples to fill it"
         )
-    return tuple(argument[:size] for argument in joined)
+    return _part(joined, slice(size))

@@ -19,7 +19,7 @@ from sekron_search.kron.structure import Structure
 from sekron_search.model import layer_like, replace_layers
 from sekron_search.prepare import Tables, network_costs
 from sekron_search.progress import Reporter
-from sekron_search.proxies import mean_divergence, reference_outputs
+from sekron_search.proxies import mean_divergence
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import infeasible
@@ -105,7 +105,6 @@ class Finder:
         self.job, self.tables, self.folder, self.reporter = job, tables, folder, reporter
         self.network = tables.network
         self.bounds = job.settings.bounds.resolve(tables.original)
-        self.references = reference_outputs(job.model, job.holdout)
 
     def search(self) -> Searched:
         """Search, measure the candidates as whole networks, and search again where the tables were too hopeful."""
@@ -184,7 +183,7 @@ class Finder:
     def divergence(self, network: nn.Module) -> float:
         """Of a network's outputs on the held-out calibration inputs."""
         name = self.job.settings.search.divergence
-        return mean_divergence(name, network, self.job.holdout, self.references)
+        return mean_divergence(name, network, self.job.holdout, self.job.references)
 
     def _skeleton(self, assignment: Assignment) -> nn.Module:
         """The network with the layers of an assignment, all their weights zero."""

@@ -19,7 +19,7 @@ from sekron_search.errors import DataError, RunFolderError, SekronError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.structure import Structure
-from sekron_search.model import Inputs, layer_like, output_tensors, replace_layers
+from sekron_search.model import Inputs, kronecker_layers, layer_like, output_tensors, replace_layers
 
 FORMAT = 1
 
@@ -73,8 +73,8 @@ def _difference(factory: Factory, model: nn.Module, inputs: Inputs) -> str | Non
     try:
         twin = factory.build()
         twin.load_state_dict(model.state_dict())
-        for tensor in itertools.islice(itertools.chain(model.parameters(), model.buffers()), 1):
-            twin.to(tensor.device)
+        if (held := next(itertools.chain(model.parameters(), model.buffers()), None)) is not None:
+            twin.to(held.device)
         # Arguments that no shape shows (an activation, a stride) would make it another network: compare what it does.
         with torch.no_grad():
             pairs = list(zip(output_tensors(twin.eval()(*inputs)), output_tensors(model(*inputs)), strict=True))
@@ -99,11 +99,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise DataError(f"model.weights {path}: cannot be loaded into the network: {what}") from None
 
 
-def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLayer]:
-    """The replaced layers of a network, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, KroneckerLayer)}
-
-
 def save_artefact(folder: Path, model: nn.Module, factory: Factory | None) -> None:
     """Write a compressed network: `model.safetensors`, then `model.json` with the hash of it."""
     tensors = _state(model)
@@ -118,7 +113,7 @@ def save_artefact(folder: Path, model: nn.Module, factory: Factory | None) -> No
     }
     data = {
         "format": FORMAT,
-        "factory": None if factory is None else {"reference": factory.reference, "kwargs": dict(factory.kwargs)},
+        "factory": factory_json(factory),
         "layers": layers,
         "weights_sha256": _sha256(folder / "model.safetensors"),
     }

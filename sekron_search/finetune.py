@@ -19,9 +19,8 @@ from sekron_search.config import FinetuneConfig
 from sekron_search.data import Augment, Batch, as_batch, batches, check_labels, length, sample_order, to_device
 from sekron_search.errors import DataError
 from sekron_search.files import read_checkpoint, write_checkpoint
-from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.linear import KroneckerLinear
-from sekron_search.model import output_tensors, run_model
+from sekron_search.model import kronecker_layers, output_tensors, run_model
 from sekron_search.proxies import DivergenceName, relative_mse
 
 #: Gradients are scaled down to this norm over all parameters: the first steps of a bad start stay small.
@@ -157,9 +156,7 @@ class Distillation:
             DataError: If the data is empty, the network does not run on it, labels do not fit, or nothing can be
                 trained.
         """
-        if not any(p.requires_grad for p in self.teacher.parameters()):
-            raise DataError("the network has no parameter that requires a gradient; nothing can be fine-tuned")
-        device = next(self.teacher.parameters()).device
+        device = _trainable(self.teacher)[0].device
         if len(self.data) == 0:
             raise DataError("train: the data is empty; give at least one batch")
         first = next(self.data.epoch(1))
@@ -218,9 +215,10 @@ class Distillation:
         """Mean loss over one epoch of training."""
         state.model.train()
         device = next(state.model.parameters()).device
+        replaced = list(kronecker_layers(state.model)) if self.config.layer_weight else []
         summed, steps = 0.0, 0
         for steps, (inputs, target) in enumerate(self.data.epoch(epoch), start=1):
-            loss = self._loss(state.model, to_device(inputs, device), to_device(target, device))
+            loss = self._loss(state.model, replaced, to_device(inputs, device), to_device(target, device))
             summed += state.step(loss)
             if not math.isfinite(summed):
                 raise DataError(
@@ -231,10 +229,9 @@ class Distillation:
             progress((epoch - 1) * len(self.data) + steps)
         return summed / max(steps, 1)
 
-    def _loss(self, model: nn.Module, inputs: tuple[Any, ...], target: Any) -> Tensor:
+    def _loss(self, model: nn.Module, replaced: Sequence[str], inputs: tuple[Any, ...], target: Any) -> Tensor:
         config = self.config
         cast = torch.autocast(inputs[0].device.type, torch.bfloat16) if config.autocast else nullcontext()
-        replaced = [n for n, m in model.named_modules() if isinstance(m, KroneckerLayer)] if config.layer_weight else []
         with cast, _outputs_of(model, replaced) as ours, _outputs_of(self.teacher, replaced) as theirs:
             with torch.no_grad():
                 reference = self.teacher(*inputs)
@@ -281,11 +278,8 @@ class _State:
 
     @classmethod
     def start(cls, model: nn.Module, config: FinetuneConfig, total_steps: int) -> _State:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if not parameters:
-            raise DataError("the network has no parameter that requires a gradient; nothing can be fine-tuned")
         # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
-        optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(_trainable(model), config.learning_rate, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, max(total_steps, 1)))
         return cls(model, optimizer, schedule, [])
 
@@ -312,6 +306,14 @@ class _State:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
         self.curve[:] = saved["curve"]
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient; a `DataError` if there is none."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise DataError("the network has no parameter that requires a gradient; nothing can be fine-tuned")
+    return parameters
 
 
 def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sekron_search.export import Factory, factory_json
 from sekron_search.files import digest
 from sekron_search.finetune import Distillation, TrainingData
 from sekron_search.model import Inputs, batch_size
+from sekron_search.proxies import reference_outputs
 
 Metric = Callable[[nn.Module], float]
 
@@ -59,6 +61,21 @@ class Job:
         return batch_size(self.example_inputs)
 
     @property
+    def bytes_per_sample(self) -> int:
+        """Bytes of one element of an activation, over the samples of the example batch."""
+        return next(self.model.parameters()).element_size() * self.batch
+
+    @cached_property
+    def model_digest(self) -> str:
+        """Hash of the network: its architecture as it prints, weights and buffers."""
+        return digest([str(self.model), list(self.model.state_dict().items())])
+
+    @cached_property
+    def references(self) -> list[Any]:
+        """The network's outputs on the held-out inputs, checked to be finite."""
+        return reference_outputs(self.model, self.holdout)
+
+    @property
     def distillation(self) -> Distillation | None:
         """How candidates are trained, if they are."""
         if self.train is None or self.settings.finetune.epochs == 0:
@@ -69,7 +86,7 @@ class Job:
         """What makes this run another one than the next: a folder is gone on with only by the same."""
         return {
             "settings": self.settings.model_dump(mode="json"),
-            "model": digest([str(self.model), list(self.model.state_dict().items())]),
+            "model": self.model_digest,
             "inputs": digest([self.example_inputs, list(self.calibration), list(self.holdout)]),
             "source": dict(self.source),
             "factory": factory_json(self.factory),

@@ -101,6 +101,11 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Modu
     return copy_model(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
 
 
+def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLayer]:
+    """The replaced layers of a network, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, KroneckerLayer)}
+
+
 def layer_like(
     model: nn.Module,
     name: str,

@@ -90,17 +90,16 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
             f"no layer can be replaced ({skipped or 'there is none, or the search space excludes them all'}); "
             "see `sekron-search inspect`"
         )
-    outputs = reference_outputs(job.model, [*job.calibration[:1], *job.holdout])
-    check_divergence(settings.search.divergence, outputs[0])
+    reference_outputs(job.model, job.calibration[:1])
+    check_divergence(settings.search.divergence, job.references[0])
     if job.distillation is not None:
         job.distillation.check()
     original = _original_costs(job, folder, reporter)
     memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
-    element = next(job.model.parameters()).element_size() * job.batch
     _check_reachable(job, folder, reporter, layers, original, memory)
     metrics = _Metrics(job, layers, reporter)
-    context = digest([str(job.model), list(job.model.state_dict().items()), list(job.calibration), settings.seed])
-    sizes = {"bytes_per_sample": element, "steps": settings.calibration.refine_steps}
+    context = digest([job.model_digest, list(job.calibration), settings.seed])
+    sizes = {"bytes_per_sample": job.bytes_per_sample, "steps": settings.calibration.refine_steps}
 
     def fit(info: LayerInfo) -> FittedLayer:
         return build_layer_table(info, layer_weight(job.model, info), metrics[info.name], settings.space, **sizes)
@@ -172,9 +171,10 @@ def _check_reachable(
 ) -> None:
     """Refuse a budget that no choice of structures can meet, before anything is fitted."""
     bounds = job.settings.bounds.resolve(original)
-    element = next(job.model.parameters()).element_size() * job.batch
     tables = [
-        dataclasses.replace(cheapest_table(i, job.settings.space, element), outside_bytes=memory.outside[i.name])
+        dataclasses.replace(
+            cheapest_table(i, job.settings.space, job.bytes_per_sample), outside_bytes=memory.outside[i.name]
+        )
         for i in layers
     ]
     counted: dict[CostName, float] = {name: bound for name, bound in bounds.items() if name != "latency_ms"}
