@@ -101,7 +101,8 @@ def inspect(config: ConfigArgument) -> None:
     from sekron_search.costs.traced import traced_flops
     from sekron_search.inspection import inspect_model
     from sekron_search.kron.families import dense
-    from sekron_search.tables import candidates, selected
+    from sekron_search.scoring import candidates
+    from sekron_search.tables import selected
 
     job = job_from_config(Config.load(config))
     found = inspect_model(job.model, job.example_inputs)

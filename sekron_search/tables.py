@@ -7,36 +7,30 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sekron_search.costs.analytic import LayerCost, layer_cost
+from sekron_search.costs.analytic import layer_cost
 from sekron_search.errors import ConfigError, SekronError
 from sekron_search.files import read_tensors, write_json, write_tensors
 from sekron_search.inspection import Inspection
-from sekron_search.kron.enumeration import FAMILIES, rank_choices
 from sekron_search.kron.families import dense, family
 from sekron_search.kron.layer import Execution
-from sekron_search.kron.projection import pad_channels, project, reconstruct_batch, unfold_batch
+from sekron_search.kron.projection import project, reconstruct_batch
 from sekron_search.kron.refine import InputMetric, refine
 from sekron_search.kron.structure import Structure
-from sekron_search.kron.svd import pair_spectrum
 from sekron_search.model import LayerInfo
+from sekron_search.scoring import SCORING_SWEEPS, CandidateStructure, candidates, scores, shortlist
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Option
 from sekron_search.search.pareto import non_dominated
 from sekron_search.search.space import SearchSpace
 
 #: Raised whenever a change makes earlier tables wrong.
-TABLE_VERSION = 2
-
-#: Least-squares sweeps of a fit that is only there to be scored, or refined on data afterwards.
-SCORING_SWEEPS = 10
+TABLE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -85,42 +79,6 @@ def selected(inspection: Inspection, space: SearchSpace) -> list[LayerInfo]:
     return [i for i in inspection.layers if matches(i.name, space.include) and not matches(i.name, space.exclude)]
 
 
-@dataclass(frozen=True)
-class CandidateStructure:
-    """A structure that is cheaper than the dense layer in flops or parameters, and its costs."""
-
-    structure: Structure
-    cost: LayerCost
-
-
-def candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure, ...]:
-    """All structures of the space for this layer that are cheaper than dense; layers of equal geometry share them."""
-    anonymous = replace(info, name="", output_shift="kept")
-    return _candidates(anonymous, space.model_copy(update={"include": (), "exclude": (), "name": ""}))
-
-
-@lru_cache(maxsize=256)
-def _candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure, ...]:
-    whole = layer_cost(dense(info.weight_shape), info)
-
-    def fits(structure: Structure) -> bool:
-        # Rebuilt weights run at dense speed, so only their parameters have to pay; otherwise both costs may not grow.
-        if structure.num_params * info.geometry.groups >= whole.params:
-            return False
-        return space.dense_execution or layer_cost(structure, info).flops < whole.flops
-
-    found: dict[Structure, CandidateStructure] = {}
-    for name in space.families:
-        skeletons = list(FAMILIES[name](info.weight_shape, space.max_factors))
-        pairs = [s for s in skeletons if len(s.shapes) == 2]
-        longer = [s for s in skeletons if len(s.shapes) > 2]
-        # No more than `max_fits` of the longer ones will be fitted: the rest need not be priced either.
-        for skeleton in pairs + [longer[i] for i in _spread(len(longer), space.max_fits)]:
-            for structure in rank_choices(skeleton, fits, space.rank_levels, space.rank_multiple):
-                found.setdefault(structure, CandidateStructure(structure, layer_cost(structure, info)))
-    return tuple(found.values())
-
-
 def cheapest_table(info: LayerInfo, space: SearchSpace, bytes_per_sample: int) -> LayerTable:
     """A table of costs without errors, for asking what is reachable before anything is fitted."""
     rows = [_dense_option(info, bytes_per_sample)]
@@ -146,8 +104,8 @@ def build_layer_table(
     """
     exact = weight.double()
     pool = candidates(info, space)
-    scores = _scores(pool, exact, space.max_fits)
-    chosen = _shortlist(pool, scores, space.max_options)
+    errors = scores(pool, exact, space.max_fits)
+    chosen = shortlist(pool, errors, space.max_options)
     options = [_dense_option(info, bytes_per_sample)]
     factors: list[tuple[Tensor, ...]] = [()]
     shifts: list[Tensor | None] = [None]
@@ -265,62 +223,3 @@ def _options(
             )
         )
     return options
-
-
-def _scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) -> list[float]:
-    """Relative weight error of every candidate: from spectra for two factors, from quick fits for more.
-
-    Candidates of three factors and more beyond `max_fits` get infinity; those that are fitted are spread evenly over
-    the enumeration.
-    """
-    norm = float(weight.norm())
-    cheapest = set(_cheapest(pool))
-    spectra: dict[tuple[object, ...], Tensor] = {}
-    longer = [i for i, c in enumerate(pool) if c.structure.num_factors > 2]
-    fitted = {longer[i] for i in _spread(len(longer), max_fits)} | cheapest
-    scores = []
-    for i, candidate in enumerate(pool):
-        structure = candidate.structure
-        if structure.num_factors == 2:
-            if structure.shapes not in spectra:
-                squares = pair_spectrum(unfold_batch(pad_channels(weight, structure), structure)).square()
-                spectra[structure.shapes] = squares.flip(-1).cumsum(-1).flip(-1).sum(0)
-            tails = spectra[structure.shapes]
-            rank = prod(size for _, size in structure.ranks)
-            scores.append((float(tails[rank]) ** 0.5 / norm if rank < len(tails) else 0.0) if norm > 0 else 0.0)
-        elif i in fitted:
-            scores.append(project(weight, structure, sweeps=SCORING_SWEEPS).rel_error)
-        else:
-            scores.append(float("inf"))
-    return scores
-
-
-def _shortlist(pool: Sequence[CandidateStructure], scores: Sequence[float], most: int) -> list[int]:
-    """Indices of the candidates to refine: the non-dominated ones, at most `most`, spread over their flops.
-
-    Structures of three factors and more compete among themselves as well, for refinement gains them more.
-    """
-    finite = [i for i in range(len(pool)) if np.isfinite(scores[i])]
-
-    def pareto(indices: list[int]) -> list[int]:
-        points = [[pool[i].cost.flops, pool[i].cost.params, scores[i]] for i in indices]
-        return [i for i, keep in zip(indices, non_dominated(points), strict=True) if keep] if indices else []
-
-    groups = [[i for i in finite if (pool[i].structure.num_factors == 2) == two] for two in (True, False)]
-    chosen = sorted({i for group in groups for i in pareto(group)}, key=lambda i: pool[i].cost.flops)
-    if len(chosen) > most:
-        chosen = [chosen[i] for i in _spread(len(chosen), most)]
-    return sorted({*chosen, *_cheapest(pool)}, key=lambda i: pool[i].cost.flops)
-
-
-def _cheapest(pool: Sequence[CandidateStructure]) -> list[int]:
-    """The candidates of least flops, params and peak: with them a budget can be met that the space can meet at all."""
-    if not pool:
-        return []
-    costs = [(c.cost.flops, c.cost.params, c.cost.peak_elements) for c in pool]
-    return [min(range(len(pool)), key=lambda i: (costs[i][which], costs[i])) for which in range(3)]
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most `most` of `count` positions, evenly spread, the ends among them."""
-    return [int(i) for i in np.linspace(0, count - 1, min(most, count)).round()] if count else []

@@ -17,8 +17,8 @@ from sekron_search.costs.profile import DeviceProfile
 from sekron_search.data import batches, digits, evaluate, image_folder, import_reference, load_data
 from sekron_search.errors import ConfigError, DataError
 from sekron_search.kron.enumeration import FAMILIES
+from sekron_search.scoring import candidates
 from sekron_search.search.space import SearchSpace
-from sekron_search.tables import candidates
 from tests.cases import CONFIG, blobs, small_net, write_config
 from tests.test_run import ROOT
 

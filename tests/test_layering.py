@@ -20,7 +20,7 @@ LAYERS = [
     ["prepare"],
     ["job"],
     ["finetune", "sequential", "tables"],
-    ["export"],
+    ["scoring", "export"],
     ["data"],
     ["config"],
     ["rundir"],

@@ -2,139 +2,347 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from itertools import count as count_up
 from math import prod
 
+import opt_einsum
 import torch
 from torch import Tensor
 
+from sekron_search.kron.contraction import Contraction, contraction
 from sekron_search.kron.structure import Structure
 
 #: Added to the normal matrix, relative to its mean diagonal. A larger Hessian keeps singular systems solvable and
-#: every step monotone, and damps the cancelling rank-one terms into which plain CP iterations drift.
+#: every step monotone.
 PROXIMAL = 1e-9
 
-#: Least mean diagonal, for factors that vanish; weights come scaled to a largest entry of one.
+#: Least mean diagonal, for factors that vanish; weights come scaled to unit norm.
 TINY = 1e-20
+
+#: The Gram matrix of a factor is kept if its rank indices together are at most so many times its own mode.
+GRAM_SHARE = 4
+
+#: The extrapolation's first step, its growth with every sweep that lowers the error, and its largest.
+FIRST_STEP, GROWTH, LARGEST_STEP = 0.5, 1.3, 1.5
+
+#: Sweeps between two looks at whether the fit still improves.
+CHECK_EVERY = 5
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rank indices of a factor whose normal matrix stands alone, and how that matrix comes about.
+
+    Args:
+        axes: Of the factor, the batch axis counted.
+        size: Of the matrix.
+        contraction: What gives it.
+        operands: (factor, whether its Gram matrix enters and not two copies of the factor itself).
+    """
+
+    axes: tuple[int, ...]
+    size: int
+    contraction: Contraction
+    operands: tuple[tuple[int, bool], ...]
+
+
+@dataclass(frozen=True)
+class _Update:
+    """How one factor's least-squares problem is set up: its target and its normal matrices."""
+
+    factor: int
+    target: Contraction
+    others: tuple[int, ...]
+    parts: tuple[_Part, ...]
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Factors that are updated one after the other from the tensor contracted with all factors outside of them."""
+
+    shared: Contraction | None
+    outside: tuple[int, ...]
+    updates: tuple[_Update, ...]
+
+
+class Sweep:
+    """One pass of least-squares updates over all factors of a structure, its contractions planned once.
+
+    The factors are split into two halves. The tensor is contracted with one half, once for all updates of the other:
+    for CP of a convolution this halves the work on the large tensor; where it does not pay there is no split.
+
+    Args:
+        structure: The structure.
+        batch: Number of tensors that are fitted side by side.
+
+    Source: Phan, Tichavsky and Cichocki 2013 (sharing partial contractions), for any rank graph.
+    """
+
+    def __init__(self, structure: Structure, batch: int) -> None:
+        count = structure.num_factors
+        symbols: Iterator[str] = map(opt_einsum.get_symbol, count_up())
+        self._batch = next(symbols)
+        self._modes = [next(symbols) for _ in range(count)]
+        names = {name: next(symbols) for name, _ in structure.ranks}
+        copies = {name: next(symbols) for name, _ in structure.ranks}
+        self._carried = ["".join(names[n] for n in carried) for carried in structure.carries]
+        self._copied = ["".join(copies[n] for n in carried) for carried in structure.carries]
+        self._sizes = {self._batch: batch}
+        self._sizes |= {mode: prod(shape) for mode, shape in zip(self._modes, structure.shapes, strict=True)}
+        for name, size in structure.ranks:
+            self._sizes[names[name]] = self._sizes[copies[name]] = size
+        self.grams = [self._gram(k) for k in range(count)]
+        parts = [self._parts(k) for k in range(count)]
+        self.halves = min(self._schedules(parts), key=lambda found: found[0])[1]
+        self.order = tuple(update.factor for half in self.halves for update in half.updates)
+
+    def _contraction(self, inputs: Sequence[str], output: str) -> Contraction:
+        used = sorted(set("".join(inputs) + output))
+        return contraction(tuple(inputs), output, tuple((i, self._sizes[i]) for i in used))
+
+    def _indices(self, k: int) -> str:
+        return self._batch + self._carried[k] + self._modes[k]
+
+    def _gram(self, k: int) -> Contraction | None:
+        ranks = prod(self._sizes[i] for i in self._carried[k])
+        if ranks > GRAM_SHARE * self._sizes[self._modes[k]]:
+            return None
+        copy = self._batch + self._copied[k] + self._modes[k]
+        return self._contraction([self._indices(k), copy], self._batch + self._carried[k] + self._copied[k])
+
+    def _parts(self, k: int) -> tuple[_Part, ...]:
+        """The rank indices of factor k in groups that no chain of other factors connects.
+
+        The normal matrix is the Kronecker product of one matrix per group: small ones for Tucker's core and for
+        Tensor-Train, where the whole would be too large to solve with.
+        """
+        groups: list[tuple[set[str], list[int]]] = []
+        for j, carried in enumerate(self._carried):
+            if j != k and carried:
+                joined, members = set(carried), [j]
+                for group in [g for g in groups if g[0] & joined]:
+                    joined, members = joined | group[0], members + group[1]
+                    groups.remove(group)
+                groups.append((joined, members))
+        parts = []
+        for reached, members in groups:
+            own = [i for i, index in enumerate(self._carried[k]) if index in reached]
+            if own:
+                parts.append(self._part(k, own, sorted(members)))
+        return tuple(parts)
+
+    def _part(self, k: int, own: Sequence[int], members: Sequence[int]) -> _Part:
+        inputs, operands = [], []
+        for j in members:
+            if self.grams[j] is not None:
+                inputs.append(self._batch + self._carried[j] + self._copied[j])
+                operands.append((j, True))
+            else:
+                inputs += [self._indices(j), self._batch + self._copied[j] + self._modes[j]]
+                operands.append((j, False))
+        kept = "".join(self._carried[k][i] for i in own)
+        copied = "".join(self._copied[k][i] for i in own)
+        made = self._contraction(inputs, self._batch + kept + copied)
+        return _Part(tuple(1 + i for i in own), prod(self._sizes[i] for i in kept), made, tuple(operands))
+
+    def _schedules(self, parts: Sequence[tuple[_Part, ...]]) -> list[tuple[float, tuple[_Half, ...]]]:
+        """Every way to share partial contractions, with its cost: none, or two halves."""
+        factors = range(len(self._carried))
+        tensor = self._batch + "".join(self._modes)
+        alone = self._half(tuple(factors), (), tensor, parts)
+        found: list[tuple[float, tuple[_Half, ...]]] = [(alone[0], (alone[1],))]
+        for size in range(1, len(self._carried) // 2 + 1):
+            for first in combinations(factors, size):
+                second = tuple(k for k in factors if k not in first)
+                pair = [self._half(*sides, tensor, parts) for sides in ((first, second), (second, first))]
+                found.append((sum(cost for cost, _ in pair), tuple(half for _, half in pair)))
+        return found
+
+    def _half(
+        self, inside: tuple[int, ...], outside: tuple[int, ...], tensor: str, parts: Sequence[tuple[_Part, ...]]
+    ) -> tuple[float, _Half]:
+        cost, shared, start = 0.0, None, tensor
+        if outside:
+            open_ranks = {i for k in inside for i in self._carried[k]}
+            ranks = "".join(sorted({i for k in outside for i in self._carried[k]} & open_ranks))
+            start = self._batch + ranks + "".join(self._modes[k] for k in inside)
+            shared = self._contraction([tensor, *(self._indices(k) for k in outside)], start)
+            cost += shared.cost
+        updates = []
+        for k in inside:
+            others = tuple(j for j in inside if j != k)
+            target = self._contraction([start, *(self._indices(j) for j in others)], self._indices(k))
+            cost += target.cost
+            updates.append(_Update(k, target, others, parts[k]))
+        return cost, _Half(shared, outside, tuple(updates))
+
+    def lay_out(self, tensor: Tensor) -> list[list[Tensor]]:
+        """The tensor (B, m_1, ..., m_S) as the first contractions need it, for every half."""
+        return [
+            [half.shared.lay_out(tensor)] if half.shared else [u.target.lay_out(tensor) for u in half.updates]
+            for half in self.halves
+        ]
+
+    def __call__(
+        self, tensors: Sequence[Sequence[Tensor]], factors: Sequence[Tensor], ridge: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """The factors after one pass, and their squared error less the squared norm of the tensor.
+
+        Args:
+            tensors: From `lay_out`; of norm 1 each, or 0.
+            factors: Of shapes (B, rank indices, m_k).
+            ridge: (B,), the weight of the factors' squared norms in the objective.
+        """
+        factors = list(factors)
+        grams = [None if g is None else g([a, a]) for g, a in zip(self.grams, factors, strict=True)]
+        for half, laid_out in zip(self.halves, tensors, strict=True):
+            starts = laid_out
+            if half.shared is not None:
+                contracted = half.shared([*laid_out, *(factors[k] for k in half.outside)], laid_out=True)
+                starts = [contracted] * len(half.updates)
+            for update, start in zip(half.updates, starts, strict=True):
+                k = update.factor
+                others = [factors[j] for j in update.others]
+                target = update.target([start, *others], laid_out=half.shared is None)
+                normals = [_normal(part, factors, grams) for part in update.parts]
+                factors[k], bent = _solve(update.parts, normals, target, factors[k], ridge)
+                gram = self.grams[k]
+                if gram is not None:
+                    grams[k] = gram([factors[k], factors[k]])
+        # |T - T^|^2 = |T|^2 - 2 <A, target> + <A, normal A>, with the last factor's quantities at hand.
+        return factors, (factors[k] * (bent() - 2 * target)).flatten(1).sum(1)
+
+
+@lru_cache(maxsize=512)
+def sweep_of(structure: Structure, batch: int) -> Sweep:
+    """The `Sweep` of a structure, planned once."""
+    return Sweep(structure, batch)
 
 
 def alternating_least_squares(
-    structure: Structure, modes: Tensor, factors: Sequence[Tensor], *, max_sweeps: int = 100, tolerance: float = 1e-7
-) -> list[Tensor]:
+    structure: Structure,
+    modes: Tensor,
+    factors: Sequence[Tensor],
+    *,
+    max_sweeps: int = 100,
+    tolerance: float = 1e-7,
+    ridge: float = 0.0,
+) -> tuple[list[Tensor], Tensor]:
     """Lower the squared error of the factors, one factor at a time, never raising it.
 
     Factor k minimises |T - contraction|^2; its normal matrix is the contraction of the other factors' Gram matrices.
+    Between sweeps all factors are extrapolated along their last change; a sweep from there that does not lower the
+    objective is dropped and the next one starts where the last good one ended.
 
     Args:
         structure: The structure that the factors follow.
-        modes: (B, m_1, ..., m_S), a batch of unfolded weights; computed in this dtype, float64 is meant.
+        modes: (B, m_1, ..., m_S), a batch of unfolded weights of norm 1 (or 0); computed in this dtype, float64 is
+            meant.
         factors: Start, of shapes (B, rank indices, m_k).
         max_sweeps: At most so many passes over all factors.
-        tolerance: Stop when a sweep lowers the relative squared error of no batch entry by more than this.
+        tolerance: A batch entry is done when five sweeps lowered its squared error by less than this part of it.
+        ridge: Weight of the factors' squared norms in the objective: it keeps CP from drifting towards ever larger
+            terms that cancel.
 
     Returns:
-        Factors of the same shapes.
+        Factors of the same shapes, and the squared error (B,).
 
-    Source: Kolda and Bader 2009, Sec. 3.4, generalised from CP to tensor networks with hyperedges.
+    Source: Kolda and Bader 2009, Sec. 3.4, generalised from CP to tensor networks with hyperedges; extrapolation with
+    restarts as in Mitchell, Ye and De Sterck 2020.
     """
-    factors = list(factors)
-    scale = modes.flatten(1).square().sum(1).clamp_min(torch.finfo(modes.dtype).tiny)
-    parts = [_independent_parts(structure, k) for k in range(structure.num_factors)]
-    previous = torch.full_like(scale, torch.inf)
-    for _ in range(max_sweeps):
-        for k, own_parts in enumerate(parts):
-            normals = [_normal_matrix(structure, factors, k, part) for part in own_parts]
-            target = _project_on_others(structure, modes, factors, k)
-            # A Newton step whose Hessian is the normal matrix, made a little larger where it may be singular.
-            residual = target - _apply(structure, k, own_parts, normals, factors[k])
-            damped = [_damped(normal) for normal in normals]
-            factors[k] = factors[k] + _apply(structure, k, own_parts, damped, residual, invert=True)
-        # |T - T^|^2 = |T|^2 - 2 <A, target> + <A, normal A>, with the last factor's quantities at hand.
-        curvature = (_apply(structure, k, own_parts, normals, factors[k]) * factors[k]).flatten(1).sum(1)
-        error = 1 - (2 * (factors[k] * target).flatten(1).sum(1) - curvature) / scale
-        if bool(((previous - error) <= tolerance).all()):
-            break
-        previous = error
-    return factors
+    sweep = sweep_of(structure, modes.shape[0])
+    weight = modes.new_full((modes.shape[0],), ridge)
+    tensors, norm = sweep.lay_out(modes), modes.flatten(1).square().sum(1)
+    best = previous = _pack(factors)
+    objective = modes.new_full((modes.shape[0],), torch.inf)
+    error, checkpoint = objective, objective
+    step = torch.zeros_like(objective)
+    for number in range(1, max_sweeps + 1):
+        found, gain = sweep(tensors, _unpack(best + step[:, None] * (best - previous), factors), weight)
+        new, squared = _pack(found), (norm + gain).clamp_min(0)
+        value = squared + ridge * new.square().sum(1) if ridge > 0 else squared
+        better = value < objective
+        previous = torch.where(better[:, None], best, previous)
+        best = torch.where(better[:, None], new, best)
+        error, objective = torch.where(better, squared, error), torch.where(better, value, objective)
+        step = torch.where(better, (step * GROWTH).clamp(FIRST_STEP, LARGEST_STEP), torch.zeros_like(step))
+        if number % CHECK_EVERY == 0:
+            if bool((checkpoint - objective <= tolerance * objective).all()):
+                break
+            checkpoint = objective
+    return _unpack(best, factors), error
 
 
-def _independent_parts(structure: Structure, k: int) -> list[list[str]]:
-    """The rank indices of factor k in groups that no chain of other factors connects.
+def _broadcast(x: Tensor, like: Tensor) -> Tensor:
+    return x.reshape(-1, *[1] * (like.dim() - 1))
 
-    The normal matrix is the Kronecker product of one matrix per group: small ones for Tucker's core and for
-    Tensor-Train, where the whole would be too large to solve with.
+
+def _pack(factors: Sequence[Tensor]) -> Tensor:
+    """All factors of a batch entry in one row: (B, parameters)."""
+    return torch.cat([a.flatten(1) for a in factors], 1)
+
+
+def _unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The factors in the rows of `packed`, in the shapes of others."""
+    pieces = packed.split([a[0].numel() for a in like], 1)
+    return [piece.reshape(a.shape) for piece, a in zip(pieces, like, strict=True)]
+
+
+def _normal(part: _Part, factors: Sequence[Tensor], grams: Sequence[Tensor | None]) -> Tensor:
+    """(B, R, R): the Gram matrix of what the other factors contract to, over one part's rank indices."""
+    operands: list[Tensor] = []
+    for j, by_gram in part.operands:
+        gram = grams[j]
+        operands += [gram] if by_gram and gram is not None else [factors[j], factors[j]]
+    return part.contraction(operands).reshape(-1, part.size, part.size)
+
+
+def _solve(
+    parts: Sequence[_Part], normals: Sequence[Tensor], target: Tensor, factor: Tensor, ridge: Tensor
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The factor that minimises its quadratic, or is on the way, and what gives the normal matrix times it.
+
+    One part: the least-squares solution, held back a little by its predecessor where the matrix may be singular.
+    Several: a Newton step whose Hessian, the Kronecker product of the parts' matrices, is a little too large.
     """
-    parts: list[set[str]] = []
-    for j, carried in enumerate(structure.carries):
-        if j != k and carried:
-            joined = set(carried).union(*(part for part in parts if part & set(carried)))
-            parts = [part for part in parts if not part & joined] + [joined]
-    groups = [[n for n in structure.carries[k] if n in part] for part in parts]
-    return [group for group in groups if group]
+    lifts = [PROXIMAL * n.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(TINY) for n in normals]
+    if len(parts) == 1:
+        lift, old = _broadcast(lifts[0], factor), factor
+        root = _lifted_root(normals[0], lifts[0] + ridge)
+        flat = (target + lift * old).reshape(len(target), parts[0].size, -1)
+        new = torch.cholesky_solve(flat, root).reshape(factor.shape)
+        return new, lambda: target + lift * (old - new) - _broadcast(ridge, new) * new
+    step = target - _curved(parts, normals, factor)
+    for part, normal, lift in zip(parts, normals, lifts, strict=True):
+        root = _lifted_root(normal, lift + ridge.sqrt())
+        step = _along(part, step, root, inverse=True)
+    return factor + step, lambda: _curved(parts, normals, factor + step)
 
 
-def _damped(normal: Tensor) -> Tensor:
-    diagonal = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(TINY)
-    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    return normal + PROXIMAL * diagonal[:, None, None] * eye
+def _lifted_root(matrix: Tensor, lift: Tensor) -> Tensor:
+    """Cholesky root of symmetric matrices (B, R, R) with lift (B,) added to their diagonals."""
+    lifted = matrix.clone()
+    lifted.diagonal(dim1=-2, dim2=-1).add_(lift[:, None])
+    root: Tensor = torch.linalg.cholesky_ex(lifted).L
+    return root
 
 
-def _apply(
-    structure: Structure,
-    k: int,
-    parts: Sequence[Sequence[str]],
-    matrices: Sequence[Tensor],
-    factor: Tensor,
-    *,
-    invert: bool = False,
-) -> Tensor:
-    """The matrices, one per part, or their inverses, applied to factor k along the rank indices of the parts."""
-    carried = structure.carries[k]
-    for part, matrix in zip(parts, matrices, strict=True):
-        axes = [1 + carried.index(n) for n in part]
-        rest = [axis for axis in range(1, factor.dim()) if axis not in axes]
-        permutation = [0, *axes, *rest]
-        moved = factor.permute(permutation)
-        flat = moved.reshape(moved.shape[0], matrix.shape[-1], -1)
-        flat = torch.linalg.solve(matrix, flat) if invert else matrix @ flat
-        inverse = sorted(range(factor.dim()), key=permutation.__getitem__)
-        factor = flat.reshape(moved.shape).permute(inverse)
+def _curved(parts: Sequence[_Part], normals: Sequence[Tensor], factor: Tensor) -> Tensor:
+    for part, normal in zip(parts, normals, strict=True):
+        factor = _along(part, factor, normal)
     return factor
 
 
-def _normal_matrix(structure: Structure, factors: Sequence[Tensor], k: int, part: Sequence[str]) -> Tensor:
-    """(B, R, R): the Gram matrix of what the other factors contract to, over one part of k's rank indices."""
-    names = [name for name, _ in structure.ranks]
-    sizes = structure.rank_sizes
-    count = len(names)
-    reached = set(part)
-    for _ in range(structure.num_factors):
-        for j, carried in enumerate(structure.carries):
-            if j != k and reached & set(carried):
-                reached |= set(carried)
-    operands: list[object] = []
-    for j, carried in enumerate(structure.carries):
-        if j != k and reached & set(carried):
-            own = [names.index(n) for n in carried]
-            # Both copies share the batch and the factor's own mode; torch finds the order of contraction. Gram matrices
-            # of single factors, over all their indices, would be far too large for a Tucker core.
-            operands += [factors[j], [2 * count, *own, 2 * count + 1 + j]]
-            operands += [factors[j], [2 * count, *(count + i for i in own), 2 * count + 1 + j]]
-    kept = [names.index(n) for n in part]
-    result: Tensor = torch.einsum(*operands, [2 * count, *kept, *(count + i for i in kept)])
-    size = prod(sizes[n] for n in part)
-    return result.reshape(-1, size, size)
-
-
-def _project_on_others(structure: Structure, modes: Tensor, factors: Sequence[Tensor], k: int) -> Tensor:
-    """(B, rank indices of k, m_k): the weight contracted with all factors but k."""
-    names = [name for name, _ in structure.ranks]
-    batch = len(names)
-    first = batch + 1
-    operands: list[object] = [modes, [batch, *(first + j for j in range(structure.num_factors))]]
-    for j, carried in enumerate(structure.carries):
-        if j != k:
-            operands += [factors[j], [batch, *(names.index(n) for n in carried), first + j]]
-    own = [names.index(n) for n in structure.carries[k]]
-    result: Tensor = torch.einsum(*operands, [batch, *own, first + k])
-    return result
+def _along(part: _Part, factor: Tensor, matrix: Tensor, *, inverse: bool = False) -> Tensor:
+    """A matrix (B, R, R), or the inverse of what it is the Cholesky root of, along the part's rank indices together."""
+    rest = [axis for axis in range(1, factor.dim()) if axis not in part.axes]
+    permutation = [0, *part.axes, *rest]
+    moved = factor.permute(permutation)
+    flat = moved.reshape(moved.shape[0], part.size, -1)
+    flat = torch.cholesky_solve(flat, matrix) if inverse else torch.bmm(matrix, flat)
+    back = sorted(range(factor.dim()), key=permutation.__getitem__)
+    return flat.reshape(moved.shape).permute(back)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
+import opt_einsum
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sekron_search.errors import StructureError
 from sekron_search.kron.als import alternating_least_squares
+from sekron_search.kron.contraction import contraction
 from sekron_search.kron.structure import Structure
-from sekron_search.kron.svd import recursive_svd
+from sekron_search.kron.svd import mode_bases, recursive_svd
+
+#: Weight of the factors' squared norms in the objective of least squares, for weights of norm 1.
+RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -26,39 +32,113 @@ class Fit:
 def project(weight: Tensor, structure: Structure, *, sweeps: int = 100, starts: int = 1, seed: int = 0) -> Fit:
     """Factors whose reconstruction is close to the weight in the Frobenius norm.
 
-    Two factors: one SVD, optimal. More: the recursion of SVDs, then alternating least squares from it and from
-    `starts` - 1 random draws; the best is kept. Computed in float64 whatever the weight's dtype.
-
     Args:
         weight: (G, F, C, Kh, Kw), one weight per group of the layer. F and C may be smaller than the structure's:
             the rest is padded with zeros.
         structure: The structure to fit.
-        sweeps: Least-squares sweeps for three factors and more; 0 keeps the recursion alone, as in the paper.
-        starts: Number of starts of the alternating least squares.
-        seed: Of the random starts.
+        sweeps, starts, seed: As for `fit_batch`.
 
     Raises:
         StructureError: If the weight does not fit into the structure's shape, or holds NaN or infinity.
     """
-    check_weight(weight, structure)
-    exact = weight.detach().to(torch.float64)
-    scale = float(exact.abs().max()) or 1.0
-    exact = exact / scale
-    modes = unfold_batch(pad_channels(exact, structure), structure)
-    if structure.is_dense:
-        factors = [modes]
-    else:
-        factors = recursive_svd(structure, modes)
-        if structure.num_factors > 2 and sweeps > 0:
-            factors = _best_start(structure, modes, factors, sweeps, starts, seed)
-    factors = balance(structure, factors)
-    factors[0] = factors[0] * scale
-    factors = balance(structure, factors)
-    shaped = tuple(a.reshape(-1, *s) for a, s in zip(factors, structure.factor_shapes, strict=True))
-    rebuilt = reconstruct_batch(structure, shaped)[:, : weight.shape[1], : weight.shape[2]] / scale
-    norm = float(exact.norm())
-    error = float((rebuilt - exact).norm()) / norm if norm > 0 else 0.0
-    return Fit(tuple(a.to(weight.dtype) for a in shaped), error)
+    factors, errors = fit_batch(weight, structure, sweeps=sweeps, starts=starts, seed=seed)
+    peak = weight.detach().abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
+    norms = torch.linalg.vector_norm((weight.detach().double() / peak).flatten(1), dim=1)
+    total = float(norms.norm())
+    return Fit(factors, float((errors * norms).norm()) / total if total > 0 else 0.0)
+
+
+def fit_batch(
+    weights: Tensor,
+    structure: Structure,
+    *,
+    sweeps: int = 100,
+    starts: int = 1,
+    seed: int = 0,
+    tolerance: float = 1e-6,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Fit weights of one shape side by side, each on its own.
+
+    Two factors: one SVD, optimal. More: alternating least squares from several starts, the best of them kept for
+    every weight: the recursion of SVDs, the leading singular vectors of every mode, then random draws. A ridge keeps
+    terms from growing while they cancel; it is taken away for the last sweeps. Computed in float64 whatever the
+    weights' dtype and scale.
+
+    Args:
+        weights: (B, F, C, Kh, Kw).
+        structure: The structure to fit.
+        sweeps: Least-squares sweeps for three factors and more; 0 keeps the recursion alone, as in the paper.
+        starts: Number of starts of the alternating least squares.
+        seed: Of the random starts.
+        tolerance: Of the alternating least squares.
+
+    Returns:
+        Factors (B, rank indices, f, c, h, w) in the weights' dtype, and relative errors |W - W^| / |W| (B,), float64,
+        0 for a weight of zeros.
+
+    Raises:
+        StructureError: If the weights do not fit into the structure's shape, or hold NaN or infinity.
+    """
+    check_weight(weights, structure)
+    unit, scale = _unit_norm(weights.detach().to(torch.float64))
+    modes = structure.unfold(pad_channels(unit, structure))
+    factors = [modes] if structure.is_dense else recursive_svd(structure, modes)
+    if structure.num_factors > 2 and sweeps > 0:
+        factors = _best_of_starts(structure, modes, factors, sweeps, starts, seed, tolerance)
+    errors = _cropped_error(structure, modes, factors, weights.shape)
+    share = scale ** (1 / structure.num_factors)
+    factors = balance(structure, [a * share.reshape(-1, *[1] * (a.dim() - 1)) for a in factors])
+    shaped = tuple(a.reshape(-1, *s).to(weights.dtype) for a, s in zip(factors, structure.factor_shapes, strict=True))
+    return shaped, errors
+
+
+def _unit_norm(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights (B, ...) scaled to norm 1, and their norms (B,); zeros stay zeros, with norm 1."""
+    tiny = torch.finfo(weights.dtype).tiny
+    peak = weights.flatten(1).abs().amax(1).clamp_min(tiny)  # squares of the raw entries might overflow
+    shape = (-1, *[1] * (weights.dim() - 1))
+    scaled = weights / peak.reshape(shape)
+    norm = torch.linalg.vector_norm(scaled.flatten(1), dim=1)
+    alive = norm > 0
+    norm = torch.where(alive, norm, 1.0)
+    return scaled / norm.reshape(shape), torch.where(alive, peak * norm, 1.0)
+
+
+def _best_of_starts(
+    structure: Structure,
+    modes: Tensor,
+    recursive: list[Tensor],
+    sweeps: int,
+    starts: int,
+    seed: int,
+    tolerance: float,
+) -> list[Tensor]:
+    """The least-squares fit of every tensor from the start that served it best; all starts run side by side."""
+    found = [recursive]
+    if starts > 1:
+        found.append(mode_bases(structure, modes))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(starts - 2):
+        found.append([torch.randn(a.shape, generator=generator, dtype=a.dtype).to(a) for a in recursive])
+    factors = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    repeated = modes.repeat(starts, *[1] * (modes.dim() - 1))
+    if not structure.is_tree:
+        factors, _ = alternating_least_squares(
+            structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance, ridge=RIDGE
+        )
+        sweeps = 1 + sweeps // 10
+    factors, errors = alternating_least_squares(structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance)
+    best = errors.reshape(starts, -1).argmin(0) * len(modes) + torch.arange(len(modes), device=modes.device)
+    return [a[best] for a in factors]
+
+
+def _cropped_error(structure: Structure, modes: Tensor, factors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """|W - W^| of weights of norm 1 without the channels that were padded."""
+    difference = modes - contract_batch(structure, factors)
+    if structure.weight_shape[:2] != tuple(shape[1:3]):
+        difference = structure.fold(difference)[:, : shape[1], : shape[2]]
+    error: Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    return error
 
 
 def check_weight(weight: Tensor, structure: Structure) -> None:
@@ -80,15 +160,25 @@ def pad_channels(weight: Tensor, structure: Structure) -> Tensor:
     return F.pad(weight, (0, 0, 0, 0, 0, c - weight.shape[2], 0, f - weight.shape[1]))
 
 
-def unfold_batch(weight: Tensor, structure: Structure) -> Tensor:
-    """From (G, F, C, Kh, Kw) to (G, m_1, ..., m_S)."""
-    return torch.stack([structure.unfold(w) for w in weight])
+def contract_batch(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
+    """(B, m_1, ..., m_S) from factors with a leading batch axis, flat or in their four modes."""
+    names = {name: opt_einsum.get_symbol(1 + i) for i, (name, _) in enumerate(structure.ranks)}
+    modes = [opt_einsum.get_symbol(1 + len(names) + k) for k in range(structure.num_factors)]
+    batch = opt_einsum.get_symbol(0)
+    inputs = tuple(
+        batch + "".join(names[n] for n in carried) + mode
+        for carried, mode in zip(structure.carries, modes, strict=True)
+    )
+    sizes = ((batch, factors[0].shape[0]), *((names[n], size) for n, size in structure.ranks))
+    sizes += tuple((mode, prod(shape)) for mode, shape in zip(modes, structure.shapes, strict=True))
+    flat = [a.flatten(1 + len(carried)) for a, carried in zip(factors, structure.carries, strict=True)]
+    return contraction(inputs, batch + "".join(modes), sizes)(flat)
 
 
 def reconstruct_batch(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
     """(G, F, C, Kh, Kw) from factors with a leading group axis."""
     structure.check_factors(factors, batched=True)
-    return torch.stack([structure.fold(structure.contract(group)) for group in zip(*factors, strict=True)])
+    return structure.fold(contract_batch(structure, factors))
 
 
 def balance(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
@@ -103,7 +193,7 @@ def balance(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
     factors = list(factors)
     if structure.is_dense:
         return factors
-    for _ in range(4):
+    for _ in range(2):
         for name, _ in structure.ranks:
             carriers = [k for k, carried in enumerate(structure.carries) if name in carried]
             norms = []
@@ -130,21 +220,3 @@ def _balance_without_shared_ranks(factors: list[Tensor]) -> list[Tensor]:
     safe = norms.clamp_min(torch.finfo(norms.dtype).tiny)
     ratios = torch.where(alive, safe.log().mean(0).exp() / safe, torch.ones_like(safe))
     return [a * ratio.reshape(-1, *[1] * (a.dim() - 1)) for a, ratio in zip(factors, ratios, strict=True)]
-
-
-def _best_start(
-    structure: Structure, modes: Tensor, recursive: list[Tensor], sweeps: int, starts: int, seed: int
-) -> list[Tensor]:
-    candidates = [recursive]
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(starts - 1):
-        draws = [torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a.device) for a in recursive]
-        candidates.append(draws)
-    fitted = [alternating_least_squares(structure, modes, start, max_sweeps=sweeps) for start in candidates]
-    errors = [_squared_error(structure, modes, factors) for factors in fitted]
-    return fitted[min(range(len(errors)), key=errors.__getitem__)]
-
-
-def _squared_error(structure: Structure, modes: Tensor, factors: Sequence[Tensor]) -> float:
-    rebuilt = torch.stack([structure.contract(group) for group in zip(*factors, strict=True)])
-    return float((rebuilt - modes).square().sum())

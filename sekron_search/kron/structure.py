@@ -127,6 +127,24 @@ class Structure:
         return self.num_factors == 1
 
     @cached_property
+    def is_tree(self) -> bool:
+        """Whether every rank index joins two factors and no chain of them closes (Tensor-Train, Tucker).
+
+        The weights that such a structure represents are a closed set, so a best fit exists. Others (CP, rings, SeKron)
+        may approach a weight with terms that grow without bound and cancel.
+
+        Source: Landsberg, Qi and Ye 2012; de Silva and Lim 2008.
+        """
+        pairs = [[k for k, carried in enumerate(self.carries) if name in carried] for name, _ in self.ranks]
+        component = list(range(self.num_factors))
+        for carriers in pairs:
+            if len(carriers) != 2 or component[carriers[0]] == component[carriers[1]]:
+                return False
+            old, new = component[carriers[0]], component[carriers[1]]
+            component = [new if c == old else c for c in component]
+        return True
+
+    @cached_property
     def weight_shape(self) -> Shape:
         """(F, C, Kh, Kw) of the weight that the structure reconstructs."""
         f, c, h, w = (prod(sizes) for sizes in zip(*self.shapes, strict=True))
@@ -187,17 +205,23 @@ class Structure:
         return result
 
     def fold(self, modes: Tensor) -> Tensor:
-        """From (m_1, ..., m_S) to (F, C, Kh, Kw); inverse of `unfold`."""
-        count = self.num_factors
-        axes = [4 * k + mode for mode in range(4) for k in range(count)]
-        return modes.reshape([n for s in self.shapes for n in s]).permute(axes).reshape(self.weight_shape)
+        """From (..., m_1, ..., m_S) to (..., F, C, Kh, Kw); inverse of `unfold`."""
+        count, sizes = self.num_factors, len(self.weight_shape)
+        lead = modes.shape[: modes.dim() - count]
+        start = len(lead)
+        axes = [*range(start), *(start + sizes * k + mode for mode in range(sizes) for k in range(count))]
+        return (
+            modes.reshape(*lead, *(n for s in self.shapes for n in s)).permute(axes).reshape(*lead, *self.weight_shape)
+        )
 
     def unfold(self, weight: Tensor) -> Tensor:
-        """From (F, C, Kh, Kw) to (m_1, ..., m_S): the Van Loan-Pitsianis rearrangement for S factors."""
-        count = self.num_factors
-        axes = [mode * count + k for k in range(count) for mode in range(4)]
-        sizes = [s[mode] for mode in range(4) for s in self.shapes]
-        return weight.reshape(sizes).permute(axes).reshape([prod(s) for s in self.shapes])
+        """From (..., F, C, Kh, Kw) to (..., m_1, ..., m_S): the Van Loan-Pitsianis rearrangement for S factors."""
+        count, sizes = self.num_factors, len(self.weight_shape)
+        lead = weight.shape[: weight.dim() - sizes]
+        start = len(lead)
+        axes = [*range(start), *(start + mode * count + k for k in range(count) for mode in range(sizes))]
+        split = [s[mode] for mode in range(sizes) for s in self.shapes]
+        return weight.reshape(*lead, *split).permute(axes).reshape(*lead, *(prod(s) for s in self.shapes))
 
 
 def rank_names(count: int) -> list[str]:

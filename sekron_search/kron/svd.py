@@ -10,25 +10,6 @@ from torch import Tensor
 from sekron_search.kron.structure import Structure
 
 
-def pair_spectrum(modes: Tensor) -> Tensor:
-    """Singular values of a two-factor unfolding, largest first, clipped at zero.
-
-    By Eckart-Young the squared error of the best structure of rank r is the sum of the squares past the first r,
-    so one spectrum scores every rank. Only the Gram matrix of the smaller side is decomposed.
-
-    Args:
-        modes: (..., m_1, m_2), from `Structure.unfold`.
-
-    Returns:
-        (..., min(m_1, m_2)).
-
-    Source: Van Loan and Pitsianis 1993; Eckart and Young 1936.
-    """
-    tall = modes if modes.shape[-2] <= modes.shape[-1] else modes.mT
-    eigenvalues: Tensor = torch.linalg.eigvalsh(tall @ tall.mT)
-    return eigenvalues.flip(-1).clamp_min(0).sqrt()
-
-
 def recursive_svd(structure: Structure, modes: Tensor) -> list[Tensor]:
     """Factors by truncated SVDs that split off one factor after the other.
 
@@ -79,17 +60,60 @@ def recursive_svd(structure: Structure, modes: Tensor) -> list[Tensor]:
 def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Orthonormal U (..., rows, rank) and S V (..., rank, columns) of the best approximation of that rank.
 
+    From the eigenvectors of the smaller Gram matrix: several times faster than an SVD, and the product is a true
+    projection of the matrix, so that its error is the best one to about the square of the eigenvectors' error.
     Where the rank exceeds what the matrix can have, U is filled with a deterministic orthonormal-scale pattern and
     S V with zeros: the fit stays exact and later least-squares steps can use the free columns.
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    left, right = left[..., :rank], (values[..., None] * right)[..., :rank, :]
+    rows, columns = matrix.shape[-2:]
+    if rows <= columns:
+        left = _leading(matrix @ matrix.mT, rank)
+        right = left.mT @ matrix
+    else:
+        basis = _leading(matrix.mT @ matrix, rank)
+        left, triangle = torch.linalg.qr(matrix @ basis)
+        right = triangle @ basis.mT
     missing = rank - left.shape[-1]
     if missing > 0:
-        rows = matrix.shape[-2]
-        generator = torch.Generator().manual_seed(rows * 1009 + missing)
-        fill = torch.randn(rows, missing, generator=generator, dtype=torch.float64) / rows**0.5
-        fill = fill.to(left).expand(*left.shape[:-2], rows, missing)
-        left = torch.cat([left, fill], -1)
+        left = torch.cat([left, noise_like(left, missing)], -1)
         right = torch.cat([right, right.new_zeros(*right.shape[:-2], missing, right.shape[-1])], -2)
     return left, right
+
+
+def noise_like(columns: Tensor, count: int) -> Tensor:
+    """(..., rows, count): a deterministic pattern to put beside orthonormal columns where there are too few."""
+    rows = columns.shape[-2]
+    generator = torch.Generator().manual_seed(rows * 1009 + count)
+    fill = torch.randn(rows, count, generator=generator, dtype=torch.float64) / rows**0.5
+    found: Tensor = fill.to(columns)
+    return found.expand(*columns.shape[:-2], rows, count)
+
+
+def _leading(gram: Tensor, count: int) -> Tensor:
+    """Eigenvectors (..., n, count) of the largest eigenvalues of symmetric matrices, the largest first."""
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors.flip(-1)[..., :count]
+
+
+def mode_bases(structure: Structure, modes: Tensor) -> list[Tensor]:
+    """Factors made of the leading singular vectors of every mode's own unfolding, as the HOSVD has them.
+
+    Args:
+        structure: The structure to start from.
+        modes: (B, m_1, ..., m_S), a batch of unfolded weights.
+
+    Returns:
+        Factors of shapes (B, rank indices, m_k), of orthonormal columns as far as there are enough; their product is
+        no approximation yet, but one pass of least squares makes it one.
+
+    Source: De Lathauwer et al. 2000.
+    """
+    factors = []
+    for k, shape in enumerate(structure.factor_shapes):
+        count = prod(shape[:-4])
+        matrix = modes.movedim(1 + k, 1).flatten(2)
+        basis = _leading(matrix @ matrix.mT, count)
+        if count > basis.shape[-1]:
+            basis = torch.cat([basis, noise_like(basis, count - basis.shape[-1])], -1)
+        factors.append(basis.mT.reshape(modes.shape[0], *shape[:-4], -1))
+    return factors

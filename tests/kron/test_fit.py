@@ -8,9 +8,8 @@ from torch import Tensor
 
 from sekron_search.errors import StructureError
 from sekron_search.kron import families as fam
-from sekron_search.kron.projection import balance, project, reconstruct_batch, unfold_batch
+from sekron_search.kron.projection import balance, project, reconstruct_batch
 from sekron_search.kron.refine import InputMetric, refine
-from sekron_search.kron.svd import pair_spectrum
 from tests.cases import SHAPE, STRUCTURES, random_factors
 
 PAIRS = [name for name, s in STRUCTURES.items() if s.num_factors == 2]
@@ -56,12 +55,6 @@ def test_two_factors_reach_the_eckart_young_bound(name: str) -> None:
     rank = structure.ranks[0][1]
     expected = float(values[rank:].norm() / values.norm())
     assert project(weight, structure).rel_error == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_pair_spectrum_is_the_singular_values(name: str) -> None:
-    modes = unfold_batch(gaussian(2, *SHAPE), STRUCTURES[name])
-    torch.testing.assert_close(pair_spectrum(modes), torch.linalg.svdvals(modes), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

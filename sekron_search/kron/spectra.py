@@ -1,0 +1,270 @@
+"""Errors of structures without fitting them: exact from spectra for nested ranks, bounds for every rank graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from math import prod
+
+import torch
+from torch import Tensor
+
+from sekron_search.kron.structure import Shape, Structure
+
+Sizes = tuple[int, ...]
+
+#: Spectra of larger Gram matrices are computed in float32: twice as fast, and relative errors are exact to 1e-3.
+DOUBLE_UP_TO = 512
+
+
+def tail_sums(gram: Tensor) -> Tensor:
+    """Squared errors of the best approximations of every rank, from symmetric Gram matrices.
+
+    Args:
+        gram: (..., n, n), of the smaller side of an unfolding.
+
+    Returns:
+        (..., n + 1): entry r is the sum of all eigenvalues but the r largest, the squared error of rank r.
+
+    Source: Eckart and Young 1936; Van Loan and Pitsianis 1993.
+    """
+    return _tails_of(torch.linalg.eigvalsh(gram))
+
+
+class PairSpectra:
+    """The squared error of every two-factor structure of a weight, at every rank; every spectrum is computed once.
+
+    Unfoldings whose first factors nest (their sizes divide mode by mode) have Gram matrices that are partial traces
+    of one another: only the largest ones are multiplied out.
+
+    Args:
+        weight: (G, F, C, Kh, Kw); the groups' errors are added up, each group having the same rank.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._shape = tuple(weight.shape[1:])
+        peak = float(weight.abs().max()) if weight.numel() else 0.0
+        unit = weight.detach().double() / peak if peak > 0 else weight.detach().double()
+        norm = float(unit.norm())
+        self._weight = unit / norm if norm > 0 else unit
+        self._grams: dict[tuple[bool, Sizes], Tensor] = {}
+        self._tails: dict[Sizes, Tensor] = {}
+
+    def tails(self, first: Sequence[int]) -> Tensor:
+        """(n + 1,): the squared error at ranks 0 to n, relative to the squared norm of the weight.
+
+        Args:
+            first: (f_1, c_1, h_1, w_1) of the first factor; it divides the weight's shape.
+        """
+        key = tuple(first)
+        if key not in self._tails:
+            self._tails[key] = self._computed(key)
+        return self._tails[key]
+
+    def error(self, first: Sequence[int], rank: int) -> float:
+        """Relative error of the best two-factor structure of that rank."""
+        tails = self.tails(first)
+        return float(tails[rank]) ** 0.5 if rank < len(tails) else 0.0
+
+    def bound_from_nested(self, first: Sequence[int], rank: int) -> float:
+        """A relative error below which no two-factor structure of that rank comes, from spectra known already.
+
+        Of a first factor that is d times as large as another one whose sizes divide its own, every term unfolds into
+        d terms of the smaller one at most: rank r is no better than rank d r there.
+        """
+        bound = 0.0
+        for other, tails in self._tails.items():
+            if all(n % m == 0 for n, m in zip(first, other, strict=True)):
+                at = rank * (prod(first) // prod(other))
+                bound = max(bound, float(tails[at]) ** 0.5 if at < len(tails) else 0.0)
+        return bound
+
+    def compute(self, firsts: Iterable[Sequence[int]], *, workers: int | None = None) -> None:
+        """Compute many spectra: Gram matrices first, the largest first, then eigenvalues side by side on threads.
+
+        Args:
+            firsts: Shapes of first factors.
+            workers: Threads; as many as torch uses if None. Eigenvalue solvers hardly profit from inner threads.
+        """
+        missing = sorted({tuple(f) for f in firsts} - self._tails.keys(), key=self._side, reverse=True)
+        workers = workers or torch.get_num_threads()
+        if workers == 1 or self._weight.is_cuda:
+            for first in missing:
+                self.tails(first)
+        else:
+            own = torch.get_num_threads()
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                grams = ((first, self._gram(first)) for first in missing)
+                jobs = [(first, pool.submit(self._from_gram, gram)) for first, gram in grams]
+                for first, job in jobs:
+                    self._tails[first] = job.result()
+            torch.set_num_threads(own)
+        self._grams.clear()
+
+    def _side(self, first: Sizes) -> int:
+        size = prod(first)
+        return min(size, prod(self._shape) // size)
+
+    def _computed(self, first: Sizes) -> Tensor:
+        return self._from_gram(self._gram(first))
+
+    def _from_gram(self, gram: Tensor) -> Tensor:
+        if gram.shape[-1] > DOUBLE_UP_TO:
+            gram = gram.float()
+        return tail_sums(gram).sum(0).cpu()
+
+    def _gram(self, first: Sizes) -> Tensor:
+        """(G, n, n): the Gram matrix of the smaller side, from a larger one that contains it or from the weight."""
+        leading = prod(first) * prod(first) <= prod(self._shape)
+        inner = first if leading else tuple(n // f for n, f in zip(self._shape, first, strict=True))
+        key = (leading, inner)
+        if key not in self._grams:
+            parent = self._parent(leading, inner)
+            self._grams[key] = self._multiplied(leading, inner) if parent is None else self._traced(key, parent)
+        return self._grams[key]
+
+    def _parent(self, leading: bool, inner: Sizes) -> Sizes | None:
+        """The smallest matrix at hand whose partial trace is the wanted one."""
+        found = [
+            sizes
+            for side, sizes in self._grams
+            if side == leading and all(n % m == 0 for n, m in zip(sizes, inner, strict=True))
+        ]
+        return min(found, key=prod, default=None)
+
+    def _multiplied(self, leading: bool, inner: Sizes) -> Tensor:
+        """From the weight: a mode's index splits into a leading and a trailing part, one of them the factor's."""
+        outer = tuple(n // m for n, m in zip(self._shape, inner, strict=True))
+        parts = [(i, o) if leading else (o, i) for i, o in zip(inner, outer, strict=True)]
+        count = len(inner)
+        split = self._weight.reshape(-1, *(n for part in parts for n in part))
+        at = 1 if leading else 2
+        kept = [at + 2 * mode for mode in range(count)]
+        summed = [3 - at + 2 * mode for mode in range(count)]
+        matrix = split.permute(0, *kept, *summed).reshape(len(split), prod(inner), prod(outer))
+        if matrix.shape[1] > DOUBLE_UP_TO:
+            matrix = matrix.float()
+        return matrix @ matrix.mT
+
+    def _traced(self, key: tuple[bool, Sizes], parent: Sizes) -> Tensor:
+        leading, inner = key
+        count = len(inner)
+        traced = tuple(n // m for n, m in zip(parent, inner, strict=True))
+        parts = [(i, t) if leading else (t, i) for i, t in zip(inner, traced, strict=True)]
+        gram = self._grams[leading, parent]
+        gram = gram.reshape(len(gram), *(n for part in parts for n in part), *(n for part in parts for n in part))
+        at = 1 if leading else 2
+        kept = [at + 2 * mode for mode in range(count)]
+        summed = [3 - at + 2 * mode for mode in range(count)]
+        second = 2 * count
+        gram = gram.permute(0, *kept, *(second + k for k in kept), *summed, *(second + s for s in summed))
+        size = prod(inner)
+        blocks = gram.reshape(len(gram), size, size, prod(traced), prod(traced))
+        return blocks.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def nested_tails(
+    weights: Tensor, sequences: Mapping[tuple[Shape, ...], Sequence[int]]
+) -> dict[tuple[Shape, ...], Tensor]:
+    """Squared errors of SeKron's recursion at every combination of ranks, from one tree of spectra.
+
+    The left factors of a truncated SVD are orthonormal, so what is cut off at every node of the tree adds up: at ranks
+    (r_1, ..., r_{S-1}) the squared error is the tail past r_1, and for each of the r_1 remainders that are kept its
+    own error at (r_2, ..., r_{S-1}). Sequences that begin alike share the beginning of the tree.
+
+    Args:
+        weights: (B, F, C, Kh, Kw).
+        sequences: For every sequence of factor shapes the largest rank per index, one fewer than shapes.
+
+    Returns:
+        For every sequence (B, limit of r_1, limit of r_2, ...): entry (r_1 - 1, r_2 - 1, ...) is the squared error at
+        those ranks.
+
+    Source: SeKron, Hameed et al. 2022, Algorithm 1.
+    """
+    groups: dict[Shape, dict[tuple[Shape, ...], tuple[int, ...]]] = {}
+    for shapes, limits in sequences.items():
+        groups.setdefault(shapes[0], {})[tuple(shapes)] = tuple(limits)
+    found: dict[tuple[Shape, ...], Tensor] = {}
+    for first, group in groups.items():
+        rests = _without(weights, first)
+        matrix = rests.flatten(2)
+        longer = {shapes[1:]: limits[1:] for shapes, limits in group.items() if len(shapes) > 2}
+        if longer:
+            kept = min(max(limits[0] for limits in group.values()), *matrix.shape[1:])
+            values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+            tails = _tails_of(values)
+            below = nested_tails((vectors.flip(-1)[..., :kept].mT @ matrix).reshape(-1, *rests.shape[2:]), longer)
+        else:
+            tails = tail_sums(matrix @ matrix.mT if matrix.shape[1] <= matrix.shape[2] else matrix.mT @ matrix)
+        for shapes, limits in group.items():
+            own = _at_ranks(tails, limits[0])
+            if len(shapes) > 2:
+                parts = below[shapes[1:]]
+                total = parts.reshape(len(weights), -1, *parts.shape[1:])[:, : limits[0]].cumsum(1)
+                if total.shape[1] < limits[0]:  # ranks that the matrix cannot have add nothing
+                    missing = limits[0] - total.shape[1]
+                    total = torch.cat([total, total[:, -1:].expand(-1, missing, *total.shape[2:])], 1)
+                own = total + own.reshape(*own.shape, *[1] * (total.dim() - 2))
+            found[shapes] = own
+    return found
+
+
+def _without(weights: Tensor, first: Shape) -> Tensor:
+    """(B, m_1, F / f_1, C / c_1, ...): the first factor's positions in front of what is left for the others."""
+    count = len(first)
+    rest = tuple(n // f for n, f in zip(weights.shape[1:], first, strict=True))
+    split = weights.reshape(-1, *(n for pair in zip(first, rest, strict=True) for n in pair))
+    axes = [0, *range(1, 2 * count, 2), *range(2, 2 * count + 1, 2)]
+    return split.permute(axes).reshape(len(weights), prod(first), *rest)
+
+
+def _tails_of(eigenvalues: Tensor) -> Tensor:
+    """(..., n + 1) sums of all but the r largest, from ascending eigenvalues: the smallest are added first."""
+    return torch.nn.functional.pad(eigenvalues.clamp_min(0).double().cumsum(-1), (1, 0)).flip(-1)
+
+
+def _at_ranks(tails: Tensor, limit: int) -> Tensor:
+    """Tails at ranks 1 to `limit`; ranks that the matrix cannot have cost no error."""
+    tails = tails[..., 1 : limit + 1]
+    return torch.nn.functional.pad(tails, (0, limit - tails.shape[-1]))
+
+
+def error_bound(structure: Structure, spectra: PairSpectra) -> float:
+    """A relative error below which no factors of this structure come, whatever the fit.
+
+    Split the factors into two sets: the weight, unfolded between them, is approximated by a matrix whose rank is at
+    most the product of the rank indices that both sets carry. So the tail of that unfolding bounds the error; the
+    largest bound over all splits that are two-factor unfoldings counts. For Tucker and Tensor-Train these are the
+    tails of the HOSVD and of the TT-SVD.
+
+    Args:
+        structure: Of the shape of the spectra's weight.
+        spectra: Of the weight.
+
+    Source: De Lathauwer et al. 2000; Oseledets 2011; for any rank graph by Eckart and Young 1936.
+    """
+    count = structure.num_factors
+    sizes = structure.rank_sizes
+    bound = 0.0
+    for number in range(1, count):
+        for inside in combinations(range(count), number):
+            first = _leading_shape(structure, inside)
+            if first is None:
+                continue
+            within = {name for k in inside for name in structure.carries[k]}
+            without = {name for k in range(count) if k not in inside for name in structure.carries[k]}
+            bound = max(bound, spectra.error(first, prod(sizes[name] for name in within & without)))
+    return bound
+
+
+def _leading_shape(structure: Structure, inside: Sequence[int]) -> Sizes | None:
+    """The shape of these factors together if they lead the others in every mode; else they are no first factor."""
+    shape = []
+    for mode in range(len(structure.weight_shape)):
+        order = [k in inside for k, own in enumerate(structure.shapes) if own[mode] > 1]
+        if order != sorted(order, reverse=True):
+            return None
+        shape.append(prod(structure.shapes[k][mode] for k in inside))
+    return tuple(shape) if 1 < prod(shape) < prod(structure.weight_shape) else None

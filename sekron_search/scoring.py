@@ -1,0 +1,192 @@
+"""Which structures a layer could have, and which of them are worth fitting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+from torch import Tensor
+
+from sekron_search.costs.analytic import LayerCost, layer_cost
+from sekron_search.kron.enumeration import FAMILIES, rank_choices
+from sekron_search.kron.families import dense, nested_graph
+from sekron_search.kron.projection import pad_channels, project
+from sekron_search.kron.spectra import PairSpectra, error_bound, nested_tails
+from sekron_search.kron.structure import Shape, Structure
+from sekron_search.model import LayerInfo
+from sekron_search.search.pareto import non_dominated
+from sekron_search.search.space import SearchSpace
+
+#: Least-squares sweeps of a fit that is only there to be scored, or refined on data afterwards.
+SCORING_SWEEPS = 10
+
+#: Spectra of unfoldings whose smaller side has at least this size are computed only where a bound leaves them a chance.
+LARGE = 256
+
+
+@dataclass(frozen=True)
+class CandidateStructure:
+    """A structure that is cheaper than the dense layer in flops or parameters, and its costs."""
+
+    structure: Structure
+    cost: LayerCost
+
+
+def candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure, ...]:
+    """All structures of the space for this layer that are cheaper than dense; layers of equal geometry share them."""
+    anonymous = replace(info, name="", output_shift="kept")
+    return _candidates(anonymous, space.model_copy(update={"include": (), "exclude": (), "name": ""}))
+
+
+@lru_cache(maxsize=256)
+def _candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure, ...]:
+    whole = layer_cost(dense(info.weight_shape), info)
+
+    def fits(structure: Structure) -> bool:
+        # Rebuilt weights run at dense speed, so only their parameters have to pay; otherwise both costs may not grow.
+        if structure.num_params * info.geometry.groups >= whole.params:
+            return False
+        return space.dense_execution or layer_cost(structure, info).flops < whole.flops
+
+    found: dict[Structure, CandidateStructure] = {}
+    for name in space.families:
+        skeletons = list(FAMILIES[name](info.weight_shape, space.max_factors))
+        pairs = [s for s in skeletons if len(s.shapes) == 2]
+        longer = [s for s in skeletons if len(s.shapes) > 2]
+        # No more than `max_fits` of the longer ones will be fitted: the rest need not be priced either.
+        for skeleton in pairs + [longer[i] for i in _spread(len(longer), space.max_fits)]:
+            for structure in rank_choices(skeleton, fits, space.rank_levels, space.rank_multiple):
+                found.setdefault(structure, CandidateStructure(structure, layer_cost(structure, info)))
+    return tuple(found.values())
+
+
+def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) -> list[float]:
+    """Relative weight error of every candidate, infinity for those that cannot be worth it.
+
+    Two factors, and nested ones: from spectra, without a fit. Other rank graphs: from quick fits, at most `max_fits`,
+    spread evenly over those whose bound on the error leaves them a chance.
+    """
+    scored = _Scored(pool, weight)
+    scored.pairs()
+    scored.nested()
+    cheapest = set(_cheapest(pool))
+    unknown = [i for i in range(len(pool)) if np.isnan(scored.errors[i])]
+    hopeful = [i for i in unknown if i in cheapest or not scored.beaten(i, scored.bound(i))]
+    fitted = {hopeful[i] for i in _spread(len(hopeful), max_fits)} | (cheapest & set(unknown))
+    for i in unknown:
+        structure = pool[i].structure
+        scored.errors[i] = project(weight, structure, sweeps=SCORING_SWEEPS).rel_error if i in fitted else np.inf
+    return [float(error) for error in scored.errors]
+
+
+class _Scored:
+    """Errors of a pool's candidates as far as they are known; NaN for the others."""
+
+    def __init__(self, pool: Sequence[CandidateStructure], weight: Tensor) -> None:
+        self.pool, self.weight = pool, weight
+        self.costs = np.array([[c.cost.flops, c.cost.params] for c in pool], dtype=float).reshape(-1, 2)
+        self.errors = np.full(len(pool), np.nan)
+        shapes = {c.structure.weight_shape: c.structure for c in pool}
+        self.spectra = {shape: PairSpectra(pad_channels(weight, s)) for shape, s in shapes.items()}
+
+    def pairs(self) -> None:
+        """Two factors: small spectra first; large ones only where some rank of them might not be beaten."""
+        groups: dict[tuple[Shape, Shape], list[int]] = {}
+        for i, candidate in enumerate(self.pool):
+            if candidate.structure.num_factors == 2:
+                groups.setdefault((candidate.structure.weight_shape, candidate.structure.shapes[0]), []).append(i)
+        small = {key: own for key, own in groups.items() if min(map(prod, self.pool[own[0]].structure.shapes)) < LARGE}
+        self._pairs(small)
+        large = {key: own for key, own in groups.items() if key not in small}
+        kept = {}
+        for (whole, first), own in large.items():
+            bounds = [self.spectra[whole].bound_from_nested(first, _rank(self.pool[i].structure)) for i in own]
+            if all(self.beaten(i, bound) for i, bound in zip(own, bounds, strict=True)):
+                self.errors[own] = np.inf
+            else:
+                kept[whole, first] = own
+        self._pairs(kept)
+
+    def _pairs(self, groups: Mapping[tuple[Shape, Shape], Sequence[int]]) -> None:
+        for whole, spectra in self.spectra.items():
+            spectra.compute([first for shape, first in groups if shape == whole])
+        for (whole, first), own in groups.items():
+            for i in own:
+                self.errors[i] = self.spectra[whole].error(first, _rank(self.pool[i].structure))
+
+    def nested(self) -> None:
+        """SeKron of three factors and more: one tree of spectra per sequence of shapes gives all its ranks."""
+        groups: dict[tuple[Shape, ...], list[int]] = {}
+        for i, candidate in enumerate(self.pool):
+            structure = candidate.structure
+            if structure.num_factors > 2 and structure.carries == nested_graph(structure.num_factors):
+                groups.setdefault(structure.shapes, []).append(i)
+        exact = self.weight.double()
+        scale = float(exact.abs().max()) or 1.0
+        total = float((exact / scale).square().sum()) or 1.0
+        for whole in {self.pool[own[0]].structure.weight_shape for own in groups.values()}:
+            sequences = {shapes: own for shapes, own in groups.items() if _whole(shapes) == whole}
+            ranks = {shapes: [_ranks(self.pool[i]) for i in own] for shapes, own in sequences.items()}
+            limits = {shapes: [max(column) for column in zip(*rows, strict=True)] for shapes, rows in ranks.items()}
+            padded = pad_channels(exact / scale, self.pool[next(iter(sequences.values()))[0]].structure)
+            for shapes, tails in nested_tails(padded, limits).items():
+                for i, own_ranks in zip(sequences[shapes], ranks[shapes], strict=True):
+                    squared = float(tails.sum(0)[tuple(r - 1 for r in own_ranks)].clamp_min(0))
+                    self.errors[i] = (squared / total) ** 0.5
+
+    def bound(self, i: int) -> float:
+        """An error below which no fit of a candidate comes."""
+        structure = self.pool[i].structure
+        return error_bound(structure, self.spectra[structure.weight_shape])
+
+    def beaten(self, i: int, error: float) -> bool:
+        """Whether a candidate of known error costs no more than this one, even if this one had that error."""
+        with np.errstate(invalid="ignore"):
+            better = (self.costs <= self.costs[i]).all(1) & (self.errors <= error)
+        return bool(better.any())
+
+
+def _ranks(candidate: CandidateStructure) -> list[int]:
+    return [size for _, size in candidate.structure.ranks]
+
+
+def _whole(shapes: Sequence[Shape]) -> tuple[int, ...]:
+    return tuple(prod(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def _rank(structure: Structure) -> int:
+    return prod(size for _, size in structure.ranks)
+
+
+def shortlist(pool: Sequence[CandidateStructure], scores: Sequence[float], most: int) -> list[int]:
+    """Indices of the candidates to refine: the non-dominated ones, at most `most`, spread over their flops.
+
+    Structures of three factors and more compete among themselves as well, for refinement gains them more.
+    """
+    finite = [i for i in range(len(pool)) if np.isfinite(scores[i])]
+
+    def pareto(indices: list[int]) -> list[int]:
+        points = [[pool[i].cost.flops, pool[i].cost.params, scores[i]] for i in indices]
+        return [i for i, keep in zip(indices, non_dominated(points), strict=True) if keep] if indices else []
+
+    groups = [[i for i in finite if (pool[i].structure.num_factors == 2) == two] for two in (True, False)]
+    chosen = sorted({i for group in groups for i in pareto(group)}, key=lambda i: pool[i].cost.flops)
+    if len(chosen) > most:
+        chosen = [chosen[i] for i in _spread(len(chosen), most)]
+    return sorted({*chosen, *_cheapest(pool)}, key=lambda i: pool[i].cost.flops)
+
+
+def _cheapest(pool: Sequence[CandidateStructure]) -> list[int]:
+    """The candidates of least flops, params and peak: with them a budget can be met that the space can meet at all."""
+    if not pool:
+        return []
+    costs = [(c.cost.flops, c.cost.params, c.cost.peak_elements) for c in pool]
+    return [min(range(len(pool)), key=lambda i: (costs[i][which], costs[i])) for which in range(3)]
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` positions, evenly spread, the ends among them."""
+    return [int(i) for i in np.linspace(0, count - 1, min(most, count)).round()] if count else []
