@@ -108,7 +108,7 @@ def inspect(config: ConfigArgument) -> None:
     chosen = {info.name for info in selected(found, job.settings.space)}
     total = traced_flops(job.model, job.example_inputs).total
     table = Table(title="Layers that can be replaced")
-    for column, side in (("layer", "left"), ("kind", "left"), ("F x C x Kh x Kw", "left"), ("groups", "right")):
+    for column, side in (("layer", "left"), ("kind", "left"), ("F x C x kernel", "left"), ("groups", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for column in ("flops", "% of flops", "params", "structures"):
         table.add_column(column, justify="right")

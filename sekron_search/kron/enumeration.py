@@ -70,19 +70,18 @@ def ordered_factorizations(number: int, count: int) -> tuple[tuple[int, ...], ..
 
 
 def factor_shapes(weight_shape: Sequence[int], count: int) -> Iterator[tuple[Shape, ...]]:
-    """All sequences of `count` factor shapes with these mode products, none of them 1x1x1x1."""
+    """All sequences of `count` factor shapes with these mode products, none of them a single number."""
     for modes in product(*(ordered_factorizations(size, count) for size in weight_shape)):
-        f, c, h, w = modes
-        shapes = tuple(zip(f, c, h, w, strict=True))
+        shapes = tuple(zip(*modes, strict=True))
         if all(prod(shape) > 1 for shape in shapes):
             yield shapes
 
 
 def _by_modes(graph: GraphName) -> Callable[[Shape, int], Iterator[Skeleton]]:
     def build(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
-        shapes: list[Shape] = mode_shapes(weight_shape)
+        shapes = mode_shapes(weight_shape)
         if graph == "tucker":
-            shapes = [*shapes, (1, 1, 1, 1)]
+            shapes = [*shapes, (1,) * len(weight_shape)]
         if len(shapes) >= 3:  # with two modes every one of these graphs is a plain matrix factorization
             yield Skeleton(tuple(shapes), GRAPHS[graph](len(shapes)))
 
@@ -99,8 +98,8 @@ def _by_shapes(graph: GraphName, least: int) -> Callable[[Shape, int], Iterator[
 
 
 def _tucker2(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
-    f, c, h, w = weight_shape
-    if f > 1 and c > 1 and h * w > 1:
+    f, c, *kernel = weight_shape
+    if f > 1 and c > 1 and prod(kernel) > 1:
         structure = tucker2(weight_shape, (1, 1))
         yield Skeleton(structure.shapes, structure.carries)
 
