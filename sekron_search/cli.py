@@ -101,11 +101,12 @@ def inspect(config: ConfigArgument) -> None:
     from sekron_search.costs.traced import traced_flops
     from sekron_search.inspection import inspect_model
     from sekron_search.kron.families import dense
-    from sekron_search.tables import candidates, selected
+    from sekron_search.selection import worthwhile
+    from sekron_search.tables import candidates
 
     job = job_from_config(Config.load(config))
     found = inspect_model(job.model, job.example_inputs)
-    chosen = {info.name for info in selected(found, job.settings.space)}
+    searched = worthwhile(found, job.settings.space)
     total = traced_flops(job.model, job.example_inputs).total
     table = Table(title="Layers that can be replaced")
     for column, side in (("layer", "left"), ("kind", "left"), ("F x C x kernel", "left"), ("groups", "right")):
@@ -114,7 +115,7 @@ def inspect(config: ConfigArgument) -> None:
         table.add_column(column, justify="right")
     for info in found.layers:
         cost = layer_cost(dense(info.weight_shape), info)
-        number = f"{len(candidates(info, job.settings.space)):,}" if info.name in chosen else "excluded"
+        number = f"{len(candidates(info, job.settings.space)):,}" if info in searched.layers else "none"
         table.add_row(
             info.name,
             info.kind,
@@ -130,7 +131,7 @@ def inspect(config: ConfigArgument) -> None:
     print(
         f"whole network: {total:,.0f} flops per sample, {sum(p.numel() for p in job.model.parameters()):,} parameters"
     )
-    for skipped in found.skipped:
+    for skipped in searched.skipped:
         print(f"left alone: {skipped.name} ({skipped.type}): {skipped.reason}")
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from sekron_search.costs.analytic import LayerCost, layer_cost
-from sekron_search.errors import ConfigError, SekronError
+from sekron_search.errors import SekronError
 from sekron_search.files import read_tensors, write_json, write_tensors
-from sekron_search.inspection import Inspection
-from sekron_search.kron.enumeration import FAMILIES, rank_choices
+from sekron_search.kron.enumeration import rank_choices, skeletons
 from sekron_search.kron.families import dense, family
 from sekron_search.kron.layer import Execution
 from sekron_search.kron.projection import pad_channels, project, reconstruct_batch, unfold_batch
@@ -65,26 +63,6 @@ class FittedLayer:
         )
 
 
-def selected(inspection: Inspection, space: SearchSpace) -> list[LayerInfo]:
-    """The layers that can be replaced, that the space includes and does not exclude.
-
-    Raises:
-        ConfigError: If a pattern of the space fits no layer of the network.
-    """
-
-    def matches(name: str, patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
-
-    names = [info.name for info in inspection.layers] + [skipped.name for skipped in inspection.skipped]
-    for key, patterns in (("include", space.include), ("exclude", space.exclude)):
-        for pattern in patterns:
-            if pattern != "*" and not any(matches(name, [pattern]) for name in names):
-                raise ConfigError(
-                    f"key 'space.{key}': {pattern!r} fits no layer; the network's layers are {', '.join(names)}"
-                )
-    return [i for i in inspection.layers if matches(i.name, space.include) and not matches(i.name, space.exclude)]
-
-
 @dataclass(frozen=True)
 class CandidateStructure:
     """A structure that is cheaper than the dense layer in flops or parameters, and its costs."""
@@ -111,9 +89,9 @@ def _candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure
 
     found: dict[Structure, CandidateStructure] = {}
     for name in space.families:
-        skeletons = list(FAMILIES[name](info.weight_shape, space.max_factors))
-        pairs = [s for s in skeletons if len(s.shapes) == 2]
-        longer = [s for s in skeletons if len(s.shapes) > 2]
+        every = list(skeletons(name, info.weight_shape, space.max_factors, space.channel_multiple))
+        pairs = [s for s in every if len(s.shapes) == 2]
+        longer = [s for s in every if len(s.shapes) > 2]
         # No more than `max_fits` of the longer ones will be fitted: the rest need not be priced either.
         for skeleton in pairs + [longer[i] for i in _spread(len(longer), space.max_fits)]:
             for structure in rank_choices(skeleton, fits, space.rank_levels, space.rank_multiple):

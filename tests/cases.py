@@ -130,6 +130,85 @@ def blobs(count: int, seed: int = 0) -> TensorDataset:
     return TensorDataset(images, labels)
 
 
+class OddLayers(nn.Module):
+    """Depthwise layers, prime channels, and a layer too small to be factorized; images of 7 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(7, 7, 3, padding=1, groups=7)
+        self.point = nn.Conv2d(7, 13, 1)
+        self.scale = nn.Conv2d(13, 13, 1, groups=13)
+        self.prime = nn.Conv2d(13, 13, 3, padding=1)
+        self.head = nn.Linear(13, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.scale(self.point(self.spatial(x))))
+        logits: Tensor = self.head(F.relu(self.prime(x)).mean((2, 3)))
+        return logits
+
+
+def net_of_odd_layers() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return OddLayers()
+
+
+def odd_data() -> DataBundle:
+    train, validation, test = (TensorDataset(torch.randn(n, 7, 8, 8), torch.arange(n) % 3) for n in (128, 16, 16))
+    return DataBundle(train, validation, test)
+
+
+class SignalNet(nn.Module):
+    """1-d convolutions, one of them transposed, and batch-norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(3, 16, 5, padding=2, bias=False)
+        self.norm = nn.BatchNorm1d(16)
+        self.down = nn.Conv1d(16, 16, 4, stride=2, padding=1)
+        self.up = nn.ConvTranspose1d(16, 8, 4, stride=2, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        x = F.relu(self.up(F.relu(self.down(x))))
+        logits: Tensor = self.head(x.mean(2))
+        return logits
+
+
+class VolumeNet(nn.Module):
+    """3-d convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(1, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm3d(8)
+        self.second = nn.Conv3d(8, 12, (3, 3, 2), stride=2, padding=1)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        logits: Tensor = self.head(F.relu(self.second(x)).mean((2, 3, 4)))
+        return logits
+
+
+class ImageToImage(nn.Module):
+    """A small network from images to images: down, and up again to the same size by a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.middle = nn.ConvTranspose2d(16, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.up = nn.ConvTranspose2d(16, 8, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(8, 3, 3, padding=1, padding_mode="reflect")
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = F.relu(self.norm(self.middle(F.relu(self.down(x)))))
+        image: Tensor = self.last(F.relu(self.up(seen, output_size=x.shape[2:])))
+        return image
+
+
 def small_data() -> DataBundle:
     """A data factory for configurations."""
     return DataBundle(blobs(256, seed=0), blobs(64, seed=1), blobs(64, seed=2))

@@ -118,6 +118,35 @@ FAMILIES: dict[FamilyName, Callable[[Shape, int], Iterator[Skeleton]]] = {
     "kronecker_tucker": _by_shapes("tucker", 3),
 }
 
+#: Families of free factor shapes: channels that are padded give them more divisors.
+FREE_SHAPES: frozenset[FamilyName] = frozenset(
+    {"sekron", "kronecker_cp", "kronecker_tt", "kronecker_tr", "kronecker_tucker"}
+)
+
+#: Channels are padded to this share of theirs at most: what is padded is computed.
+MOST_PADDING = 1.25
+
+
+def skeletons(family: FamilyName, weight_shape: Shape, max_factors: int, channel_multiple: int) -> Iterator[Skeleton]:
+    """All skeletons of a family for a weight shape, and for it with padded channels if the family's shapes are free."""
+    yield from FAMILIES[family](weight_shape, max_factors)
+    for padded in padded_shapes(weight_shape, channel_multiple) if family in FREE_SHAPES else ():
+        added = [mode for mode in (0, 1) if padded[mode] != weight_shape[mode]]
+        for skeleton in FAMILIES[family](padded, max_factors):
+            # Channels that one factor holds alone need no divisors: padded they only cost more.
+            if all(sum(shape[mode] > 1 for shape in skeleton.shapes) > 1 for mode in added):
+                yield skeleton
+
+
+def padded_shapes(weight_shape: Shape, multiple: int) -> list[Shape]:
+    """The weight shape with F, C or both rounded up to a multiple, where that adds a quarter at most."""
+    f, c, *kernel = weight_shape
+    choices = []
+    for size in (f, c):
+        rounded = -(-size // multiple) * multiple
+        choices.append([size, rounded] if size < rounded <= MOST_PADDING * size else [size])
+    return [(*channels, *kernel) for channels in product(*choices)][1:]
+
 
 def rank_ladder(largest: int, levels: int, multiple: int = 1) -> list[int]:
     """Up to `levels` multiples of `multiple`, from it to `largest`, evenly spread on a logarithmic scale."""
