@@ -50,7 +50,7 @@ class _Moment:
         return InputMetric.from_moments(self.second / self.count, self.first / self.count, centered=centered)
 
 
-def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module) -> Tensor:
+def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module, output: Tensor | None = None) -> Tensor:
     """The columns that meet the weight: (G, P, samples times positions), with P = C times the kernel's sizes.
 
     A layer's output is the (G, F, P) weight times its columns, plus the bias. Those of a transposed convolution are
@@ -60,6 +60,7 @@ def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module) -> Tensor:
         x: The layer's input.
         info: The layer.
         module: The layer's module, for padding modes other than zeros.
+        output: Its output, where a transposed convolution may be asked for other output sizes than on the example.
     """
     geometry, kernel = info.geometry, info.weight_shape[2:]
     x = as_images(pad_by_mode(x.detach().float(), module), info.kind)
@@ -67,7 +68,8 @@ def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module) -> Tensor:
     if geometry.transposed:
         x = _stuffed(x, strides)
         reach = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
-        extra = geometry.unread(info.input_size, kernel)
+        full = info.input_size if output is None else tuple(as_images(output, info.kind).shape[2:])
+        extra = geometry.unread(full, kernel)
         padding = tuple((r - a, r - b + n) for r, (a, b), n in zip(reach, padding, extra, strict=True))
         strides = (1,) * len(kernel)
     if any(n for ends in padding for n in ends):

@@ -51,8 +51,9 @@ def fit_sequentially(
             moments = _Moments(info)
             dense = original.get_submodule(info.name)
             for inputs in batches:
-                columns = unfold_input(run_until(compressed, inputs, info.name), info, dense)
-                moments.add(columns, run_until(original, inputs, info.name, after=True))
+                output = run_until(original, inputs, info.name, after=True)
+                columns = unfold_input(run_until(compressed, inputs, info.name), info, dense, output)
+                moments.add(columns, output)
             target, metric, mean_output = moments.solve(layer_weight(original, info).double())
             start = Fit(tuple(a.double() for a in layer.factors()), float("nan"))
             layer.set_factors(refine(layer.structure, start, target, metric, steps=steps).factors)

@@ -96,3 +96,31 @@ def test_fitting_in_sequence_keeps_the_mean_and_lowers_the_error(name: str) -> N
     rows = [output_rows(network(x), info).mean(-1) for network in (compressed, original)]
     torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-4)
     assert float((compressed(x) - original(x)).detach().norm()) < before
+
+
+def test_output_sizes_may_differ_between_batches() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.up(x[..., ::2, ::2], output_size=x.shape[2:])
+            return found
+
+    original, batches = Net(), [(torch.randn(4, 4, size, size),) for size in (8, 9)]
+    info = inspect_model(original, batches[0]).layers[0]
+    layer = layer_like(original, "up", fam.dense(info.weight_shape))
+    start = dense_weight(original.up).detach()
+    layer.set_factors([start + 0.1 * torch.randn_like(start)])
+    compressed = replace_layers(original, {"up": layer})
+    metric = collect_metrics(original, [info], batches)["up"]
+    assert metric.rel_error(start, start) == 0.0
+    fit_sequentially(compressed, original, [info], batches, steps=1)
+    for inputs in batches:
+        assert compressed(*inputs).shape == original(*inputs).shape
+        rows = output_rows(original(*inputs), info)
+        columns = unfold_input(inputs[0][..., ::2, ::2], info, original.up, original(*inputs))
+        bias = original.up.bias
+        assert bias is not None
+        torch.testing.assert_close(start.flatten(2) @ columns + bias[:, None], rows, rtol=1e-4, atol=1e-5)
