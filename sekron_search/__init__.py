@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sekron_search.data import DataBundle
     from sekron_search.errors import InfeasibleBudgetError, SekronError
     from sekron_search.export import load
-    from sekron_search.kron.conv import KroneckerConv
+    from sekron_search.kron.conv import KroneckerConv, KroneckerConvTranspose
     from sekron_search.kron.linear import KroneckerLinear
     from sekron_search.kron.structure import Structure
     from sekron_search.search.budget import Budget
@@ -29,6 +29,7 @@ _HOMES = {
     "DeviceProfile": "costs.profile",
     "InfeasibleBudgetError": "errors",
     "KroneckerConv": "kron.conv",
+    "KroneckerConvTranspose": "kron.conv",
     "KroneckerLinear": "kron.linear",
     "Result": "api",
     "SearchSpace": "search.space",
@@ -44,6 +45,7 @@ __all__ = [
     "DeviceProfile",
     "InfeasibleBudgetError",
     "KroneckerConv",
+    "KroneckerConvTranspose",
     "KroneckerLinear",
     "Result",
     "SearchSpace",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sekron_search.errors import DataError
+from sekron_search.kron.dense import as_images, pad_by_mode
+from sekron_search.kron.geometry import Size
 from sekron_search.kron.refine import InputMetric
 from sekron_search.model import Inputs, LayerInfo, run_model
 
@@ -47,25 +50,56 @@ class _Moment:
         return InputMetric.from_moments(self.second / self.count, self.first / self.count, centered=centered)
 
 
-def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module) -> Tensor:
-    """The columns that meet the weight: (G, C Kh Kw, samples times positions).
+def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module, output: Tensor | None = None) -> Tensor:
+    """The columns that meet the weight: (G, P, samples times positions), with P = C times the kernel's sizes.
+
+    A layer's output is the (G, F, P) weight times its columns, plus the bias. Those of a transposed convolution are
+    the columns of its input with zeros between the positions, the kernel read backwards.
 
     Args:
         x: The layer's input.
         info: The layer.
         module: The layer's module, for padding modes other than zeros.
+        output: Its output, where a transposed convolution may be asked for other output sizes than on the example.
     """
-    x = x.detach().float()
-    if info.kind == "linear":
-        return x.reshape(1, -1, x.shape[-1]).mT
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)  # type: ignore[arg-type]
-    geometry = info.geometry
-    (top, bottom), (left, right) = geometry.padding
-    x = F.pad(x, (left, right, top, bottom))
-    columns = F.unfold(x, info.weight_shape[2:], geometry.dilation, stride=geometry.stride)
-    grouped: Tensor = columns.unflatten(1, (geometry.groups, -1))
-    return grouped.permute(1, 2, 0, 3).flatten(2)
+    geometry, kernel = info.geometry, info.weight_shape[2:]
+    x = as_images(pad_by_mode(x.detach().float(), module), info.kind)
+    strides, padding = geometry.stride, geometry.padding
+    if geometry.transposed:
+        x = _stuffed(x, strides)
+        reach = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
+        full = info.input_size if output is None else tuple(as_images(output, info.kind).shape[2:])
+        extra = geometry.unread(full, kernel)
+        padding = tuple((r - a, r - b + n) for r, (a, b), n in zip(reach, padding, extra, strict=True))
+        strides = (1,) * len(kernel)
+    if any(n for ends in padding for n in ends):
+        x = F.pad(x, [n for ends in reversed(padding) for n in ends])
+    for axis, (size, dilation, stride) in enumerate(zip(kernel, geometry.dilation, strides, strict=True), start=2):
+        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    axes = len(kernel)  # x is (N, G C, *positions, *kernel) now, still a view
+    x = x.unflatten(1, (geometry.groups, -1))
+    x = x.permute(1, 2, *range(3 + axes, 3 + 2 * axes), 0, *range(3, 3 + axes))
+    if geometry.transposed:
+        x = x.flip(tuple(range(2, 2 + axes)))
+    columns: Tensor = x.reshape(geometry.groups, prod(info.weight_shape[1:]), -1)
+    return columns
+
+
+def output_rows(output: Tensor, info: LayerInfo) -> Tensor:
+    """A layer's output as (G, F, samples times positions), beside the columns of its input."""
+    grouped: Tensor = as_images(output.detach().float(), info.kind).unflatten(1, (info.geometry.groups, -1))
+    return grouped.permute(1, 2, 0, *range(3, grouped.dim())).flatten(2)
+
+
+def _stuffed(x: Tensor, strides: Size) -> Tensor:
+    """x of shape (N, C, *size) with stride - 1 zeros between the positions of every axis."""
+    if all(stride == 1 for stride in strides):
+        return x
+    sizes = [(n - 1) * stride + 1 for n, stride in zip(x.shape[2:], strides, strict=True)]
+    stuffed = x.new_zeros(*x.shape[:2], *sizes)
+    every: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in strides))
+    stuffed[every] = x
+    return stuffed
 
 
 @torch.no_grad()

@@ -102,20 +102,20 @@ def inspect(config: ConfigArgument) -> None:
     from sekron_search.inspection import inspect_model
     from sekron_search.kron.families import dense
     from sekron_search.scoring import candidates
-    from sekron_search.tables import selected
+    from sekron_search.selection import worthwhile
 
     job = job_from_config(Config.load(config))
     found = inspect_model(job.model, job.example_inputs)
-    chosen = {info.name for info in selected(found, job.settings.space)}
+    searched = worthwhile(found, job.settings.space)
     total = traced_flops(job.model, job.example_inputs).total
     table = Table(title="Layers that can be replaced")
-    for column, side in (("layer", "left"), ("kind", "left"), ("F x C x Kh x Kw", "left"), ("groups", "right")):
+    for column, side in (("layer", "left"), ("kind", "left"), ("F x C x kernel", "left"), ("groups", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
     for column in ("flops", "% of flops", "params", "structures"):
         table.add_column(column, justify="right")
     for info in found.layers:
         cost = layer_cost(dense(info.weight_shape), info)
-        number = f"{len(candidates(info, job.settings.space)):,}" if info.name in chosen else "excluded"
+        number = f"{len(candidates(info, job.settings.space)):,}" if info in searched.layers else "none"
         table.add_row(
             info.name,
             info.kind,
@@ -131,7 +131,7 @@ def inspect(config: ConfigArgument) -> None:
     print(
         f"whole network: {total:,.0f} flops per sample, {sum(p.numel() for p in job.model.parameters()):,} parameters"
     )
-    for skipped in found.skipped:
+    for skipped in searched.skipped:
         print(f"left alone: {skipped.name} ({skipped.type}): {skipped.reason}")
 
 

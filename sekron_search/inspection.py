@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -13,12 +14,20 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from sekron_search.errors import DataError
-from sekron_search.kron.conv import conv_geometry, conv_weight
-from sekron_search.kron.plan import ConvGeometry
-from sekron_search.model import Inputs, LayerInfo, OutputShift, as_inputs, batch_size, output_tensors, run_model
+from sekron_search.errors import DataError, UnsupportedLayerError
+from sekron_search.kron.dense import AXES, dense_geometry, dense_weight, filled, image_size, layer_kind
+from sekron_search.model import (
+    REPLACEMENTS,
+    Inputs,
+    LayerInfo,
+    OutputShift,
+    as_inputs,
+    batch_size,
+    output_tensors,
+    run_model,
+)
 
-_REPLACEABLE: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear)
+_REPLACEABLE = tuple(REPLACEMENTS)
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -73,13 +82,18 @@ def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
             reason = f"it runs {record.count} times in one forward pass"
         elif reason is None and record is not None and not record.input_shape:
             reason = "it is called with keyword arguments only"
-        elif reason is None and isinstance(module, nn.Conv2d) and record is not None and len(record.input_shape) != 4:
+        elif reason is None and record is not None and len(record.input_shape) != _dims(module, record):
             reason = f"it runs on inputs without a batch axis, of shape {record.input_shape}"
         if reason is None and record is not None:
             layers.append((record.position, _layer_info(name, module, record, samples)))
         else:
             skipped.append(SkippedLayer(name, type(module).__name__, str(reason)))
     return Inspection(tuple(info for _, info in sorted(layers, key=lambda item: item[0])), tuple(skipped))
+
+
+def _dims(module: nn.Module, record: _Record) -> int:
+    """Number of axes that the input of a layer has, its batch among them; a linear layer takes any."""
+    return 2 + AXES[layer_kind(module)] if AXES[layer_kind(module)] else len(record.input_shape)
 
 
 @dataclass
@@ -121,6 +135,10 @@ def _static_reason(module: nn.Module) -> str | None:
         return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}, not floating point"
     if weight.is_quantized or weight.layout != torch.strided or type(weight.data) is not Tensor:
         return "its weight is quantized, sparse or a tensor subclass"
+    try:
+        dense_geometry(module)  # type: ignore[arg-type]
+    except UnsupportedLayerError as error:
+        return str(error)
     return None
 
 
@@ -214,40 +232,16 @@ class _CountUses(TorchFunctionMode):
         return result
 
 
-def _layer_info(name: str, module: nn.Module, record: _Record, samples: int) -> LayerInfo:
+def _layer_info(name: str, module: Any, record: _Record, samples: int) -> LayerInfo:
     shift: OutputShift = "absorbed" if record.norm is not None else "kept"
     if shift == "kept" and module.bias is not None:
         shift = "correctable"
-    if isinstance(module, nn.Conv2d):
-        height, width = record.input_shape[-2:]
-        batch = record.input_shape[0] if len(record.input_shape) == 4 else 1
-        if module.padding_mode != "zeros":
-            pads = module._reversed_padding_repeated_twice
-            height, width = height + pads[2] + pads[3], width + pads[0] + pads[1]
-        shape = conv_weight(module).shape[1:]
-        return LayerInfo(
-            name,
-            "conv2d",
-            (shape[0], shape[1], shape[2], shape[3]),
-            conv_geometry(module),
-            (height, width),
-            max(batch // samples, 1),
-            module.out_channels,
-            module.in_channels,
-            shift,
-        )
-    assert isinstance(module, nn.Linear)
-    rows = 1
-    for size in record.input_shape[:-1]:
-        rows *= size
+    kind, geometry = layer_kind(module), dense_geometry(module)
+    axes = AXES[kind]
+    assert record.output is not None
+    seen = record.output.shape if geometry.transposed else record.input_shape
+    size = filled(image_size(tuple(seen[len(seen) - axes :]), module), kind, 1)
+    applied = prod(record.input_shape[: 1 if axes else -1])
     return LayerInfo(
-        name,
-        "linear",
-        (module.out_features, module.in_features, 1, 1),
-        ConvGeometry(),
-        (1, 1),
-        max(rows // samples, 1),
-        module.out_features,
-        module.in_features,
-        shift,
+        name, kind, tuple(dense_weight(module).shape[1:]), geometry, size, max(applied // samples, 1), shift
     )

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
 from sekron_search.errors import DataError, StructureError, UnsupportedLayerError
-from sekron_search.kron.conv import KroneckerConv, conv_weight
-from sekron_search.kron.layer import Execution, KroneckerLayer
-from sekron_search.kron.linear import KroneckerLinear, linear_weight
-from sekron_search.kron.plan import ConvGeometry, Pair
+from sekron_search.kron.conv import KroneckerConv, KroneckerConvTranspose
+from sekron_search.kron.dense import LayerKind, class_names, dense_weight
+from sekron_search.kron.geometry import ConvGeometry, Size
+from sekron_search.kron.layer import HowToRun, KroneckerLayer
+from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.structure import Shape, Structure
 
 Inputs = tuple[Any, ...]
 OutputShift = Literal["absorbed", "correctable", "kept"]
+
+#: What can stand in the place of a dense layer of a class.
+REPLACEMENTS: dict[type[nn.Module], type[KroneckerLayer]] = {
+    dense: layer for layer in (KroneckerLinear, KroneckerConv, KroneckerConvTranspose) for dense in layer.replaces
+}
 
 
 @dataclass(frozen=True)
@@ -26,26 +32,34 @@ class LayerInfo:
 
     Args:
         name: Its name in the network.
-        kind: "conv2d" or "linear".
-        weight_shape: (F, C, Kh, Kw) of one group.
+        kind: "linear", "conv2d", "conv_transpose2d", ...
+        weight_shape: (F, C, *kernel) of one group, F its out-channels.
         geometry: Stride, dilation, zero padding, groups.
-        input_size: (height, width) on entry, non-zero padding modes included; (1, 1) for a linear layer.
+        input_size: Spatial size on entry, non-zero padding modes included, (1, 1) for a linear layer; of a transposed
+            convolution the size on exit, which is what the convolution takes whose adjoint it is.
         positions_per_sample: How often the layer is applied to one sample: tokens of a linear layer; crops or frames
             of a convolution, where the network folds them into its batch.
-        out_channels, in_channels: Of the whole layer.
         output_shift: What becomes of a constant shift of the output: "absorbed" by a batch-norm that follows,
             "correctable" through the layer's own bias, or "kept".
     """
 
     name: str
-    kind: Literal["conv2d", "linear"]
+    kind: LayerKind
     weight_shape: Shape
     geometry: ConvGeometry
-    input_size: Pair
+    input_size: Size
     positions_per_sample: int
-    out_channels: int
-    in_channels: int
     output_shift: OutputShift
+
+    @property
+    def out_channels(self) -> int:
+        """Of the whole layer."""
+        return self.weight_shape[0] * self.geometry.groups
+
+    @property
+    def in_channels(self) -> int:
+        """Of the whole layer."""
+        return self.weight_shape[1] * self.geometry.groups
 
 
 def as_inputs(example_inputs: Any) -> Inputs:
@@ -86,13 +100,9 @@ def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None
 
 
 def layer_weight(model: nn.Module, info: LayerInfo) -> Tensor:
-    """The weight of a layer as (G, F, C, Kh, Kw)."""
-    module = model.get_submodule(info.name)
-    if isinstance(module, nn.Conv2d):
-        return conv_weight(module).detach()
-    if isinstance(module, nn.Linear):
-        return linear_weight(module).detach()
-    raise UnsupportedLayerError(f"layer '{info.name}': expected nn.Conv2d or nn.Linear, got {type(module).__name__}")
+    """The weight of a layer as (G, F, C, *kernel), F the out-channels of a group."""
+    module: Any = model.get_submodule(info.name)
+    return dense_weight(module).detach()
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
@@ -106,29 +116,21 @@ def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, KroneckerLayer)}
 
 
-def layer_like(
-    model: nn.Module,
-    name: str,
-    structure: Structure,
-    *,
-    order: Sequence[int] | None = None,
-    execution: Execution = "factored",
-) -> KroneckerLayer:
+def layer_like(model: nn.Module, name: str, structure: Structure, **how: Unpack[HowToRun]) -> KroneckerLayer:
     """A layer of zeros that can stand in the place of a network's dense layer: to set factors, or load a state dict.
 
     Raises:
-        UnsupportedLayerError: If the layer is no plain `nn.Conv2d` or `nn.Linear`.
+        UnsupportedLayerError: If the layer is not of a class that can be replaced.
         StructureError: With the layer's name, if the structure does not fit.
     """
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
+    if type(module) not in REPLACEMENTS:
+        expected = class_names(*REPLACEMENTS)
+        raise UnsupportedLayerError(f"layer '{name}': expected {expected}, got {type(module).__name__}")
     try:
-        if isinstance(module, nn.Conv2d):
-            return KroneckerConv.like(module, structure, order=order, execution=execution)
-        if isinstance(module, nn.Linear):
-            return KroneckerLinear.like(module, structure, order=order, execution=execution)
+        return REPLACEMENTS[type(module)].like(module, structure, **how)
     except StructureError as error:
         raise StructureError(f"layer '{name}': {error}") from None
-    raise UnsupportedLayerError(f"layer '{name}': expected nn.Conv2d or nn.Linear, got {type(module).__name__}")
 
 
 def run_model(model: nn.Module, inputs: Inputs) -> Any:

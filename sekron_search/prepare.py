@@ -28,7 +28,8 @@ from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import best_reachable, infeasible, solve_knapsack
 from sekron_search.search.options import LayerTable, Network, Option
-from sekron_search.tables import FittedLayer, build_layer_table, build_tables, cheapest_table, selected, table_key
+from sekron_search.selection import worthwhile
+from sekron_search.tables import FittedLayer, build_layer_table, build_tables, cheapest_table, table_key
 
 #: A latency budget is refused before the long work if even the fastest options tried miss it by this factor: few are
 #: tried then, and clocks are noisy.
@@ -82,14 +83,11 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
         InfeasibleBudgetError: If nothing that the search space holds meets the budget.
     """
     settings = job.settings
-    inspection = inspect_model(job.model, job.example_inputs)
-    layers = tuple(selected(inspection, settings.space))
+    inspection = worthwhile(inspect_model(job.model, job.example_inputs), settings.space)
+    layers = inspection.layers
     if not layers:
         skipped = "; ".join(f"'{s.name}': {s.reason}" for s in inspection.skipped[:5])
-        raise DataError(
-            f"no layer can be replaced ({skipped or 'there is none, or the search space excludes them all'}); "
-            "see `sekron-search inspect`"
-        )
+        raise DataError(f"no layer can be replaced ({skipped or 'there is none'}); see `sekron-search inspect`")
     reference_outputs(job.model, job.calibration[:1])
     check_divergence(settings.search.divergence, job.references[0])
     if job.distillation is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from sekron_search.costs.analytic import LayerCost, layer_cost
-from sekron_search.kron.enumeration import FAMILIES, rank_choices
+from sekron_search.kron.enumeration import rank_choices, skeletons
 from sekron_search.kron.families import dense, nested_graph
 from sekron_search.kron.projection import pad_channels, project
 from sekron_search.kron.spectra import PairSpectra, error_bound, nested_tails
@@ -53,9 +53,9 @@ def _candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure
 
     found: dict[Structure, CandidateStructure] = {}
     for name in space.families:
-        skeletons = list(FAMILIES[name](info.weight_shape, space.max_factors))
-        pairs = [s for s in skeletons if len(s.shapes) == 2]
-        longer = [s for s in skeletons if len(s.shapes) > 2]
+        every = list(skeletons(name, info.weight_shape, space.max_factors, space.channel_multiple))
+        pairs = [s for s in every if len(s.shapes) == 2]
+        longer = [s for s in every if len(s.shapes) > 2]
         # No more than `max_fits` of the longer ones will be fitted: the rest need not be priced either.
         for skeleton in pairs + [longer[i] for i in _spread(len(longer), space.max_fits)]:
             for structure in rank_choices(skeleton, fits, space.rank_levels, space.rank_multiple):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sekron_search.calibration import unfold_input
+from sekron_search.calibration import output_rows, unfold_input
 from sekron_search.costs.traced import reestimate_batch_norm
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.projection import Fit
@@ -51,13 +51,14 @@ def fit_sequentially(
             moments = _Moments(info)
             dense = original.get_submodule(info.name)
             for inputs in batches:
-                columns = unfold_input(run_until(compressed, inputs, info.name), info, dense)
-                moments.add(columns, run_until(original, inputs, info.name, after=True))
+                output = run_until(original, inputs, info.name, after=True)
+                columns = unfold_input(run_until(compressed, inputs, info.name), info, dense, output)
+                moments.add(columns, output)
             target, metric, mean_output = moments.solve(layer_weight(original, info).double())
             start = Fit(tuple(a.double() for a in layer.factors()), float("nan"))
             layer.set_factors(refine(layer.structure, start, target, metric, steps=steps).factors)
             if layer.bias is not None and info.output_shift == "correctable":
-                predicted = layer.weight.double().unflatten(0, (metric.mean.shape[0], -1)).flatten(2)
+                predicted = layer.group_weights().double().flatten(2)
                 layer.bias.copy_(mean_output - (predicted @ metric.mean[:, :, None]).flatten())
         if progress is not None:
             progress(done)
@@ -73,12 +74,7 @@ class _Moments:
         self.sums: list[Tensor] | None = None
 
     def add(self, columns: Tensor, output: Tensor) -> None:
-        groups = columns.shape[0]
-        if self.info.kind == "linear":
-            rows = output.reshape(1, -1, output.shape[-1]).mT
-        else:
-            rows = output.unflatten(1, (groups, -1)).permute(1, 2, 0, 3, 4).flatten(2)
-        rows = rows.float()
+        rows = output_rows(output, self.info)
         new = [columns @ columns.mT, rows @ columns.mT, columns.sum(-1), rows.sum(-1)]
         self.sums = [a.double() + (0 if self.sums is None else self.sums[i]) for i, a in enumerate(new)]
         self.count += columns.shape[-1]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor
 
 from sekron_search.costs.analytic import layer_cost
-from sekron_search.errors import ConfigError, SekronError
+from sekron_search.errors import SekronError
 from sekron_search.files import read_tensors, write_json, write_tensors
-from sekron_search.inspection import Inspection
 from sekron_search.kron.families import dense, family
 from sekron_search.kron.layer import Execution
 from sekron_search.kron.projection import project, reconstruct_batch
@@ -57,26 +55,6 @@ class FittedLayer:
             tuple(self.factors[i] for i in kept),
             tuple(self.shifts[i] for i in kept),
         )
-
-
-def selected(inspection: Inspection, space: SearchSpace) -> list[LayerInfo]:
-    """The layers that can be replaced, that the space includes and does not exclude.
-
-    Raises:
-        ConfigError: If a pattern of the space fits no layer of the network.
-    """
-
-    def matches(name: str, patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
-
-    names = [info.name for info in inspection.layers] + [skipped.name for skipped in inspection.skipped]
-    for key, patterns in (("include", space.include), ("exclude", space.exclude)):
-        for pattern in patterns:
-            if pattern != "*" and not any(matches(name, [pattern]) for name in names):
-                raise ConfigError(
-                    f"key 'space.{key}': {pattern!r} fits no layer; the network's layers are {', '.join(names)}"
-                )
-    return [i for i in inspection.layers if matches(i.name, space.include) and not matches(i.name, space.exclude)]
 
 
 def cheapest_table(info: LayerInfo, space: SearchSpace, bytes_per_sample: int) -> LayerTable:

@@ -18,7 +18,7 @@ def kronecker_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
     total = np.zeros(structure.weight_shape)
     for values in product(*(range(size) for _, size in structure.ranks)):
         chosen = dict(zip(names, values, strict=True))
-        term = np.ones((1, 1, 1, 1))
+        term = np.ones((1,) * len(structure.weight_shape))
         for factor, carried in zip(factors, structure.carries, strict=True):
             term = np.kron(term, factor.numpy()[tuple(chosen[name] for name in carried)])
         total += term

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sekron_search
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError, SekronError
 from sekron_search.inspection import inspect_model
-from tests.cases import blobs, small_net
+from tests.cases import ImageToImage, OddLayers, SignalNet, VolumeNet, blobs, small_net
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning"
@@ -74,6 +74,55 @@ def test_outputs_without_classes_need_mse(tmp_path: Path, outputs: int | None) -
     with pytest.raises(DataError, match=r"search.divergence is 'kl'.*set search.divergence to 'mse'"):
         compress(model, tmp_path / "a")
     assert compress(model, tmp_path / "b", search={"trials": 1, "divergence": "mse"}).report["budgets"][0]["met"]
+
+
+KINDS_OF_NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...], set[str]]] = {
+    "1-d": (SignalNet, (3, 24), {"first", "down", "up", "head"}),
+    "3-d": (VolumeNet, (1, 6, 6, 6), {"first", "second", "head"}),
+    "image to image": (ImageToImage, (3, 10, 10), {"down", "middle", "up", "last"}),
+    "depthwise and prime channels": (OddLayers, (7, 8, 8), {"spatial", "point", "prime", "head"}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF_NETWORKS)
+def test_networks_of_every_kind_of_layer_are_compressed(tmp_path: Path, name: str) -> None:
+    build, shape, layers = KINDS_OF_NETWORKS[name]
+    model, inputs = build(), torch.randn(48, *shape)
+    found = compress(
+        model,
+        tmp_path / "run",
+        example_inputs=inputs[:4],
+        calibration=inputs,
+        budget={"flops": "0.6x", "latency_ms": "50x", "peak_activation_bytes": "3x"},
+        search={"trials": 2, "divergence": "mse"},
+        calibration_settings={"refine_steps": 3, "sequential_steps": 3},
+        space={"max_options": 6, "rank_levels": 4},
+        train=TensorDataset(inputs, model(inputs).detach()),
+    )
+    assert {layer["name"] for layer in found.report["layers"]} == layers
+    assert all(budget["met"] for budget in found.report["budgets"])
+    # Batch-norm and pooling are not replaced: what is left of the prediction's error are channels in other orders.
+    saved = sum(layer["before"]["flops"] - layer["after"]["flops"] for layer in found.report["layers"])
+    assert found.report["original"]["flops"] - found.report["compressed"]["flops"] == saved
+    loaded = sekron_search.load(tmp_path / "run", model=build())
+    assert torch.equal(loaded(inputs[:5]), found.model(inputs[:5]))
+    program = torch.export.export(loaded, (inputs[:5],))
+    torch.testing.assert_close(program.module()(inputs[:5]), loaded(inputs[:5]))
+
+
+def test_layers_not_worth_it_are_left_alone_with_the_reason(tmp_path: Path) -> None:
+    images = torch.randn(32, 7, 8, 8)
+    found = compress(OddLayers(), tmp_path / "run", example_inputs=images[:2], calibration=images)
+    reasons = {s["name"]: s["reason"] for s in found.report["left_alone"]}
+    assert reasons == {"scale": "no structure of the search space 'default' is cheaper than the dense layer"}
+    assert "- scale (Conv2d): no structure of" in (tmp_path / "run" / "report.md").read_text()
+    assert "scale" not in {layer["name"] for layer in found.report["layers"]}
+
+
+def test_a_network_of_which_nothing_is_worth_it_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1, groups=3), nn.Flatten(), nn.BatchNorm1d(192))
+    with pytest.raises(DataError, match=r"no layer can be replaced \('0': no structure of the search space 'default'"):
+        compress(model, tmp_path / "run")
 
 
 def test_a_last_calibration_batch_of_one_sample_is_joined(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from sekron_search.errors import ConfigError, DataError
 from sekron_search.kron.enumeration import FAMILIES
 from sekron_search.scoring import candidates
 from sekron_search.search.space import SearchSpace
-from tests.cases import CONFIG, blobs, small_net, write_config
+from tests.cases import CONFIG, blobs, net_of_odd_layers, small_net, write_config
 from tests.test_run import ROOT
 
 pytestmark = pytest.mark.filterwarnings(
@@ -84,6 +84,18 @@ def test_inspect_shows_layers_and_costs(tmp_path: Path) -> None:
     assert "whole network" in found.output
 
 
+def test_inspect_says_what_is_not_worth_it(tmp_path: Path) -> None:
+    replaced = {"small_net": "net_of_odd_layers", "small_data": "odd_data"}
+    config = write_config(tmp_path, CONFIG, **replaced)
+    found = CliRunner().invoke(app, ["inspect", str(config)], env={"COLUMNS": "140"})
+    assert found.exit_code == 0, found.output
+    tiny = "left alone: scale (Conv2d): no structure of the search space 'default' is cheaper than the dense layer"
+    assert tiny in found.output
+    excluded = write_config(tmp_path, CONFIG + 'space: {exclude: ["spatial"]}\n', **replaced)
+    found = CliRunner().invoke(app, ["inspect", str(excluded)], env={"COLUMNS": "140"})
+    assert "left alone: spatial (Conv2d): the search space leaves it out" in found.output
+
+
 def test_run_and_report_commands(tmp_path: Path) -> None:
     runner = CliRunner()
     config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "trials: 8": "trials: 2"})
@@ -124,13 +136,26 @@ def test_every_search_space_loads_and_enumerates(path: Path) -> None:
     assert set(space.families) <= set(FAMILIES)
 
 
+def test_depthwise_layers_and_prime_channels_have_options() -> None:
+    from sekron_search.inspection import inspect_model
+
+    layers = {info.name: info for info in inspect_model(net_of_odd_layers(), torch.randn(1, 7, 8, 8)).layers}
+    depthwise = {str(c.structure) for c in candidates(layers["spatial"], SearchSpace())}
+    assert "1x1x3x1[a] * 1x1x1x3[a]; a=1" in depthwise
+    for multiple, expected in ((8, {(13, 13), (13, 16), (16, 13), (16, 16)}), (1, {(13, 13)})):
+        found = candidates(layers["prime"], SearchSpace(channel_multiple=multiple))
+        assert {c.structure.weight_shape[:2] for c in found} == expected
+
+
 def test_bad_search_spaces_name_file_and_key(tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_text("families: [sekron, quantum]")
     with pytest.raises(ConfigError, match=r"space.yaml: key 'families.1': input should be 'sekron'"):
         SearchSpace.load(path)
     path.write_text("rank_level: 3")
-    with pytest.raises(ConfigError, match=r"key 'rank_level' is not known; expected one of: dense_execution"):
+    with pytest.raises(
+        ConfigError, match=r"key 'rank_level' is not known; expected one of: channel_multiple, dense_execution"
+    ):
         SearchSpace.load(path)
 
 

@@ -19,6 +19,7 @@ LAYERS = [
     ["candidates"],
     ["prepare"],
     ["job"],
+    ["selection"],
     ["finetune", "sequential", "tables"],
     ["scoring", "export"],
     ["data"],

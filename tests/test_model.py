@@ -37,6 +37,8 @@ class Zoo(nn.Module):
         self.hooked.register_forward_hook(lambda module, args, output: output + 1)
         self.unused = nn.Conv2d(8, 8, 3)
         self.transposed = nn.ConvTranspose2d(8, 8, 3, padding=1)
+        self.dilated = nn.ConvTranspose2d(8, 8, 3, dilation=2, output_padding=1)
+        self.embedding = nn.Embedding(5, 8)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def test_layers_are_found_in_running_order() -> None:
 
 def test_what_cannot_be_carried_over_stays_with_a_reason() -> None:
     found = inspect_model(Zoo(), torch.randn(1, 3, 6, 6))
-    assert [info.name for info in found.layers] == ["plain", "depthwise"]
+    assert [info.name for info in found.layers] == ["plain", "transposed", "depthwise"]
     reasons = {layer.name: layer.reason for layer in found.skipped}
     expected = {
         "subclass": "subclass",
@@ -67,7 +69,8 @@ def test_what_cannot_be_carried_over_stays_with_a_reason() -> None:
         "twice": "2 times",
         "hooked": "hooks",
         "unused": "not called",
-        "transposed": "not a kind of layer",
+        "dilated": "output_padding (1, 1) is not smaller than its stride",
+        "embedding": "not a kind of layer",
     }
     assert reasons.keys() >= expected.keys()
     for name, word in expected.items():

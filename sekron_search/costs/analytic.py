@@ -29,7 +29,7 @@ def layer_cost(
     """What the layer costs with this structure, its factors run in the best order."""
     plan = best_plan(structure, info.geometry, info.input_size)
     ran = plan if execution == "factored" else make_plan(dense(info.weight_shape), info.geometry, (0,))
-    cost = ran.cost(info.input_size)
+    cost = ran.cost(info.input_size, (info.out_channels, info.in_channels))
     return LayerCost(
         flops=cost.flops * info.positions_per_sample,
         params=structure.num_params * info.geometry.groups,

@@ -18,11 +18,10 @@ from torch import device as TorchDevice
 from sekron_search.costs.measure import Latency, measure_callables, threads
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
-from sekron_search.kron.conv import KroneckerConv
+from sekron_search.kron.dense import AXES, KINDS
 from sekron_search.kron.layer import Execution
-from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.structure import Structure
-from sekron_search.model import LayerInfo
+from sekron_search.model import REPLACEMENTS, LayerInfo
 
 FORMAT = 1
 RUNTIME = "pytorch-eager"
@@ -180,7 +179,7 @@ def geometry_key(info: LayerInfo, samples_per_batch: int) -> str:
     kernel = "x".join(map(str, info.weight_shape[2:]))
     size = "x".join(map(str, info.input_size))
     return (
-        f"conv2d batch={batch} {info.in_channels}->{info.out_channels} at {size} kernel={kernel} "
+        f"{info.kind} batch={batch} {info.in_channels}->{info.out_channels} at {size} kernel={kernel} "
         f"stride={geometry.stride} padding={geometry.padding} dilation={geometry.dilation} groups={geometry.groups}"
     )
 
@@ -199,44 +198,37 @@ def _call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
 
 def _random_input(info: LayerInfo, samples: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    size = () if info.kind == "linear" else info.input_size
-    shape = (samples * info.positions_per_sample, info.in_channels, *size)
+    size = info.input_size
+    if info.geometry.transposed:
+        size = info.geometry.output_size(size, info.weight_shape[2:])
+    shape = (samples * info.positions_per_sample, info.in_channels, *size[: AXES[info.kind]])
     return torch.randn(shape, generator=generator).to(device)
 
 
 def _random_layer(info: LayerInfo, structure: Structure, order: tuple[int, ...], execution: Execution) -> nn.Module:
-    if structure.is_dense and info.kind == "linear":
-        return nn.Linear(info.in_channels, info.out_channels, bias=False).eval()
-    if info.kind == "linear":
-        return KroneckerLinear(
-            structure, info.in_channels, info.out_channels, bias=False, order=order, execution=execution
-        ).eval()
-    geometry = info.geometry
-    (top, bottom), (left, right) = geometry.padding
-    if structure.is_dense and top == bottom and left == right:
-        return nn.Conv2d(
-            info.in_channels,
-            info.out_channels,
-            info.weight_shape[2:],
-            geometry.stride,
-            (top, left),
-            geometry.dilation,
-            geometry.groups,
-            bias=False,
-        ).eval()
-    layer = KroneckerConv(
-        structure,
-        info.in_channels,
-        info.out_channels,
-        stride=geometry.stride,
-        padding=(top, left) if top == bottom and left == right else "same",
-        dilation=geometry.dilation,
-        groups=geometry.groups,
-        bias=False,
-        order=order,
-        execution=execution,
-    )
-    return layer.eval()
+    if structure.is_dense:
+        return _dense_layer(info, "cpu").eval()
+    dense: Any = _dense_layer(info, "meta")
+    return REPLACEMENTS[type(dense)](dense, structure, order=order, execution=execution).eval()
+
+
+def _dense_layer(info: LayerInfo, device: str) -> nn.Module:
+    """A dense layer of that geometry, without a bias."""
+    geometry, kernel = info.geometry, info.weight_shape[2:]
+    options: dict[str, Any] = {"bias": False, "device": device}
+    if info.kind != "linear":
+        axes = slice(AXES[info.kind])
+        even = all(before == after for before, after in geometry.padding)
+        options |= {
+            "kernel_size": kernel[axes],
+            "stride": geometry.stride[axes],
+            "padding": tuple(before for before, _ in geometry.padding)[axes] if even else "same",
+            "dilation": geometry.dilation[axes],
+            "groups": geometry.groups,
+        }
+        if geometry.transposed:
+            options["output_padding"] = geometry.unread(info.input_size, kernel)[axes]
+    return KINDS[info.kind](info.in_channels, info.out_channels, **options)
 
 
 def _rounded(latency: Latency) -> dict[str, Any]:

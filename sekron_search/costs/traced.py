@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ with warnings.catch_warnings():
     # fvcore compiles a few functions with torch.jit when it is imported, which torch deprecates.
     warnings.simplefilter("ignore")
     from fvcore.nn import FlopCountAnalysis
+    from fvcore.nn.jit_handles import conv_flop_count, get_shape
     from fvcore.nn.precise_bn import update_bn_stats
 
 from sekron_search.errors import DataError
@@ -42,6 +44,7 @@ def traced_flops(model: nn.Module, example_inputs: object) -> TracedFlops:
         warnings.simplefilter("ignore")
         model.eval()(*inputs)  # layers that rebuild their weight do so once, here, and not in the trace
         analysis = FlopCountAnalysis(model, inputs)
+        analysis.set_op_handle("aten::_convolution_mode", _named_padding_flops)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         try:
             total = analysis.total()
@@ -53,6 +56,12 @@ def traced_flops(model: nn.Module, example_inputs: object) -> TracedFlops:
         uncounted = dict(analysis.unsupported_ops())
     model.train(training)
     return TracedFlops(total / batch_size(inputs), uncounted)
+
+
+def _named_padding_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+    """Of a convolution with padding='same' or 'valid': an operator of its own, which fvcore does not know."""
+    x, weight, out = (get_shape(value) for value in (*inputs[:2], outputs[0]))
+    return Counter({"conv": conv_flop_count(x, weight, out)})
 
 
 def reestimate_batch_norm(model: nn.Module, batches: Sequence[Inputs], *, until: str | None = None) -> None:

@@ -1,187 +1,135 @@
-"""A convolution whose weight is a structure: the drop-in replacement of `nn.Conv2d`."""
+"""Convolutions whose weight is a structure: the drop-in replacements of `nn.Conv2d` and `nn.ConvTranspose2d`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Self, Unpack, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sekron_search.errors import UnsupportedLayerError
-from sekron_search.kron.layer import Execution, KroneckerLayer
-from sekron_search.kron.plan import ConvGeometry, Pair
-from sekron_search.kron.projection import check_weight
+from sekron_search.errors import DataError
+from sekron_search.kron.dense import AXES, Conv, ConvTranspose, as_images, filled, mode_padding
+from sekron_search.kron.geometry import Size
+from sekron_search.kron.layer import HowToRun, KroneckerLayer
 from sekron_search.kron.structure import Structure
-
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class KroneckerConv(KroneckerLayer):
-    """A 2-d convolution whose weight (of every group) is a structure; the semantics of `nn.Conv2d`.
+    """A convolution whose weight (of every group) is a structure; the semantics of `nn.Conv1d`, `2d` and `3d`.
 
     Args:
-        structure: The structure of one group's weight; F and C may exceed the group's channels (zero-padded).
-        in_channels, out_channels: Of the whole layer.
-        stride, padding, dilation, groups, bias, padding_mode: As for `nn.Conv2d`; the kernel is the structure's.
-        order: In which the factors run; by default the one of fewest flops for `input_size`.
-        execution: "factored" runs the factors; "dense" rebuilds the weight: small on disk, dense in speed.
-        input_size: (height, width) for which the order is chosen.
+        dense: The convolution whose place it takes.
+        structure: The structure of one group's weight; F and C may exceed the group's channels (zero-padded). That of
+            a 1-d convolution has a kernel Kh x 1.
+        how: See `HowToRun`.
+
+    Raises:
+        UnsupportedLayerError, StructureError: As `KroneckerLayer` does.
     """
 
-    def __init__(
-        self,
-        structure: Structure,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int | Pair = 1,
-        padding: int | Pair | str = 0,
-        dilation: int | Pair = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        order: Sequence[int] | None = None,
-        execution: Execution = "factored",
-        input_size: Pair | None = None,
-    ) -> None:
-        kernel = structure.weight_shape[2:]
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel, stride, padding, dilation, groups, bias, padding_mode, device="meta"
-        )
-        super().__init__(
-            structure,
-            conv_geometry(conv),
-            (out_channels, in_channels),
-            bias=bias,
-            order=order,
-            execution=execution,
-            input_size=input_size,
-        )
-        self.stride, self.dilation, self.groups = _pair(conv.stride), _pair(conv.dilation), groups
-        self.kernel_size: Pair = kernel
-        self.padding: Pair | str = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
-        self.padding_mode = padding_mode
-        (top, bottom), (left, right) = _padding(conv)
-        needed = padding_mode != "zeros" and any((top, bottom, left, right))
+    replaces = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def __init__(self, dense: Conv, structure: Structure, **how: Unpack[HowToRun]) -> None:
+        super().__init__(dense, structure, **how)
         #: What the input is padded with beforehand, in the order of `F.pad`; zeros are the convolution's own affair.
-        self._mode_padding = [left, right, top, bottom] if needed else None
-
-    @classmethod
-    def like(
-        cls,
-        conv: nn.Conv2d,
-        structure: Structure,
-        *,
-        order: Sequence[int] | None = None,
-        execution: Execution = "factored",
-        input_size: Pair | None = None,
-    ) -> KroneckerConv:
-        """A layer that can stand in a convolution's place, all zeros: to load a state dict into.
-
-        Args:
-            conv: The dense convolution; it is not changed, and nothing is shared with it.
-            structure: The structure of one group's weight.
-            order, execution, input_size: As for the class.
-
-        Raises:
-            UnsupportedLayerError: If `conv` is not a plain `nn.Conv2d`.
-            StructureError: If the structure does not reconstruct the convolution's weight.
-        """
-        if type(conv) is not nn.Conv2d:
-            raise UnsupportedLayerError(f"expected an nn.Conv2d with its weight, got {type(conv).__name__}")
-        check_weight(conv_weight(conv), structure)
-        layer = cls(
-            structure,
-            conv.in_channels,
-            conv.out_channels,
-            stride=_pair(conv.stride),
-            padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-            dilation=_pair(conv.dilation),
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-            order=order,
-            execution=execution,
-            input_size=input_size,
-        )
-        return layer._like(conv)
+        self._mode_padding = mode_padding(dense) if dense.padding_mode != "zeros" else []
 
     @classmethod
     def from_conv(
         cls,
-        conv: nn.Conv2d,
+        conv: Conv,
         structure: Structure,
         *,
         factors: Sequence[Tensor] | None = None,
-        order: Sequence[int] | None = None,
-        execution: Execution = "factored",
-        input_size: Pair | None = None,
-    ) -> KroneckerConv:
+        **how: Unpack[HowToRun],
+    ) -> Self:
         """The replacement of a convolution, fitted to its weight.
 
         Args:
-            conv, structure, order, execution, input_size: As for `like`.
-            factors: Factors of shapes (G, rank indices, f, c, h, w); fitted by `project` if None.
+            conv, structure, how: As for the class.
+            factors: Factors of shapes (G, rank indices, f, c, *kernel); fitted by `project` if None.
 
         Raises:
-            UnsupportedLayerError, StructureError: As `like` does.
+            UnsupportedLayerError, StructureError: As `KroneckerLayer` does.
         """
-        layer = cls.like(conv, structure, order=order, execution=execution, input_size=input_size)
-        return layer._take(conv, conv_weight(conv), factors)
+        return cls._fitted(conv, structure, factors, **how)
 
-    def to_conv(self) -> nn.Conv2d:
+    def to_conv(self) -> Conv:
         """The dense convolution with the reconstructed weight."""
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            device=self.weights[0].device,
-            dtype=self.weights[0].dtype,
-        )
-        return self._give(conv)
+        return cast(Conv, self.to_dense())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve x of shape (N, C, H, W) or (C, H, W)."""
-        if x.dim() == 3:
+        """Convolve x of shape (N, C, *size) or (C, *size), with one to three spatial axes."""
+        axes = AXES[self.kind]
+        if x.dim() == 1 + axes:
             return self.forward(x[None])[0]
-        if self._mode_padding is not None:
-            x = F.pad(x, self._mode_padding, mode=self.padding_mode)
-        return self._run(x)
+        if any(self._mode_padding):
+            x = F.pad(x, self._mode_padding, mode=self.options["padding_mode"])
+        out = self._run(as_images(x, self.kind))
+        return out.squeeze(-1) if axes == 1 else out
 
 
-def conv_geometry(conv: nn.Conv2d) -> ConvGeometry:
-    """Stride, dilation, groups and zero padding of a convolution; other padding modes are applied before it."""
-    padding = _padding(conv) if conv.padding_mode == "zeros" else ((0, 0), (0, 0))
-    return ConvGeometry(_pair(conv.stride), _pair(conv.dilation), padding, conv.groups)
+class KroneckerConvTranspose(KroneckerLayer):
+    """A transposed convolution whose weight is a structure; the semantics of `nn.ConvTranspose1d`, `2d` and `3d`.
 
+    It is the adjoint of a convolution: the plan of that convolution runs backwards, each step transposed.
 
-def conv_weight(conv: nn.Conv2d) -> Tensor:
-    """The weight with its groups as a leading axis: (G, F, C, Kh, Kw)."""
-    weight: Tensor = conv.weight.unflatten(0, (conv.groups, -1))
-    return weight
+    Args:
+        dense: The transposed convolution whose place it takes.
+        structure: The structure of one group's weight, F its out-channels and C its in-channels; F and C may exceed
+            the group's channels (zero-padded). That of a 1-d convolution has a kernel Kh x 1.
+        how: See `HowToRun`.
 
+    Raises:
+        UnsupportedLayerError, StructureError: As `KroneckerLayer` does.
+    """
 
-def _padding(conv: nn.Conv2d) -> tuple[Pair, Pair]:
-    """(before, after) of both axes; 'same' puts the odd pixel after, as `nn.Conv2d` does."""
-    if conv.padding == "valid":
-        return (0, 0), (0, 0)
-    if conv.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        (top, left), (bottom, right) = [t // 2 for t in totals], [t - t // 2 for t in totals]
-        return (top, bottom), (left, right)
-    height, width = _pair(conv.padding)  # type: ignore[arg-type]
-    return (height, height), (width, width)
+    replaces = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+    @classmethod
+    def from_conv(
+        cls,
+        conv: ConvTranspose,
+        structure: Structure,
+        *,
+        factors: Sequence[Tensor] | None = None,
+        **how: Unpack[HowToRun],
+    ) -> Self:
+        """The replacement of a transposed convolution, fitted to its weight; see `KroneckerConv.from_conv`."""
+        return cls._fitted(conv, structure, factors, **how)
 
-def _pair(value: int | tuple[int, ...]) -> Pair:
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return height, width
+    def to_conv(self) -> ConvTranspose:
+        """The dense transposed convolution with the reconstructed weight."""
+        return cast(ConvTranspose, self.to_dense())
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Convolve x, transposed.
+
+        Args:
+            x: Of shape (N, C, *size) or (C, *size), with one to three spatial axes.
+            output_size: Spatial size of the output, where `output_padding` shall not decide it.
+
+        Raises:
+            DataError: If no output padding gives that size.
+        """
+        axes = AXES[self.kind]
+        if x.dim() == 1 + axes:
+            return self.forward(x[None], output_size)[0]
+        padding = self.options["output_padding"]
+        if output_size is not None:
+            padding = self._output_padding(tuple(int(n) for n in x.shape[2:]), tuple(output_size)[-axes:])
+        out = self._run(as_images(x, self.kind), filled(tuple(padding), self.kind, 0))
+        return out.squeeze(-1) if axes == 1 else out
+
+    def _output_padding(self, size: Size, wanted: Size) -> Size:
+        axes = AXES[self.kind]
+        least = self.geometry.transposed_size(filled(size, self.kind, 1), self.structure.kernel, (0,) * max(axes, 2))
+        extra = tuple(int(n) - m for n, m in zip(wanted, least, strict=False))
+        if len(extra) < axes or any(not 0 <= n < s for n, s in zip(extra, self.geometry.stride, strict=False)):
+            most = tuple(n + s - 1 for n, s in zip(least, self.geometry.stride, strict=True))
+            raise DataError(
+                f"output_size: an input of size {size} can give sizes from {least[:axes]} to {most[:axes]}, "
+                f"got {wanted}"
+            )
+        return extra

@@ -70,19 +70,18 @@ def ordered_factorizations(number: int, count: int) -> tuple[tuple[int, ...], ..
 
 
 def factor_shapes(weight_shape: Sequence[int], count: int) -> Iterator[tuple[Shape, ...]]:
-    """All sequences of `count` factor shapes with these mode products, none of them 1x1x1x1."""
+    """All sequences of `count` factor shapes with these mode products, none of them a single number."""
     for modes in product(*(ordered_factorizations(size, count) for size in weight_shape)):
-        f, c, h, w = modes
-        shapes = tuple(zip(f, c, h, w, strict=True))
+        shapes = tuple(zip(*modes, strict=True))
         if all(prod(shape) > 1 for shape in shapes):
             yield shapes
 
 
 def _by_modes(graph: GraphName) -> Callable[[Shape, int], Iterator[Skeleton]]:
     def build(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
-        shapes: list[Shape] = mode_shapes(weight_shape)
+        shapes = mode_shapes(weight_shape)
         if graph == "tucker":
-            shapes = [*shapes, (1, 1, 1, 1)]
+            shapes = [*shapes, (1,) * len(weight_shape)]
         if len(shapes) >= 3:  # with two modes every one of these graphs is a plain matrix factorization
             yield Skeleton(tuple(shapes), GRAPHS[graph](len(shapes)))
 
@@ -99,8 +98,8 @@ def _by_shapes(graph: GraphName, least: int) -> Callable[[Shape, int], Iterator[
 
 
 def _tucker2(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
-    f, c, h, w = weight_shape
-    if f > 1 and c > 1 and h * w > 1:
+    f, c, *kernel = weight_shape
+    if f > 1 and c > 1 and prod(kernel) > 1:
         structure = tucker2(weight_shape, (1, 1))
         yield Skeleton(structure.shapes, structure.carries)
 
@@ -118,6 +117,35 @@ FAMILIES: dict[FamilyName, Callable[[Shape, int], Iterator[Skeleton]]] = {
     "kronecker_tr": _by_shapes("tr", 3),
     "kronecker_tucker": _by_shapes("tucker", 3),
 }
+
+#: Families of free factor shapes: channels that are padded give them more divisors.
+FREE_SHAPES: frozenset[FamilyName] = frozenset(
+    {"sekron", "kronecker_cp", "kronecker_tt", "kronecker_tr", "kronecker_tucker"}
+)
+
+#: Channels are padded to this share of theirs at most: what is padded is computed.
+MOST_PADDING = 1.25
+
+
+def skeletons(family: FamilyName, weight_shape: Shape, max_factors: int, channel_multiple: int) -> Iterator[Skeleton]:
+    """All skeletons of a family for a weight shape, and for it with padded channels if the family's shapes are free."""
+    yield from FAMILIES[family](weight_shape, max_factors)
+    for padded in padded_shapes(weight_shape, channel_multiple) if family in FREE_SHAPES else ():
+        added = [mode for mode in (0, 1) if padded[mode] != weight_shape[mode]]
+        for skeleton in FAMILIES[family](padded, max_factors):
+            # Channels that one factor holds alone need no divisors: padded they only cost more.
+            if all(sum(shape[mode] > 1 for shape in skeleton.shapes) > 1 for mode in added):
+                yield skeleton
+
+
+def padded_shapes(weight_shape: Shape, multiple: int) -> list[Shape]:
+    """The weight shape with F, C or both rounded up to a multiple, where that adds a quarter at most."""
+    f, c, *kernel = weight_shape
+    choices = []
+    for size in (f, c):
+        rounded = -(-size // multiple) * multiple
+        choices.append([size, rounded] if size < rounded <= MOST_PADDING * size else [size])
+    return [(*channels, *kernel) for channels in product(*choices)][1:]
 
 
 def rank_ladder(largest: int, levels: int, multiple: int = 1) -> list[int]:

@@ -7,14 +7,18 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from sekron_search.kron.plan import ConvGeometry, Plan, Step
+from sekron_search.kron.geometry import ConvGeometry, Size
+from sekron_search.kron.plan import Plan, Step
+
+_CONVOLUTIONS = {2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def store_weight(factor: Tensor, step: Step) -> Tensor:
     """The convolution weight of a step, before expansion to the groups that share it.
 
     Args:
-        factor: A_k of shape (G, rank indices, f, c, h, w).
+        factor: A_k of shape (G, rank indices, f, c, *kernel).
         step: The step that runs it.
 
     Returns:
@@ -24,66 +28,115 @@ def store_weight(factor: Tensor, step: Step) -> Tensor:
 
 
 def load_factor(stored: Tensor, step: Step, shape: Sequence[int]) -> Tensor:
-    """Inverse of `store_weight`: the factor of shape (G, rank indices, f, c, h, w) of a stored weight."""
+    """Inverse of `store_weight`: the factor of shape (G, rank indices, f, c, *kernel) of a stored weight."""
     permuted = stored.reshape([shape[axis] for axis in step.weight_permutation])
-    inverse = sorted(range(len(shape)), key=step.weight_permutation.__getitem__)
-    return permuted.permute(inverse)
+    return permuted.permute(_inverse(step.weight_permutation))
 
 
 def execute(plan: Plan, weights: Sequence[Tensor], x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The convolution of x with the weight that the factors reconstruct, without forming that weight.
 
     Args:
-        plan: The plan to run.
-        weights: Stored weights, one per step in running order, from `store_weight`.
-        x: Input of shape (N, G C, H, W), already padded where the padding is not with zeros.
+        plan: The plan to run, of a geometry that is not transposed.
+        weights: Stored weights, one per step in plan order, from `store_weight`.
+        x: Input of shape (N, G C, *size), already padded where the padding is not with zeros.
         bias: Of shape (G F), or None.
 
     Returns:
-        Tensor of shape (N, G F, H', W').
+        Tensor of shape (N, G F, *output size).
 
     Source: SeKron, Hameed et al. 2022, Sec. 3.3, generalised to any rank graph and any order of the factors.
     """
     last = len(plan.steps) - 1
-    if bias is not None and plan.output_permutation is not None:
-        bias = _permute_back(bias, plan)
+    if bias is not None:
+        bias = _unpermute(bias, plan.output_axes, plan.output_permutation, axis=0)
     for position, (step, stored) in enumerate(zip(plan.steps, weights, strict=True)):
-        if step.permutation is not None:
-            x = _permute(x, step.axes, step.permutation)
+        x = _permute(x, step.axes, step.permutation)
         x = convolve(x, _expand(stored, step), bias if position == last else None, step.geometry)
-    if plan.output_permutation is not None:
-        x = _permute(x, plan.output_axes, plan.output_permutation)
+    return _permute(x, plan.output_axes, plan.output_permutation)
+
+
+def execute_transposed(
+    plan: Plan, weights: Sequence[Tensor], x: Tensor, bias: Tensor | None, output_padding: Size
+) -> Tensor:
+    """The transposed convolution of x with the weight that the factors reconstruct: the plan's steps, backwards.
+
+    The adjoint of a sequence of convolutions and permutations is the sequence of their adjoints in reverse order.
+
+    Args:
+        plan: The plan, of a transposed geometry.
+        weights: Stored weights, one per step in plan order, from `store_weight`.
+        x: Input of shape (N, G C, *size).
+        bias: Of shape (G F), or None.
+        output_padding: Positions added to the end of every axis of the output, fewer than the stride.
+
+    Returns:
+        Tensor of shape (N, G F, *output size).
+    """
+    first = plan.steps[0]
+    if bias is not None:
+        bias = _permute(bias, first.axes, first.permutation, axis=0)
+    x = _unpermute(x, plan.output_axes, plan.output_permutation)
+    backwards = zip(plan.steps, weights, plan.output_paddings(output_padding), strict=True)
+    for step, stored, extra in reversed(list(backwards)):
+        x = convolve_transposed(x, _expand(stored, step), bias if step is first else None, step.geometry, extra)
+        x = _unpermute(x, step.axes, step.permutation)
     return x
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """`conv2d` or `conv3d` with zero padding that may differ between the two ends of an axis."""
+    padding = tuple(before for before, _ in geometry.padding)
+    if any(before != after for before, after in geometry.padding):
+        x = F.pad(x, [n for ends in reversed(geometry.padding) for n in ends])
+        padding = (0,) * len(padding)
+    run = _CONVOLUTIONS[len(padding)]
+    return run(x, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
+
+
+def convolve_transposed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, output_padding: Size
+) -> Tensor:
+    """The adjoint of `convolve`: `conv_transpose2d` or `conv_transpose3d`, padding removed from the output."""
+    padding = tuple(before for before, _ in geometry.padding)
+    uneven = any(before != after for before, after in geometry.padding)
+    run = _TRANSPOSED[len(padding)]
+    out: Tensor = run(
+        x,
+        weight,
+        bias,
+        geometry.stride,
+        (0,) * len(padding) if uneven else padding,
+        output_padding,
+        geometry.groups,
+        geometry.dilation,
+    )
+    return F.pad(out, [-n for ends in reversed(geometry.padding) for n in ends]) if uneven else out
 
 
 def _expand(stored: Tensor, step: Step) -> Tensor:
     """The weight that runs: the stored one, repeated for the groups that share it."""
     if step.stored_shape == step.weight_shape:
         return stored
-    return stored.reshape(step.shared_shape).expand(*step.kept, *step.shared_shape[-4:]).reshape(step.weight_shape)
+    one_group = step.shared_shape[len(step.kept) :]
+    return stored.reshape(step.shared_shape).expand(*step.kept, *one_group).reshape(step.weight_shape)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-    """`conv2d` with zero padding that may differ between the two ends of an axis."""
-    (top, bottom), (left, right) = geometry.padding
-    padding = (top, left)
-    if top != bottom or left != right:
-        x = F.pad(x, (left, right, top, bottom))
-        padding = (0, 0)
-    return F.conv2d(x, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
+def _permute(x: Tensor, axes: Size, permutation: tuple[int, ...] | None, *, axis: int = 1) -> Tensor:
+    """The channels, on one axis of x, unfolded to `axes`, put into another order, and folded again."""
+    if permutation is None:
+        return x
+    split = x.reshape(*x.shape[:axis], *axes, *x.shape[axis + 1 :])
+    behind = range(axis + len(axes), split.dim())
+    return split.permute(*range(axis), *(axis + i for i in permutation), *behind).reshape(x.shape)
 
 
-def _permute(x: Tensor, axes: tuple[int, ...], permutation: tuple[int, ...]) -> Tensor:
-    samples, channels, height, width = x.shape
-    count = len(axes)
-    split = x.reshape(samples, *axes, height, width)
-    moved = split.permute(0, *(1 + axis for axis in permutation), count + 1, count + 2)
-    return moved.reshape(samples, channels, height, width)
+def _unpermute(x: Tensor, axes: Size, permutation: tuple[int, ...] | None, *, axis: int = 1) -> Tensor:
+    """Inverse of `_permute`."""
+    if permutation is None:
+        return x
+    return _permute(x, tuple(axes[i] for i in permutation), _inverse(permutation), axis=axis)
 
 
-def _permute_back(bias: Tensor, plan: Plan) -> Tensor:
-    """The bias in the channel order in which the last step produces it."""
-    permutation = plan.output_permutation or ()
-    sizes = [plan.output_axes[axis] for axis in permutation]
-    inverse = sorted(range(len(permutation)), key=permutation.__getitem__)
-    return bias.reshape(sizes).permute(inverse).reshape(-1)
+def _inverse(permutation: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))

@@ -62,7 +62,7 @@ def kronecker(shapes: Sequence[Sequence[int]], graph: GraphName, ranks: Sequence
     """The structure of these factor shapes with a named rank graph (Kronecker-CP, -TT, -TR, -Tucker or SeKron).
 
     Args:
-        shapes: (f_k, c_k, h_k, w_k) of each of the S >= 2 factors.
+        shapes: (f_k, c_k, *kernel_k) of each of the S >= 2 factors.
         graph: Name of the rank graph, a key of `GRAPHS`.
         ranks: Size of every rank index of the graph: S - 1 for SeKron, TT and Tucker, S for TR, one for CP.
 
@@ -86,12 +86,10 @@ def sekron(shapes: Sequence[Sequence[int]], ranks: Sequence[int]) -> Structure:
 
 def mode_shapes(weight_shape: Sequence[int]) -> list[Shape]:
     """One factor per mode that is larger than 1: (F,1,1,1), (1,C,1,1), (1,1,Kh,1), (1,1,1,Kw)."""
-    shapes = []
+    shapes: list[Shape] = []
     for mode, size in enumerate(weight_shape):
         if size > 1:
-            shape = [1, 1, 1, 1]
-            shape[mode] = size
-            shapes.append((shape[0], shape[1], shape[2], shape[3]))
+            shapes.append(tuple(size if i == mode else 1 for i in range(len(weight_shape))))
     return shapes
 
 
@@ -101,7 +99,7 @@ def cp(weight_shape: Sequence[int], rank: int) -> Structure:
 
 
 def tensor_train(weight_shape: Sequence[int], ranks: Sequence[int]) -> Structure:
-    """Tensor-Train over the modes larger than 1, in the order F, C, Kh, Kw (Oseledets 2011)."""
+    """Tensor-Train over the modes larger than 1, in the order F, C, *kernel (Oseledets 2011)."""
     return kronecker(mode_shapes(weight_shape), "tt", ranks)
 
 
@@ -112,33 +110,41 @@ def tensor_ring(weight_shape: Sequence[int], ranks: Sequence[int]) -> Structure:
 
 def tucker(weight_shape: Sequence[int], ranks: Sequence[int]) -> Structure:
     """Tucker over every mode larger than 1, one rank per mode, core of one entry per combination (Tucker 1966)."""
-    return kronecker([*mode_shapes(weight_shape), (1, 1, 1, 1)], "tucker", ranks)
+    return kronecker([*mode_shapes(weight_shape), (1,) * len(weight_shape)], "tucker", ranks)
 
 
 def tucker2(weight_shape: Sequence[int], ranks: Sequence[int]) -> Structure:
     """Tucker-2: out- and in-channels are projected, the kernel stays in the core (Kim et al. 2016).
 
     Args:
-        weight_shape: (F, C, Kh, Kw).
+        weight_shape: (F, C, *kernel).
         ranks: (rank of the out-channels, rank of the in-channels).
     """
-    f, c, h, w = weight_shape
     if len(ranks) != 2:
         raise StructureError(f"Tucker-2 needs two ranks (out-channels, in-channels), got {tuple(ranks)}")
     a, b = ranks
-    return Structure.build([(f, 1, 1, 1), (1, 1, h, w), (1, c, 1, 1)], [("a",), ("a", "b"), ("b",)], {"a": a, "b": b})
+    return Structure.build(_tucker2_shapes(weight_shape), [("a",), ("a", "b"), ("b",)], {"a": a, "b": b})
+
+
+def _tucker2_shapes(weight_shape: Sequence[int]) -> tuple[Shape, Shape, Shape]:
+    f, c, *kernel = weight_shape
+    ones = (1,) * len(kernel)
+    return (f, 1, *ones), (1, 1, *kernel), (1, c, *ones)
 
 
 def channel_svd(weight_shape: Sequence[int], rank: int) -> Structure:
     """(F,1,1,1)[a] * (1,C,Kh,Kw)[a]: a full convolution to `rank` channels, then a pointwise one."""
-    f, c, h, w = weight_shape
-    return sekron([(f, 1, 1, 1), (1, c, h, w)], [rank])
+    f, c, *kernel = weight_shape
+    return sekron([(f, 1, *[1] * len(kernel)), (1, c, *kernel)], [rank])
 
 
 def spatial_svd(weight_shape: Sequence[int], rank: int) -> Structure:
-    """(F,1,Kh,1)[a] * (1,C,1,Kw)[a]: a horizontal convolution, then a vertical one (Jaderberg et al. 2014)."""
-    f, c, h, w = weight_shape
-    return sekron([(f, 1, h, 1), (1, c, 1, w)], [rank])
+    """(F,1,Kh,1)[a] * (1,C,1,Kw)[a]: a horizontal convolution, then a vertical one (Jaderberg et al. 2014).
+
+    Of a 3-d kernel the first axis goes to the out-channels, the other two stay with the in-channels.
+    """
+    f, c, first, *others = weight_shape
+    return sekron([(f, 1, first, *[1] * len(others)), (1, c, 1, *others)], [rank])
 
 
 def family(structure: Structure) -> str:
@@ -147,17 +153,9 @@ def family(structure: Structure) -> str:
     if count == 1:
         return "dense"
     single = all(sum(n > 1 for n in shape) <= 1 for shape in structure.shapes)
-    f, c, h, w = structure.weight_shape
     if count == 2:
-        # Factors that share no mode commute, so their order does not count.
-        return {
-            frozenset({(f, 1, 1, 1), (1, c, h, w)}): "channel SVD",
-            frozenset({(f, 1, h, w), (1, c, 1, 1)}): "channel SVD",
-            frozenset({(f, c, 1, 1), (1, 1, h, w)}): "spatial basis",
-            frozenset({(f, 1, h, 1), (1, c, 1, w)}): "spatial SVD",
-            frozenset({(f, 1, 1, w), (1, c, h, 1)}): "spatial SVD",
-        }.get(frozenset(structure.shapes), "Kronecker")
-    if structure.shapes == ((f, 1, 1, 1), (1, 1, h, w), (1, c, 1, 1)) and structure.carries == tt_graph(3):
+        return _pair_family(structure)
+    if structure.shapes == _tucker2_shapes(structure.weight_shape) and structure.carries == tt_graph(3):
         return "Tucker-2"
     names: dict[GraphName, str] = {
         "cp": "CP",
@@ -171,6 +169,19 @@ def family(structure: Structure) -> str:
             core = graph == "tucker" and prod(structure.shapes[-1]) > 1
             return label if (single or graph == "sekron") and not core else f"Kronecker-{label}"
     return "Kronecker (mixed rank graph)"
+
+
+def _pair_family(structure: Structure) -> str:
+    """The usual name of a two-factor structure; factors that share no mode commute, so their order does not count."""
+    first, second = structure.shapes
+    if any(a > 1 and b > 1 for a, b in zip(first, second, strict=True)):
+        return "Kronecker"
+    # Which factor has each mode larger than 1: 0 or 1.
+    homes = {mode: int(b > 1) for mode, (a, b) in enumerate(zip(first, second, strict=True)) if a * b > 1}
+    channels = [home for mode, home in homes.items() if mode < 2]
+    if len({home for mode, home in homes.items() if mode >= 2}) == 2:
+        return "Kronecker" if channels in ([0, 0], [1, 1]) else "spatial SVD"
+    return "channel SVD" if sorted(channels) == [0, 1] else "spatial basis"
 
 
 def _renamed(structure: Structure, graph: Graph) -> Graph:

@@ -3,70 +3,136 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sekron_search.errors import StructureError
-from sekron_search.kron.execute import convolve, execute, load_factor, store_weight
-from sekron_search.kron.plan import ConvGeometry, Pair, best_plan, make_plan
-from sekron_search.kron.projection import project, reconstruct_batch
+from sekron_search.errors import StructureError, UnsupportedLayerError
+from sekron_search.kron.dense import (
+    AXES,
+    KINDS,
+    DenseLayer,
+    class_names,
+    dense_geometry,
+    dense_weight,
+    filled,
+    layer_kind,
+    native_weight,
+    options,
+)
+from sekron_search.kron.execute import (
+    convolve,
+    convolve_transposed,
+    execute,
+    execute_transposed,
+    load_factor,
+    store_weight,
+)
+from sekron_search.kron.geometry import ConvGeometry, Size
+from sekron_search.kron.plan import best_plan, make_plan
+from sekron_search.kron.projection import check_shape, project, reconstruct_batch
 from sekron_search.kron.structure import Structure
 
 Execution = Literal["factored", "dense"]
-Dense = TypeVar("Dense", nn.Conv2d, nn.Linear)
 
-#: Input size for which the order of the factors is chosen when the caller gives none; it hardly matters.
-NOMINAL_INPUT_SIZE: Pair = (32, 32)
+#: Size of every axis for which the order of the factors is chosen when the caller gives none; it hardly matters.
+NOMINAL_SIZE = 32
+
+
+class HowToRun(TypedDict, total=False):
+    """How a structure runs.
+
+    Args:
+        order: Of the factors; by default the one of fewest flops for `input_size`.
+        execution: "factored", the default, runs the factors; "dense" rebuilds the weight: small on disk, dense in
+            speed.
+        input_size: Spatial size for which the order is chosen; a transposed convolution's is that of its output.
+    """
+
+    order: Sequence[int] | None
+    execution: Execution
+    input_size: Size | None
 
 
 class KroneckerLayer(nn.Module):
-    """Holds factors as the ready weights of a plan's steps, and the bias.
+    """Holds factors as the ready weights of a plan's steps, all zeros at first, and the bias.
 
     Args:
-        structure: The structure of one group's weight.
-        geometry: Stride, dilation, zero padding and groups.
-        channels: (out-channels, in-channels) of the whole layer.
-        bias: Whether there is one.
-        order: In which the factors run; by default the one of fewest flops for `input_size`.
-        execution: "factored" runs the factors; "dense" rebuilds the weight.
-        input_size: (height, width) for which the order is chosen.
+        dense: The layer whose place it takes: gives channels, kernel, stride and so on, and whether there is a bias;
+            it may be on the meta device. It is not changed, and nothing is shared with it.
+        structure: The structure of one group's weight; F and C may exceed the group's channels (zero-padded).
+        how: See `HowToRun`.
+
+    Raises:
+        UnsupportedLayerError: If `dense` is not of a class that this one replaces.
+        StructureError: If the structure does not reconstruct the weight of `dense`.
     """
 
-    def __init__(
-        self,
-        structure: Structure,
-        geometry: ConvGeometry,
-        channels: Pair,
-        *,
-        bias: bool,
-        order: Sequence[int] | None,
-        execution: Execution,
-        input_size: Pair | None,
-    ) -> None:
+    #: Classes of the dense layers whose place it can take.
+    replaces: ClassVar[tuple[type[nn.Module], ...]] = ()
+
+    def __init__(self, dense: DenseLayer, structure: Structure, **how: Unpack[HowToRun]) -> None:
         super().__init__()
-        out_channels, in_channels = channels
-        groups = geometry.groups
-        f, c, _, _ = structure.weight_shape
-        if out_channels % groups or in_channels % groups or f * groups < out_channels or c * groups < in_channels:
-            raise StructureError(
-                f"structure {structure} has F={f}, C={c} for each of {groups} groups; the layer needs "
-                f"{out_channels} out-channels and {in_channels} in-channels in all"
+        if type(dense) not in self.replaces:
+            raise UnsupportedLayerError(
+                f"expected an {class_names(*self.replaces)} with its weight, got {type(dense).__name__}"
             )
+        execution = how.get("execution", "factored")
         if execution not in ("factored", "dense"):
             raise StructureError(f"expected execution 'factored' or 'dense', got {execution!r}")
+        groups, f, c, *kernel = dense_weight(dense).shape
+        check_shape((f, c, *kernel), structure)
+        self.kind = layer_kind(dense)
+        self.options = options(dense)
         self.structure = structure
-        self.out_channels, self.in_channels = out_channels, in_channels
-        self.execution: Execution = execution
+        for name, value in self.options.items():
+            setattr(self, name, value)  # networks may read the attributes of the layer that stood here
+        self.out_channels, self.in_channels = groups * f, groups * c
+        self.execution = execution
+        order, geometry = how.get("order"), dense_geometry(dense)
         if order is None:
-            self.plan = best_plan(structure, geometry, input_size or NOMINAL_INPUT_SIZE)
+            size = filled(tuple(how.get("input_size") or (NOMINAL_SIZE,) * AXES[self.kind]), self.kind, 1)
+            self.plan = best_plan(structure, geometry, size)
         else:
             self.plan = make_plan(structure, geometry, order)
         self.weights = nn.ParameterList([nn.Parameter(torch.zeros(s.stored_shape)) for s in self.plan.steps])
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(self.out_channels)) if dense.bias is not None else None
         self._dense_cache: tuple[tuple[int, ...], Tensor] | None = None
+
+    @classmethod
+    def like(cls, dense: DenseLayer, structure: Structure, **how: Unpack[HowToRun]) -> Self:
+        """A layer of zeros in the dtype, on the device and in the mode of a dense one: to load a state dict into.
+
+        Args and errors as of the class.
+        """
+        layer = cls(dense, structure, **how)
+        layer.to(dtype=dense.weight.dtype, device=dense.weight.device)
+        layer.requires_grad_(dense.weight.requires_grad)
+        return layer.train(dense.training)
+
+    @classmethod
+    def _fitted(
+        cls, dense: DenseLayer, structure: Structure, factors: Sequence[Tensor] | None, **how: Unpack[HowToRun]
+    ) -> Self:
+        """A layer with the factors (fitted to the weight if None) and the bias of a dense one."""
+        layer = cls.like(dense, structure, **how)
+        layer.set_factors(project(dense_weight(dense), structure).factors if factors is None else factors)
+        if layer.bias is not None and dense.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(dense.bias)
+        return layer
+
+    def to_dense(self) -> nn.Module:
+        """The dense layer with the reconstructed weight."""
+        like = self.weights[0]
+        dense = KINDS[self.kind](**self.options, bias=self.bias is not None, device=like.device, dtype=like.dtype)
+        with torch.no_grad():
+            for name, value in (("weight", self.weight), ("bias", self.bias)):
+                if value is not None:
+                    dense.get_parameter(name).copy_(value)
+        return dense.train(self.training)
 
     @property
     def geometry(self) -> ConvGeometry:
@@ -74,7 +140,7 @@ class KroneckerLayer(nn.Module):
         return self.plan.geometry
 
     def factors(self) -> list[Tensor]:
-        """The factors, of shapes (G, rank indices, f_k, c_k, h_k, w_k), in the order of the structure."""
+        """The factors, of shapes (G, rank indices, f_k, c_k, *kernel_k), in the order of the structure."""
         found: dict[int, Tensor] = {}
         for step, stored in zip(self.plan.steps, self.weights, strict=True):
             shape = (self.geometry.groups, *self.structure.factor_shapes[step.factor])
@@ -90,30 +156,40 @@ class KroneckerLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The reconstructed weight, (out-channels, in-channels / groups, Kh, Kw) or (out-features, in-features)."""
-        return self._reconstructed()
+        """The reconstructed weight, in the layout of the dense layer's."""
+        return native_weight(self.group_weights(), self.kind)
 
-    def _reconstructed(self) -> Tensor:
+    def group_weights(self) -> Tensor:
+        """The reconstructed weight of every group, (G, F, C, *kernel), cropped to the layer's channels."""
         groups = self.geometry.groups
         full = reconstruct_batch(self.structure, self.factors())
-        return full[:, : self.out_channels // groups, : self.in_channels // groups].flatten(0, 1)
+        return full[:, : self.out_channels // groups, : self.in_channels // groups]
 
     def extra_repr(self) -> str:
         """The structure and how it runs."""
         return f"{self.structure}, order={self.plan.order}, execution={self.execution!r}, groups={self.geometry.groups}"
 
-    def _run(self, x: Tensor) -> Tensor:
+    def _run(self, x: Tensor, output_padding: Size = ()) -> Tensor:
+        """From (N, in-channels, *size) to (N, out-channels, *output size), two spatial axes or three."""
+        geometry = self.geometry
+        groups, axes = geometry.groups, len(geometry.stride)
         if self.execution == "dense":
-            return convolve(x, self._dense_weight(), self.bias, self.geometry)
-        groups = self.geometry.groups
-        f, c, _, _ = self.structure.weight_shape
+            native = self._dense_weight()
+            weight = native[(..., *[None] * (2 + axes - native.dim()))]
+            if geometry.transposed:
+                return convolve_transposed(x, weight, self.bias, geometry, output_padding)
+            return convolve(x, weight, self.bias, geometry)
+        f, c = self.structure.weight_shape[:2]
         own_f, own_c = self.out_channels // groups, self.in_channels // groups
         if own_c < c:
-            x = F.pad(x.unflatten(1, (groups, own_c)), (0, 0, 0, 0, 0, c - own_c)).flatten(1, 2)
+            x = F.pad(x.unflatten(1, (groups, own_c)), (*[0, 0] * axes, 0, c - own_c)).flatten(1, 2)
         bias: Tensor | None = self.bias
         if bias is not None and own_f < f:
             bias = F.pad(bias.reshape(groups, own_f), (0, f - own_f)).flatten()
-        out = execute(self.plan, list(self.weights), x, bias)
+        if geometry.transposed:
+            out = execute_transposed(self.plan, list(self.weights), x, bias, output_padding)
+        else:
+            out = execute(self.plan, list(self.weights), x, bias)
         return out.unflatten(1, (groups, f))[:, :, :own_f].flatten(1, 2) if own_f < f else out
 
     def _dense_weight(self) -> Tensor:
@@ -124,25 +200,3 @@ class KroneckerLayer(nn.Module):
         if self._dense_cache is None or self._dense_cache[0] != versions:
             self._dense_cache = (versions, self.weight)
         return self._dense_cache[1]
-
-    def _take(self, dense: nn.Conv2d | nn.Linear, weight: Tensor, factors: Sequence[Tensor] | None) -> Self:
-        """Take over the factors (fitted to the (G, F, C, Kh, Kw) weight if None) and the bias of a dense layer."""
-        self.set_factors(project(weight, self.structure).factors if factors is None else factors)
-        if self.bias is not None and dense.bias is not None:
-            with torch.no_grad():
-                self.bias.copy_(dense.bias)
-        return self
-
-    def _like(self, dense: nn.Conv2d | nn.Linear) -> Self:
-        """In the dtype, on the device and in the mode of a dense layer; trained if it was."""
-        self.to(dtype=dense.weight.dtype, device=dense.weight.device)
-        self.requires_grad_(dense.weight.requires_grad)
-        return self.train(dense.training)
-
-    def _give(self, dense: Dense) -> Dense:
-        """Write weight and bias into a dense layer."""
-        with torch.no_grad():
-            dense.weight.copy_(self.weight)
-            if dense.bias is not None and self.bias is not None:
-                dense.bias.copy_(self.bias)
-        return dense.train(self.training)

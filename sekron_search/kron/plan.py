@@ -1,10 +1,13 @@
 """The integer plan: how a structure runs as a sequence of grouped convolutions, and what that costs.
 
-Between the steps the tensor is (N, channels, H, W). Its channels are the product of named axes: the c of the factors
+Between the steps the tensor is (N, channels, *size). Its channels are the product of named axes: the c of the factors
 to come, the f of the factors done, and the open rank indices. A step contracts the axes that its factor consumes and
 keeps all others as convolution groups, so the only thing needed before it is a permutation that puts the kept axes
 first. Keeping axes as groups, and not in N, was measured equal or up to 7x faster on CPU for small factors, leaves
 N and the memory format alone, and lets the bias ride on the last convolution.
+
+A transposed convolution is the adjoint of a convolution, so its plan is that convolution's, run backwards: what is
+produced there is contracted here. In that convolution F and C change places, and its input is the output here.
 """
 
 from __future__ import annotations
@@ -16,32 +19,11 @@ from itertools import permutations
 from math import gcd, prod
 
 from sekron_search.errors import StructureError
+from sekron_search.kron.geometry import ConvGeometry, Pair, Size
 from sekron_search.kron.structure import Structure
-
-Pair = tuple[int, int]
 
 #: Trying every order costs S! plans; beyond this many factors only a beam of the usual orders would be affordable.
 MAX_FACTORS = 6
-
-
-@dataclass(frozen=True)
-class ConvGeometry:
-    """What a convolution does besides its weight: (height, width) pairs, zero padding as (before, after) per axis."""
-
-    stride: Pair = (1, 1)
-    dilation: Pair = (1, 1)
-    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
-    groups: int = 1
-
-    def output_size(self, input_size: Pair, kernel: Pair) -> Pair:
-        """(height, width) of the output for an input of that size."""
-        out = [
-            (n + sum(pad) - dilation * (k - 1) - 1) // stride + 1
-            for n, pad, dilation, k, stride in zip(
-                input_size, self.padding, self.dilation, kernel, self.stride, strict=True
-            )
-        ]
-        return out[0], out[1]
 
 
 @dataclass(frozen=True)
@@ -52,10 +34,10 @@ class Step:
         factor: Position k of the factor in the structure.
         axes: Sizes of the channel axes on entry.
         permutation: Order of those axes that puts the kept ones first; None if it is the present one.
-        weight_permutation: Axes of the stored factor (G, rank indices, f, c, h, w) in the order
-            (kept axes that the factor has, produced, contracted, h, w).
+        weight_permutation: Axes of the stored factor (G, rank indices, f, c, *kernel) in the order
+            (kept axes that the factor has, produced, contracted, *kernel).
         shared_shape: The stored weight with its groups unfolded: (kept sizes, 1 where the factor lacks the axis, so
-            that these groups share it) + (produced, contracted, h, w).
+            that these groups share it) + (produced, contracted, *kernel).
         kept: Sizes of the kept axes; their product is the number of convolution groups.
         produced, contracted: Channels out and in of one group.
         kernel, stride, dilation, padding: Of this convolution, per axis; padding as (before, after).
@@ -69,10 +51,10 @@ class Step:
     kept: tuple[int, ...]
     produced: int
     contracted: int
-    kernel: Pair
-    stride: Pair
-    dilation: Pair
-    padding: tuple[Pair, Pair]
+    kernel: Size
+    stride: Size
+    dilation: Size
+    padding: tuple[Pair, ...]
 
     @property
     def groups(self) -> int:
@@ -90,13 +72,13 @@ class Step:
         return self.groups * self.produced
 
     @property
-    def stored_shape(self) -> tuple[int, int, int, int]:
+    def stored_shape(self) -> tuple[int, ...]:
         """Shape of the stored weight, that of a convolution: memory formats and other tools for those apply to it."""
-        *groups, produced, contracted, height, width = self.shared_shape
-        return prod(groups) * produced, contracted, height, width
+        shared = prod(self.shared_shape[: len(self.kept)])
+        return shared * self.produced, self.contracted, *self.kernel
 
     @property
-    def weight_shape(self) -> tuple[int, int, int, int]:
+    def weight_shape(self) -> tuple[int, ...]:
         """Shape of the convolution weight that runs."""
         return self.out_channels, self.contracted, *self.kernel
 
@@ -116,7 +98,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """A structure, the order in which its factors run, and the resulting steps."""
+    """A structure, the order in which its factors run, and the resulting steps; a transposed one runs backwards."""
 
     structure: Structure
     geometry: ConvGeometry
@@ -130,29 +112,53 @@ class Plan:
         """How many times the channels are reordered in a forward pass."""
         return sum(step.permutation is not None for step in self.steps) + (self.output_permutation is not None)
 
-    def cost(self, input_size: Pair) -> Cost:
-        """Cost of one sample of that input (height, width).
+    def output_paddings(self, output_padding: Size) -> tuple[Size, ...]:
+        """The output padding of every step of a transposed convolution with that output padding, in plan order.
+
+        Args:
+            output_padding: Smaller than the stride on every axis.
+        """
+        # It is the same for inputs of every size, so that of one element tells it.
+        size = self.geometry.transposed_size((1,) * len(output_padding), self.structure.kernel, output_padding)
+        paddings = []
+        for step in self.steps:
+            paddings.append(step.geometry.unread(size, step.kernel))
+            size = step.geometry.output_size(size, step.kernel)
+        return tuple(paddings)
+
+    def cost(self, input_size: Size, channels: Pair | None = None) -> Cost:
+        """Cost of one sample.
 
         The working set of a step is the layer's input, which its caller keeps, the step's own input and its output;
         of a permutation the tensor twice.
+
+        Args:
+            input_size: Of the input, per axis; of the output where the convolution is transposed.
+            channels: (out-channels, in-channels) of the layer, all groups, where they may be fewer than the
+                structure's: a layer then works on a padded copy of its input and crops its output.
         """
         size = input_size
-        held = self.steps[0].in_channels * prod(size)
-        flops = peak = 0
-        current = 0  # elements of the tensor in flight, besides the layer's input
+        flops = 0
+        tensors = [self.steps[0].in_channels * prod(size)]  # elements of every tensor that is made, one from the other
         for step in self.steps:
             if step.permutation is not None:
-                entering = step.in_channels * prod(size)
-                peak = max(peak, held + current + entering)
-                current = entering
+                tensors.append(tensors[-1])
             size = step.geometry.output_size(size, step.kernel)
-            leaving = step.out_channels * prod(size)
             flops += prod(step.weight_shape) * prod(size)
-            peak = max(peak, held + current + leaving)
-            current = leaving
+            tensors.append(step.out_channels * prod(size))
         if self.output_permutation is not None:
-            peak = max(peak, held + 2 * current)
-        return Cost(flops, peak)
+            tensors.append(tensors[-1])
+        if self.geometry.transposed:
+            tensors.reverse()
+        f, c = (n * self.geometry.groups for n in self.structure.weight_shape[:2])
+        out_channels, in_channels = channels or (f, c)
+        if in_channels < c:
+            tensors.insert(0, tensors[0] // c * in_channels)
+        if out_channels < f and self.geometry.groups > 1:  # of one group the crop is a view
+            tensors.append(tensors[-1] // f * out_channels)
+        held, *made = tensors
+        peaks = [held + (made[i - 1] if i else 0) + entering for i, entering in enumerate(made)]
+        return Cost(flops, max(peaks))
 
 
 def make_plan(structure: Structure, geometry: ConvGeometry, order: Sequence[int]) -> Plan:
@@ -161,19 +167,24 @@ def make_plan(structure: Structure, geometry: ConvGeometry, order: Sequence[int]
     Args:
         structure: The structure of one group's weight.
         geometry: Stride, dilation, zero padding and groups of the whole layer.
-        order: A permutation of the factor positions.
+        order: A permutation of the factor positions; a transposed convolution runs it backwards.
 
     Raises:
-        StructureError: If `order` is not a permutation of the factors.
+        StructureError: If `order` is not a permutation of the factors, or the geometry has other axes than the kernel.
     """
+    if not len(geometry.stride) == len(geometry.dilation) == len(geometry.padding) == len(structure.kernel):
+        raise StructureError(
+            f"structure {structure} has a kernel of {len(structure.kernel)} axes; expected as many strides, dilations "
+            f"and paddings, got {geometry}"
+        )
     if sorted(order) != list(range(structure.num_factors)):
         raise StructureError(f"expected an order of the {structure.num_factors} factors, got {tuple(order)}")
     return Plan(structure, geometry, tuple(order), *_channel_steps(structure, geometry, tuple(order)))
 
 
 @lru_cache(maxsize=65536)
-def best_plan(structure: Structure, geometry: ConvGeometry, input_size: Pair) -> Plan:
-    """The plan of fewest flops for that input (height, width); ties go to fewer permutes, then to smaller peaks."""
+def best_plan(structure: Structure, geometry: ConvGeometry, input_size: Size) -> Plan:
+    """The plan of fewest flops for that input (see `Plan.cost`); ties go to fewer permutes, then to smaller peaks."""
     if structure.num_factors > MAX_FACTORS:
         raise StructureError(
             f"plans are made for up to {MAX_FACTORS} factors, got {structure.num_factors}: {structure}"
@@ -187,7 +198,8 @@ def best_plan(structure: Structure, geometry: ConvGeometry, input_size: Pair) ->
     return min((make_plan(structure, geometry, order) for order in orders), key=price)
 
 
-# An axis of the channels: ("g", 0) the layer's groups, ("c", k), ("f", k), ("r", name's position).
+# An axis of the channels: ("g", 0) the layer's groups, ("c", k), ("f", k), ("r", name's position). An axis of a factor
+# besides: ("k0", k), ("k1", k), ...
 Axis = tuple[str, int]
 
 
@@ -195,8 +207,10 @@ def _channel_steps(
     structure: Structure, geometry: ConvGeometry, order: tuple[int, ...]
 ) -> tuple[tuple[Step, ...], tuple[int, ...], tuple[int, ...] | None]:
     sizes: dict[Axis, int] = {("g", 0): geometry.groups}
-    for k, (f, c, _, _) in enumerate(structure.shapes):
+    for k, (f, c, *_) in enumerate(structure.shapes):
         sizes["f", k], sizes["c", k] = f, c
+    spatial_axes = [f"k{axis}" for axis in range(len(structure.kernel))]
+    given, wanted = ("f", "c") if geometry.transposed else ("c", "f")  # channels that come in, and that go out
     names = {name: i for i, (name, _) in enumerate(structure.ranks)}
     sizes |= {("r", names[name]): size for name, size in structure.ranks}
     carried = [[("r", names[name]) for name in own] for own in structure.carries]
@@ -206,23 +220,25 @@ def _channel_steps(
         return [axis for axis in axes if sizes[axis] > 1]
 
     def contracted_by(k: int, axes: list[Axis]) -> list[Axis]:
-        return [a for a in axes if a == ("c", k) or (a[0] == "r" and last_use[a] == k)]
+        return [a for a in axes if a == (given, k) or (a[0] == "r" and last_use[a] == k)]
 
-    state = trim([("g", 0)] + [("c", k) for k in range(structure.num_factors)])
+    state = trim([("g", 0)] + [(given, k) for k in range(structure.num_factors)])
     steps = []
     for position, (k, spatial) in enumerate(zip(order, _spatial_steps(structure, geometry, order), strict=True)):
         consumed = contracted_by(k, state)
         kept = [a for a in state if a not in consumed]
-        produced = trim([a for a in carried[k] if a not in state] + [("f", k)])
+        produced = trim([a for a in carried[k] if a not in state] + [(wanted, k)])
         if position + 1 < len(order):
             # What the next step contracts is produced last, which spares it a permutation where possible.
             upcoming = contracted_by(order[position + 1], produced)
             produced = [a for a in produced if a not in upcoming] + upcoming
-        own: list[Axis] = [("g", 0)] + carried[k] + [("f", k), ("c", k), ("h", k), ("w", k)]
+        kernel_axes = [(name, k) for name in spatial_axes]
+        own: list[Axis] = [("g", 0)] + carried[k] + [("f", k), ("c", k)]
         order_of_own = [a for a in kept if a in own] + produced + consumed
         # Axes of size 1 are not part of the channels; they go anywhere, as long as the permutation is complete.
-        ones = [a for a in own[:-2] if a not in order_of_own]
-        wanted = ones + order_of_own + own[-2:]
+        ones = [a for a in own if a not in order_of_own]
+        stored = ones + order_of_own + kernel_axes
+        own += kernel_axes
         out_channels = prod(sizes[a] for a in produced)
         in_channels = prod(sizes[a] for a in consumed)
         steps.append(
@@ -230,7 +246,7 @@ def _channel_steps(
                 factor=k,
                 axes=tuple(sizes[a] for a in state),
                 permutation=_permutation(state, kept + consumed),
-                weight_permutation=tuple(own.index(a) for a in wanted),
+                weight_permutation=tuple(own.index(a) for a in stored),
                 shared_shape=tuple(sizes[a] if a in own else 1 for a in kept)
                 + (out_channels, in_channels, *structure.shapes[k][2:]),
                 kept=tuple(sizes[a] for a in kept),
@@ -243,7 +259,7 @@ def _channel_steps(
             )
         )
         state = kept + produced
-    final = trim([("g", 0)] + [("f", k) for k in range(structure.num_factors)])
+    final = trim([("g", 0)] + [(wanted, k) for k in range(structure.num_factors)])
     return tuple(steps), tuple(sizes[a] for a in state), _permutation(state, final)
 
 
@@ -253,11 +269,12 @@ def _permutation(present: list[Axis], wanted: list[Axis]) -> tuple[int, ...] | N
 
 def _spatial_steps(
     structure: Structure, geometry: ConvGeometry, order: tuple[int, ...]
-) -> Iterator[tuple[Pair, Pair, tuple[Pair, Pair]]]:
+) -> Iterator[tuple[Size, Size, tuple[Pair, ...]]]:
     """(stride, dilation, padding) of every step, in running order."""
-    axes = [_axis_steps(structure, geometry, order, axis) for axis in (0, 1)]
-    for (s0, d0, p0), (s1, d1, p1) in zip(*axes, strict=True):
-        yield (s0, s1), (d0, d1), (p0, p1)
+    axes = [_axis_steps(structure, geometry, order, axis) for axis in range(len(structure.kernel))]
+    for step in zip(*axes, strict=True):
+        stride, dilation, padding = zip(*step, strict=True)
+        yield stride, dilation, padding
 
 
 def _axis_steps(

@@ -23,7 +23,7 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class Fit:
-    """Factors of shapes (G, rank indices, f, c, h, w), and the relative error |W - W^| / |W| of the weight."""
+    """Factors of shapes (G, rank indices, f, c, *kernel), and the relative error |W - W^| / |W| of the weight."""
 
     factors: tuple[Tensor, ...]
     rel_error: float
@@ -33,7 +33,7 @@ def project(weight: Tensor, structure: Structure, *, sweeps: int = 100, starts: 
     """Factors whose reconstruction is close to the weight in the Frobenius norm.
 
     Args:
-        weight: (G, F, C, Kh, Kw), one weight per group of the layer. F and C may be smaller than the structure's:
+        weight: (G, F, C, *kernel), one weight per group of the layer. F and C may be smaller than the structure's:
             the rest is padded with zeros.
         structure: The structure to fit.
         sweeps, starts, seed: As for `fit_batch`.
@@ -65,7 +65,7 @@ def fit_batch(
     weights' dtype and scale.
 
     Args:
-        weights: (B, F, C, Kh, Kw).
+        weights: (B, F, C, *kernel).
         structure: The structure to fit.
         sweeps: Least-squares sweeps for three factors and more; 0 keeps the recursion alone, as in the paper.
         starts: Number of starts of the alternating least squares.
@@ -73,8 +73,8 @@ def fit_batch(
         tolerance: Of the alternating least squares.
 
     Returns:
-        Factors (B, rank indices, f, c, h, w) in the weights' dtype, and relative errors |W - W^| / |W| (B,), float64,
-        0 for a weight of zeros.
+        Factors (B, rank indices, f, c, *kernel) in the weights' dtype, and relative errors |W - W^| / |W| (B,) in
+        float64, 0 for a weight of zeros.
 
     Raises:
         StructureError: If the weights do not fit into the structure's shape, or hold NaN or infinity.
@@ -142,22 +142,27 @@ def _cropped_error(structure: Structure, modes: Tensor, factors: Sequence[Tensor
 
 
 def check_weight(weight: Tensor, structure: Structure) -> None:
-    """Raise a `StructureError` unless the (G, F, C, Kh, Kw) weight is finite and fits into the structure."""
-    f, c, h, w = structure.weight_shape
-    _, own_f, own_c, own_h, own_w = weight.shape
-    if (h, w) != (own_h, own_w) or own_f > f or own_c > c:
-        raise StructureError(
-            f"structure {structure} reconstructs (F, C, Kh, Kw) = {structure.weight_shape}; the weight of a group is "
-            f"{tuple(weight.shape[1:])}: kernels must be equal, channels at most the structure's"
-        )
+    """Raise a `StructureError` unless the (G, F, C, *kernel) weight is finite and fits into the structure."""
+    check_shape(weight.shape[1:], structure)
     if not bool(torch.isfinite(weight).all()):
         raise StructureError(f"the weight of shape {tuple(weight.shape)} holds NaN or infinity; it cannot be fitted")
 
 
+def check_shape(weight_shape: Sequence[int], structure: Structure) -> None:
+    """Raise a `StructureError` unless a group's weight of shape (F, C, *kernel) fits into the structure."""
+    f, c, *kernel = structure.weight_shape
+    own_f, own_c, *own_kernel = weight_shape
+    if kernel != own_kernel or own_f > f or own_c > c:
+        raise StructureError(
+            f"structure {structure} reconstructs (F, C, *kernel) = {structure.weight_shape}; the weight of a group is "
+            f"{tuple(weight_shape)}: kernels must be equal, channels at most the structure's"
+        )
+
+
 def pad_channels(weight: Tensor, structure: Structure) -> Tensor:
-    """The (G, F, C, Kh, Kw) weight with zero channels added up to the structure's F and C."""
-    f, c, _, _ = structure.weight_shape
-    return F.pad(weight, (0, 0, 0, 0, 0, c - weight.shape[2], 0, f - weight.shape[1]))
+    """The (G, F, C, *kernel) weight with zero channels added up to the structure's F and C."""
+    f, c, *kernel = structure.weight_shape
+    return F.pad(weight, (*[0, 0] * len(kernel), 0, c - weight.shape[2], 0, f - weight.shape[1]))
 
 
 def contract_batch(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
@@ -176,7 +181,7 @@ def contract_batch(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
 
 
 def reconstruct_batch(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
-    """(G, F, C, Kh, Kw) from factors with a leading group axis."""
+    """(G, F, C, *kernel) from factors with a leading group axis."""
     structure.check_factors(factors, batched=True)
     return structure.fold(contract_batch(structure, factors))
 
@@ -188,7 +193,7 @@ def balance(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
 
     Args:
         structure: The structure that the factors follow.
-        factors: Of shapes (B, rank indices, m_k) or (B, rank indices, f, c, h, w).
+        factors: Of shapes (B, rank indices, m_k) or (B, rank indices, f, c, *kernel).
     """
     factors = list(factors)
     if structure.is_dense:

@@ -39,7 +39,7 @@ class PairSpectra:
     of one another: only the largest ones are multiplied out.
 
     Args:
-        weight: (G, F, C, Kh, Kw); the groups' errors are added up, each group having the same rank.
+        weight: (G, F, C, *kernel); the groups' errors are added up, each group having the same rank.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -55,7 +55,7 @@ class PairSpectra:
         """(n + 1,): the squared error at ranks 0 to n, relative to the squared norm of the weight.
 
         Args:
-            first: (f_1, c_1, h_1, w_1) of the first factor; it divides the weight's shape.
+            first: (f_1, c_1, *kernel_1) of the first factor; it divides the weight's shape.
         """
         key = tuple(first)
         if key not in self._tails:
@@ -174,7 +174,7 @@ def nested_tails(
     own error at (r_2, ..., r_{S-1}). Sequences that begin alike share the beginning of the tree.
 
     Args:
-        weights: (B, F, C, Kh, Kw).
+        weights: (B, F, C, *kernel).
         sequences: For every sequence of factor shapes the largest rank per index, one fewer than shapes.
 
     Returns:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sekron_search.errors import StructureError
 
-Shape = tuple[int, int, int, int]
+#: (f, c, *kernel): out-channels, in-channels, and two kernel sizes or three.
+Shape = tuple[int, ...]
 
 _FACTOR = re.compile(r"\s*(\d+(?:\s*x\s*\d+)*)\s*(?:\[([^\[\]]*)\])?\s*")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -28,7 +29,8 @@ class Structure:
     W = sum over the rank indices of A_1 (x) ... (x) A_S, the first factor slowest in every mode.
 
     Args:
-        shapes: (f_k, c_k, h_k, w_k) of every factor, all at least 1.
+        shapes: (f_k, c_k, h_k, w_k) of every factor, or (f_k, c_k, d_k, h_k, w_k) of a 3-d convolution's, all at
+            least 1.
         carries: For every factor, the rank indices it carries, in the order of `ranks`.
         ranks: (name, size) of every rank index, sizes at least 1. Every index is carried by two factors or more:
             a sum that one factor does alone is no structure.
@@ -50,8 +52,15 @@ class Structure:
                 f"and {len(self.carries)} lists"
             )
         for k, shape in enumerate(self.shapes):
-            if len(shape) != 4 or any(not isinstance(n, int) or n < 1 for n in shape):
-                raise StructureError(f"factor {k + 1}: expected four sizes (f, c, h, w) of at least 1, got {shape}")
+            if len(shape) not in (4, 5) or any(not isinstance(n, int) or n < 1 for n in shape):
+                raise StructureError(
+                    f"factor {k + 1}: expected four sizes (f, c, *kernel), or five (f, c, d, h, w), "
+                    f"of at least 1, got {shape}"
+                )
+            if len(shape) != len(self.shapes[0]):
+                raise StructureError(
+                    f"factor {k + 1}: expected {len(self.shapes[0])} sizes, as many as factor 1 has, got {shape}"
+                )
         names = [name for name, _ in self.ranks]
         if len(set(names)) != len(names):
             raise StructureError(f"rank indices must have distinct names, got {names}")
@@ -76,15 +85,15 @@ class Structure:
     ) -> Structure:
         """The structure of these parts, the rank indices put into the order of `ranks`."""
         ordered = tuple(tuple(sorted(carried, key=_position(ranks))) for carried in carries)
-        return cls(tuple(_shape(s) for s in shapes), ordered, tuple(ranks.items()))
+        return cls(tuple(tuple(s) for s in shapes), ordered, tuple(ranks.items()))
 
     @classmethod
     def parse(cls, text: str) -> Structure:
         """The structure that `text` describes; `Structure.parse(str(s)) == s`.
 
         Args:
-            text: Factors `FxCxHxW[rank indices]` joined by `*`, then the rank sizes:
-                `16x1x3x1[a] * 1x16x1x3[a]; a=6`.
+            text: Factors `FxCxHxW[rank indices]` (`FxCxDxHxW[...]` for a 3-d kernel) joined by `*`, then the rank
+                sizes: `16x1x3x1[a] * 1x16x1x3[a]; a=6`.
 
         Raises:
             StructureError: If the text does not follow this form.
@@ -146,9 +155,13 @@ class Structure:
 
     @cached_property
     def weight_shape(self) -> Shape:
-        """(F, C, Kh, Kw) of the weight that the structure reconstructs."""
-        f, c, h, w = (prod(sizes) for sizes in zip(*self.shapes, strict=True))
-        return f, c, h, w
+        """(F, C, *kernel) of the weight that the structure reconstructs."""
+        return tuple(prod(sizes) for sizes in zip(*self.shapes, strict=True))
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """(Kh, Kw) or (Kd, Kh, Kw)."""
+        return self.weight_shape[2:]
 
     @cached_property
     def rank_sizes(self) -> dict[str, int]:
@@ -157,7 +170,7 @@ class Structure:
 
     @cached_property
     def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shape of every factor A_k: its rank indices first, then (f_k, c_k, h_k, w_k)."""
+        """Shape of every factor A_k: its rank indices first, then (f_k, c_k, *kernel_k)."""
         return tuple(
             tuple(self.rank_sizes[name] for name in carried) + shape
             for shape, carried in zip(self.shapes, self.carries, strict=True)
@@ -190,12 +203,12 @@ class Structure:
         return self.fold(self.contract(factors))
 
     def contract(self, factors: Sequence[Tensor]) -> Tensor:
-        """The weight as a tensor of one mode per factor, of shape (m_1, ..., m_S) with m_k = f_k c_k h_k w_k.
+        """The weight as a tensor of one mode per factor, of shape (m_1, ..., m_S), m_k the product of factor k's sizes.
 
         In this form the sequence of Kronecker products is a tensor network with a mode for every factor.
 
         Args:
-            factors: Of the shapes `factor_shapes`, or with (f_k, c_k, h_k, w_k) flattened to m_k.
+            factors: Of the shapes `factor_shapes`, or with (f_k, c_k, *kernel_k) flattened to m_k.
         """
         operands: list[object] = []
         names = {name: i for i, (name, _) in enumerate(self.ranks)}
@@ -205,7 +218,7 @@ class Structure:
         return result
 
     def fold(self, modes: Tensor) -> Tensor:
-        """From (..., m_1, ..., m_S) to (..., F, C, Kh, Kw); inverse of `unfold`."""
+        """From (..., m_1, ..., m_S) to (..., F, C, *kernel); inverse of `unfold`."""
         count, sizes = self.num_factors, len(self.weight_shape)
         lead = modes.shape[: modes.dim() - count]
         start = len(lead)
@@ -215,7 +228,7 @@ class Structure:
         )
 
     def unfold(self, weight: Tensor) -> Tensor:
-        """From (..., F, C, Kh, Kw) to (..., m_1, ..., m_S): the Van Loan-Pitsianis rearrangement for S factors."""
+        """From (..., F, C, *kernel) to (..., m_1, ..., m_S): the Van Loan-Pitsianis rearrangement for S factors."""
         count, sizes = self.num_factors, len(self.weight_shape)
         lead = weight.shape[: weight.dim() - sizes]
         start = len(lead)
@@ -231,13 +244,6 @@ def rank_names(count: int) -> list[str]:
             f"at most {len(string.ascii_lowercase)} rank indices have default names, asked for {count}"
         )
     return list(string.ascii_lowercase[:count])
-
-
-def _shape(sizes: Sequence[int]) -> Shape:
-    if len(sizes) != 4:
-        raise StructureError(f"expected four sizes (f, c, h, w) for a factor, got {tuple(sizes)}")
-    f, c, h, w = sizes
-    return f, c, h, w
 
 
 def _position(ranks: Mapping[str, int]) -> Callable[[str], int]:

@@ -110,10 +110,10 @@ def mode_bases(structure: Structure, modes: Tensor) -> list[Tensor]:
     """
     factors = []
     for k, shape in enumerate(structure.factor_shapes):
-        count = prod(shape[:-4])
+        count = prod(shape[: -len(structure.shapes[k])])
         matrix = modes.movedim(1 + k, 1).flatten(2)
         basis = _leading(matrix @ matrix.mT, count)
         if count > basis.shape[-1]:
             basis = torch.cat([basis, noise_like(basis, count - basis.shape[-1])], -1)
-        factors.append(basis.mT.reshape(modes.shape[0], *shape[:-4], -1))
+        factors.append(basis.mT.reshape(modes.shape[0], *shape[: -len(structure.shapes[k])], -1))
     return factors

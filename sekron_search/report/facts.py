@@ -152,7 +152,7 @@ def _reason(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> str:
         return flops / original.flops
 
     if len(table.options) == 1:
-        return "left as it is: no structure of the search space is cheaper than the dense layer"
+        return f"left as it is: none of its options is cheaper than the dense layer in {costs}"
     dearer = [o for o in table.options if o.flops > chosen.flops and o.error < chosen.error]
     cheaper = [o for o in table.options if o.flops < chosen.flops]
     if chosen.is_original:

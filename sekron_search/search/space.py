@@ -22,6 +22,8 @@ class SearchSpace(BaseModel):
         max_factors: Longest sequence for the families with free factor shapes.
         rank_levels: Ranks per skeleton, spread on a logarithmic scale.
         rank_multiple: Ranks are multiples of this.
+        channel_multiple: The families with free factor shapes also see the channels padded with zeros to multiples of
+            this, where that adds a quarter at most: prime numbers of channels have no divisors. 1: never.
         max_fits: At most so many structures of three factors and more are fitted per layer, spread over the
             enumeration; two factors are scored all, by their spectra.
         max_options: At most so many options per layer are refined on calibration data.
@@ -36,6 +38,7 @@ class SearchSpace(BaseModel):
     max_factors: Annotated[int, Field(ge=2, le=5)] = 2
     rank_levels: Annotated[int, Field(ge=1, le=64)] = 12
     rank_multiple: Annotated[int, Field(ge=1)] = 1
+    channel_multiple: Annotated[int, Field(ge=1)] = 8
     max_fits: Annotated[int, Field(ge=0)] = 64
     max_options: Annotated[int, Field(ge=1)] = 64
     dense_execution: bool = False

@@ -7,17 +7,21 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
+from sekron_search.costs import profile as profiles
 from sekron_search.costs.analytic import layer_cost
 from sekron_search.costs.measure import Latency, measure_callables, measure_networks, threads
 from sekron_search.costs.memory import peak_memory
-from sekron_search.costs.profile import DeviceProfile, Provenance, layer_key
+from sekron_search.costs.profile import DeviceProfile, Measurement, Provenance, layer_key
 from sekron_search.costs.traced import reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError
 from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.linear import KroneckerLinear
-from tests.cases import SHAPE, STRUCTURES, small_net
+from sekron_search.model import layer_like, replace_layers
+from sekron_search.scoring import candidates
+from sekron_search.search.space import SearchSpace
+from tests.cases import LAYERS, SHAPE, STRUCTURES, layer_of, small_net
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -34,6 +38,30 @@ def test_plan_counts_what_fvcore_counts(name: str, groups: int) -> None:
     assert not analysis.unsupported_ops()
     weights = sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
     assert weights == structure.num_params * groups
+
+
+SPACE = SearchSpace(families=("sekron", "tucker2", "tt", "kronecker_cp"), max_factors=3, rank_levels=2, max_fits=6)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", LAYERS)
+def test_costs_of_every_kind_of_layer_are_fvcores(name: str) -> None:
+    """Of the dense layer and of options of it, some of them padded to more channels: flops, params and peak."""
+    dense, x = layer_of(name)
+    network = nn.Sequential(dense)
+    info = inspect_model(network, x).layers[0]
+    whole = layer_cost(fam.dense(info.weight_shape), info)
+    assert traced_flops(network, x).total == whole.flops
+    found = candidates(info, SPACE)
+    for candidate in found[:: max(1, len(found) // 20)]:
+        layer = layer_like(network, "0", candidate.structure, order=candidate.cost.order)
+        replaced = replace_layers(network, {"0": layer})
+        assert traced_flops(replaced, x).total == candidate.cost.flops < whole.flops
+        assert sum(p.numel() for p in layer.weights) == candidate.cost.params < whole.params
+        traced, planned = peak_memory(replaced, x).peak, 4 * len(x) * candidate.cost.peak_elements
+        # What padding by a mode, or unevenly, copies is not in the plan; repeated weights are not either.
+        copied = 0 if name not in ("conv2d", "conv2d, same") else 3 * 4 * x.numel()
+        assert planned <= traced <= planned + copied + 4 * 8 * candidate.cost.params * 24
 
 
 @pytest.mark.parametrize("kind", ["conv2d", "linear"])
@@ -133,6 +161,28 @@ def test_profile_round_trip(tmp_path: Path) -> None:
     assert again.provenance == profile.provenance
     key = layer_key(info, structures[1], (0, 1), "factored", 4)
     assert again.latencies[key].median_ms == pytest.approx(profile.latencies[key].median_ms, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_every_kind_are_measured(name: str) -> None:
+    """The layers that are timed are those of the network, in geometry and in cost."""
+    dense, x = layer_of(name)
+    info = inspect_model(nn.Sequential(dense), x).layers[0]
+    found = candidates(info, SPACE)[0]
+    jobs: list[Measurement] = [
+        (info, fam.dense(info.weight_shape), (0,), "factored"),
+        (info, found.structure, found.cost.order, "factored"),
+        (info, found.structure, found.cost.order, "dense"),
+    ]
+    sample = profiles._random_input(info, len(x), torch.device("cpu"))
+    for job in jobs:
+        flops = layer_cost(job[1], info, job[3]).flops
+        assert traced_flops(profiles._random_layer(*job), sample).total * len(sample) == flops * len(x)
+    measured = DeviceProfile(Provenance.here())
+    measured.measure(jobs, len(x), rounds=1)
+    assert {key.split()[0] for key in measured.latencies} == {info.kind}
+    assert len(measured.latencies) == 2  # a rebuilt weight runs like the dense layer's
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,18 @@ from hypothesis import strategies as st
 
 from sekron_search.kron.enumeration import (
     FAMILIES,
+    FamilyName,
     Skeleton,
     factor_shapes,
     largest_where,
     ordered_factorizations,
+    padded_shapes,
     rank_choices,
     rank_ladder,
+    skeletons,
 )
 from sekron_search.kron.families import GRAPHS
-from sekron_search.kron.structure import Structure
+from sekron_search.kron.structure import Shape, Structure
 
 
 @given(st.integers(1, 60), st.integers(1, 4))
@@ -55,6 +58,36 @@ def test_rank_ladder_climbs_within_its_bounds(largest: int, levels: int, multipl
     assert len(ladder) <= levels
     assert all(rank % multiple == 0 for rank in ladder)
     assert ladder[-1] == max(largest - largest % multiple, multiple)
+
+
+def test_channels_are_padded_to_a_multiple_where_that_is_cheap() -> None:
+    assert padded_shapes((7, 13, 3, 3), 8) == [(7, 16, 3, 3), (8, 13, 3, 3), (8, 16, 3, 3)]
+    assert padded_shapes((31, 64, 3, 1), 8) == [(32, 64, 3, 1)]
+    assert padded_shapes((3, 12, 3, 3, 3), 8) == []  # 8 for 3 and 16 for 12 would cost too much
+    assert padded_shapes((7, 13, 3, 3), 1) == []
+
+
+@given(st.tuples(*[st.integers(1, 40)] * 2, *[st.integers(1, 3)] * 2), st.integers(1, 16), st.sampled_from([*FAMILIES]))
+def test_padded_skeletons_are_new_and_split_what_is_padded(shape: Shape, multiple: int, family: FamilyName) -> None:
+    plain = list(FAMILIES[family](shape, 2))
+    found = list(skeletons(family, shape, 2, multiple))
+    assert found[: len(plain)] == plain
+    assert len(set(found)) == len(found)
+    for skeleton in found[len(plain) :]:
+        padded = skeleton.with_ranks([1] * len(skeleton.names)).weight_shape
+        assert padded[2:] == shape[2:]
+        assert padded != shape
+        for mode in (0, 1):
+            if padded[mode] != shape[mode]:
+                assert shape[mode] < padded[mode] <= 1.25 * shape[mode]
+                assert padded[mode] % multiple == 0
+                assert max(factor[mode] for factor in skeleton.shapes) < padded[mode]
+
+
+def test_three_kernel_axes_enumerate() -> None:
+    for name, build in FAMILIES.items():
+        for skeleton in build((4, 2, 2, 3, 1), 3):
+            assert skeleton.with_ranks([1] * len(skeleton.names)).weight_shape == (4, 2, 2, 3, 1), name
 
 
 def test_rank_choices_fit_and_reach_the_limit() -> None:

@@ -7,55 +7,104 @@ import pytest
 import torch
 from torch import nn
 
-from sekron_search.errors import StructureError, UnsupportedLayerError
+from sekron_search.errors import DataError, StructureError, UnsupportedLayerError
 from sekron_search.kron import families as fam
-from sekron_search.kron.conv import KroneckerConv
+from sekron_search.kron.conv import KroneckerConv, KroneckerConvTranspose
+from sekron_search.kron.dense import ConvTranspose, dense_weight, options
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.structure import Structure
 
-CONVS: dict[str, dict[str, Any]] = {
-    "plain": {"kernel_size": 3},
-    "stride and padding": {"kernel_size": 3, "stride": 2, "padding": 1},
-    "asymmetric": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
-    "same": {"kernel_size": 3, "padding": "same"},
-    "same, even kernel": {"kernel_size": (4, 2), "padding": "same"},
-    "valid": {"kernel_size": 3, "padding": "valid"},
-    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
-    "replicate, same, even": {"kernel_size": 4, "padding": "same", "padding_mode": "replicate"},
-    "circular": {"kernel_size": 3, "padding": 2, "padding_mode": "circular", "dilation": 2},
-    "groups": {"kernel_size": 3, "padding": 1, "groups": 2},
-    "pointwise, strided": {"kernel_size": 1, "stride": 2, "padding": 1},
-    "no bias": {"kernel_size": 3, "bias": False},
+CONVS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "plain": (nn.Conv2d, {"kernel_size": 3}),
+    "stride and padding": (nn.Conv2d, {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "asymmetric": (nn.Conv2d, {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}),
+    "same": (nn.Conv2d, {"kernel_size": 3, "padding": "same"}),
+    "same, even kernel": (nn.Conv2d, {"kernel_size": (4, 2), "padding": "same"}),
+    "valid": (nn.Conv2d, {"kernel_size": 3, "padding": "valid"}),
+    "reflect": (nn.Conv2d, {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}),
+    "replicate, same, even": (nn.Conv2d, {"kernel_size": 4, "padding": "same", "padding_mode": "replicate"}),
+    "circular": (nn.Conv2d, {"kernel_size": 3, "padding": 2, "padding_mode": "circular", "dilation": 2}),
+    "groups": (nn.Conv2d, {"kernel_size": 3, "padding": 1, "groups": 2}),
+    "pointwise, strided": (nn.Conv2d, {"kernel_size": 1, "stride": 2, "padding": 1}),
+    "no bias": (nn.Conv2d, {"kernel_size": 3, "bias": False}),
+    "1-d": (nn.Conv1d, {"kernel_size": 5, "stride": 2, "padding": 2, "groups": 2}),
+    "1-d, same, even, circular": (nn.Conv1d, {"kernel_size": 4, "padding": "same", "padding_mode": "circular"}),
+    "1-d, dilated, reflect": (nn.Conv1d, {"kernel_size": 3, "padding": 3, "dilation": 2, "padding_mode": "reflect"}),
+    "3-d": (nn.Conv3d, {"kernel_size": (3, 2, 3), "stride": (2, 1, 1), "padding": (1, 0, 2), "dilation": (1, 2, 1)}),
+    "3-d, same, groups": (nn.Conv3d, {"kernel_size": (2, 3, 1), "padding": "same", "groups": 2}),
+    "3-d, replicate": (nn.Conv3d, {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"}),
+    "transposed": (nn.ConvTranspose2d, {"kernel_size": 3}),
+    "transposed, upsampling": (nn.ConvTranspose2d, {"kernel_size": 4, "stride": 2, "padding": 1}),
+    "transposed, asymmetric": (
+        nn.ConvTranspose2d,
+        {"kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 0), "output_padding": (1, 2), "dilation": (1, 2)},
+    ),
+    "transposed, groups": (nn.ConvTranspose2d, {"kernel_size": 3, "stride": 2, "groups": 2, "bias": False}),
+    "transposed, pointwise": (nn.ConvTranspose2d, {"kernel_size": 1, "stride": 2, "output_padding": 1}),
+    "transposed, 1-d": (nn.ConvTranspose1d, {"kernel_size": 5, "stride": 3, "padding": 1, "output_padding": 2}),
+    "transposed, 3-d": (nn.ConvTranspose3d, {"kernel_size": (2, 3, 1), "stride": 2, "padding": (0, 1, 0), "groups": 2}),
 }
 
 
-def structures_for(conv: nn.Conv2d) -> list[Structure]:
-    f, c = conv.out_channels // conv.groups, conv.in_channels // conv.groups
-    h, w = conv.kernel_size
+def structures_for(dense: Any) -> list[Structure]:
+    _, f, c, *kernel = dense_weight(dense).shape
+    first, *others = kernel
+    ones = [1] * len(others)
     return [
-        fam.dense((f, c, h, w)),
-        fam.spatial_svd((f, c, h, w), 2),
+        fam.dense((f, c, *kernel)),
+        fam.spatial_svd((f, c, *kernel), 2),
         # Channels that do not divide: padded up with zeros.
-        fam.sekron([(3, 4, h, 1), (-(-f // 3), -(-c // 4), 1, w)], [2]),
-        fam.sekron([(2, 1, 1, w), (-(-f // 2), 2, h, 1), (1, -(-c // 2), 1, 1)], [2, 2]),
+        fam.sekron([(3, 4, first, *ones), (-(-f // 3), -(-c // 4), 1, *others)], [2]),
+        fam.sekron([(2, 1, 1, *others), (-(-f // 2), 2, first, *ones), (1, -(-c // 2), 1, *ones)], [2, 2]),
     ]
+
+
+def replacement(dense: Any, structure: Structure, **how: Any) -> Any:
+    cls = KroneckerConvTranspose if isinstance(dense, ConvTranspose) else KroneckerConv
+    return cls.from_conv(dense, structure, **how)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", CONVS)
 def test_layer_equals_its_dense_convolution(name: str) -> None:
     torch.manual_seed(0)
-    conv = nn.Conv2d(10, 14, **CONVS[name]).double()
-    x = torch.randn(2, 10, 11, 12, dtype=torch.float64)
+    kind, arguments = CONVS[name]
+    conv: Any = kind(10, 14, **arguments).double()
+    x = torch.randn(2, 10, *(11, 12, 9)[: len(conv.kernel_size)], dtype=torch.float64)
     for structure in structures_for(conv):
-        layer = KroneckerConv.from_conv(conv, structure)
+        layer = replacement(conv, structure)
         dense = layer.to_conv()
-        assert (dense.stride, dense.padding, dense.dilation) == (conv.stride, conv.padding, conv.dilation)
-        assert (dense.groups, dense.padding_mode) == (conv.groups, conv.padding_mode)
+        assert type(dense) is kind
+        for attribute in options(conv):
+            assert getattr(dense, attribute) == getattr(layer, attribute) == getattr(conv, attribute)
+        torch.testing.assert_close(layer.weight, dense.weight)
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(layer(x[0]), dense(x[0]), rtol=1e-12, atol=1e-12)
-        rebuilt = KroneckerConv.from_conv(conv, structure, execution="dense", factors=layer.factors())
+        rebuilt = replacement(conv, structure, execution="dense", factors=layer.factors())
         torch.testing.assert_close(rebuilt(x), dense(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in CONVS if n.startswith("transposed")])
+def test_transposed_layers_take_an_output_size(name: str) -> None:
+    kind, arguments = CONVS[name]
+    conv: Any = kind(10, 14, **arguments).double()
+    axes = len(conv.kernel_size)
+    x = torch.randn(2, 10, *(5, 4, 3)[:axes], dtype=torch.float64)
+    layer = replacement(conv, structures_for(conv)[1])
+    dense = layer.to_conv()
+    least = [n - extra for n, extra in zip(conv(x).shape[2:], conv.output_padding, strict=True)]
+    for size in (least, [n + s - 1 for n, s in zip(least, conv.stride, strict=True)]):
+        torch.testing.assert_close(layer(x, output_size=size), dense(x, output_size=size), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer(x, [2, 14, *size]), dense(x, size), rtol=1e-12, atol=1e-12)
+    for wrong in ([n - 1 for n in least], [n + s for n, s in zip(least, conv.stride, strict=True)], []):
+        with pytest.raises(DataError, match=r"output_size: an input of size \(5.* can give sizes from"):
+            layer(x, output_size=wrong)
+
+
+def test_what_is_no_adjoint_of_a_convolution_is_refused() -> None:
+    conv = nn.ConvTranspose2d(4, 4, 3, stride=1, dilation=2, output_padding=1)
+    with pytest.raises(UnsupportedLayerError, match=r"output_padding \(1, 1\) is not smaller than its stride \(1, 1\)"):
+        KroneckerConvTranspose.from_conv(conv, fam.dense((4, 4, 3, 3)))
 
 
 def test_dense_structure_keeps_the_convolution() -> None:
@@ -164,20 +213,37 @@ def test_wrong_structures_are_refused(structure: Structure, says: str) -> None:
 
 
 def test_other_layers_are_refused() -> None:
-    with pytest.raises(UnsupportedLayerError, match=r"expected an nn\.Conv2d"):
+    with pytest.raises(
+        UnsupportedLayerError,
+        match=r"expected an nn\.Conv1d, nn\.Conv2d or nn\.Conv3d with its weight, got ConvTranspose2d",
+    ):
         KroneckerConv.from_conv(nn.ConvTranspose2d(6, 8, 3), fam.dense((8, 6, 3, 3)))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedLayerError, match="LazyConv2d"):
         KroneckerConv.from_conv(nn.LazyConv2d(8, 3), fam.dense((8, 6, 3, 3)))
-    with pytest.raises(StructureError, match="1x1 kernel"):
-        KroneckerLinear(fam.dense((8, 6, 3, 3)), 6, 8)
+    with pytest.raises(StructureError, match="kernels must be equal"):
+        KroneckerLinear(nn.Linear(6, 8), fam.dense((8, 6, 3, 3)))
 
 
-def test_exports_without_einsum() -> None:
-    conv = nn.Conv2d(6, 8, 3, padding=1)
-    layer = KroneckerConv.from_conv(conv, fam.sekron([(2, 3, 3, 1), (4, 2, 1, 3)], [3])).eval()
-    x = torch.randn(2, 6, 9, 9)
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(6, 8, 3, padding=1),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.Conv3d(6, 8, 3, padding=1),
+        nn.ConvTranspose2d(6, 8, 3, stride=2, output_padding=1),
+    ],
+    ids=lambda conv: type(conv).__name__,
+)
+def test_exports_without_einsum(conv: Any) -> None:
+    # Channels that do not divide, so that padding and cropping are exported as well.
+    shape = tuple(dense_weight(conv).shape[3:])
+    layer = replacement(
+        conv, fam.sekron([(2, 3, *shape[:1], *[1] * (len(shape) - 1)), (5, 3, 1, *shape[1:])], [3])
+    ).eval()
+    size = (9, 9, 5)[: len(conv.kernel_size)]
+    x = torch.randn(2, 6, *size)
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not any("einsum" in name or "bmm" in name for name in names), names
-    more = torch.randn(5, 6, 9, 9)
+    more = torch.randn(5, 6, *size)
     torch.testing.assert_close(program.module()(more), layer(more))

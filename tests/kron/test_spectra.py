@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sekron_search.kron import families as fam
+from sekron_search.kron import spectra as module
+from sekron_search.kron.enumeration import factor_shapes
+from sekron_search.kron.projection import fit_batch
+from sekron_search.kron.spectra import PairSpectra, error_bound, nested_tails
+from sekron_search.kron.structure import Shape
+from tests.cases import SHAPE, STRUCTURES
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tails_by_svd(weight: Tensor, first: Shape, second: Shape) -> Tensor:
+    """Squared errors at ranks 0, 1, ... from the singular values of the unfolding itself."""
+    values = torch.linalg.svdvals(fam.sekron([first, second], [1]).unfold(weight)).square().sum(0)
+    tails = torch.cat([values, values.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    return tails / weight.square().sum()
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (12, 5, 3, 1), (4, 6, 2, 3, 2)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_pair_spectrum_is_that_of_the_unfolding(shape: tuple[int, ...], workers: int) -> None:
+    """Partial traces of larger Gram matrices included: most spectra here come from those."""
+    weight = gaussian(2, *shape)
+    pairs = list(factor_shapes(shape, 2))
+    spectra = PairSpectra(weight)
+    spectra.compute([first for first, _ in pairs], workers=workers)
+    for first, second in pairs:
+        expected = tails_by_svd(weight, first, second)
+        torch.testing.assert_close(spectra.tails(first), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_spectra_in_single_precision_are_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DOUBLE_UP_TO", 4)
+    weight = gaussian(1, *SHAPE)
+    for first, second in factor_shapes(SHAPE, 2):
+        expected = tails_by_svd(weight, first, second)
+        torch.testing.assert_close(PairSpectra(weight).tails(first), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20, 0.0])
+def test_scale_does_not_matter(scale: float) -> None:
+    weight = gaussian(1, *SHAPE)
+    found = PairSpectra(weight * scale).error((8, 1, 1, 1), 3)
+    assert found == (pytest.approx(PairSpectra(weight).error((8, 1, 1, 1), 3), rel=1e-9) if scale else 0.0)
+
+
+def test_half_precision_weights_are_scored() -> None:
+    weight = gaussian(1, *SHAPE).to(torch.bfloat16)
+    assert PairSpectra(weight).error((8, 1, 1, 1), 3) == pytest.approx(
+        PairSpectra(weight.double()).error((8, 1, 1, 1), 3), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    "sequence", [((2, 3, 1, 1), (2, 1, 3, 1), (2, 2, 1, 3)), ((8, 1, 1, 1), (1, 6, 1, 1), (1, 1, 3, 3))]
+)
+def test_nested_tails_are_the_errors_of_the_recursion(sequence: tuple[Shape, ...]) -> None:
+    weight = gaussian(2, *SHAPE)
+    other = (sequence[0], tuple(a * b for a, b in zip(sequence[1], sequence[2], strict=True)))
+    limits = (8, 9)
+    found = nested_tails(weight, {sequence: limits, other: (5,)})
+    norms = weight.flatten(1).norm(dim=1)
+    for a in range(1, limits[0] + 1):
+        for b in range(1, limits[1] + 1):
+            _, errors = fit_batch(weight, fam.sekron(sequence, [a, b]), sweeps=0)
+            squared = found[sequence][:, a - 1, b - 1]
+            torch.testing.assert_close(squared.sqrt() / norms, errors, rtol=1e-6, atol=1e-7)
+    for rank in range(1, 6):
+        _, errors = fit_batch(weight, fam.sekron(other, [rank]), sweeps=0)
+        torch.testing.assert_close(found[other][:, rank - 1].sqrt() / norms, errors, rtol=1e-6, atol=1e-7)
+
+
+def test_nested_tails_of_four_factors() -> None:
+    structure = STRUCTURES["SeKron S=4"]
+    weight = gaussian(1, *SHAPE)
+    limits = tuple(size for _, size in structure.ranks)
+    tails = nested_tails(weight, {structure.shapes: limits})[structure.shapes]
+    _, errors = fit_batch(weight, structure, sweeps=0)
+    assert float(tails[0, -1, -1, -1].sqrt() / weight.norm()) == pytest.approx(float(errors), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, s in STRUCTURES.items() if s.num_factors > 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_fit_comes_below_its_bound(name: str, seed: int) -> None:
+    structure = STRUCTURES[name]
+    weight = gaussian(1, *SHAPE, seed=seed)
+    bound = error_bound(structure, PairSpectra(weight))
+    _, errors = fit_batch(weight, structure, sweeps=300, starts=4)
+    assert bound <= float(errors) * (1 + 1e-9)
+    assert bound > 0.3 * float(errors), "a bound near zero would spare nothing"
+
+
+def test_bound_of_two_factors_is_their_error() -> None:
+    weight = gaussian(1, *SHAPE)
+    structure = STRUCTURES["Kronecker"]
+    _, errors = fit_batch(weight, structure)
+    assert error_bound(structure, PairSpectra(weight)) == pytest.approx(float(errors), rel=1e-9)
+
+
+def test_known_spectra_bound_larger_ones() -> None:
+    weight = gaussian(1, 16, 16, 3, 3)
+    spectra = PairSpectra(weight)
+    spectra.compute([(4, 1, 1, 1), (8, 1, 1, 1), (4, 2, 1, 1)])
+    bounds = [spectra.bound_from_nested((8, 4, 1, 1), rank) for rank in range(1, 33)]
+    errors = [PairSpectra(weight).error((8, 4, 1, 1), rank) for rank in range(1, 33)]
+    assert all(bound <= error + 1e-12 for bound, error in zip(bounds, errors, strict=True))
+    assert bounds[0] > 0.5

@@ -1,0 +1,126 @@
+"""What a layer sees, for every kind of layer, against what the layer itself computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sekron_search.calibration import collect_metrics, output_rows, unfold_input
+from sekron_search.inspection import inspect_model
+from sekron_search.kron import families as fam
+from sekron_search.kron.dense import dense_weight, native_weight
+from sekron_search.kron.projection import project, reconstruct_batch
+from sekron_search.kron.refine import InputMetric, refine
+from sekron_search.model import LayerInfo, layer_like, replace_layers
+from sekron_search.sequential import fit_sequentially
+from tests.cases import LAYERS, layer_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
+def case(name: str) -> tuple[Any, Tensor, LayerInfo]:
+    dense, x = layer_of(name)
+    return dense, x, inspect_model(nn.Sequential(dense), x).layers[0]
+
+
+def exact_metric(dense: nn.Module, x: Tensor, info: LayerInfo) -> InputMetric:
+    columns = unfold_input(x, info, dense).double()
+    second = columns @ columns.mT / columns.shape[-1]
+    return InputMetric.from_moments(second, columns.mean(-1), centered=False, damping=0.0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_weight_times_the_columns_is_the_output(name: str) -> None:
+    dense, x, info = case(name)
+    columns = unfold_input(x, info, dense)
+    found = dense_weight(dense).flatten(2) @ columns + dense.bias.reshape(info.geometry.groups, -1, 1)
+    torch.testing.assert_close(found, output_rows(dense(x), info), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_weight_goes_back_into_the_dense_layer(name: str) -> None:
+    dense, _, info = case(name)
+    assert dense_weight(dense).shape == (info.geometry.groups, *info.weight_shape)
+    assert torch.equal(native_weight(dense_weight(dense), info.kind), dense.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYERS)
+def test_output_error_is_what_the_metric_says(name: str) -> None:
+    """The metric's norm against the layer itself, on the inputs that the metric came from."""
+    dense, x, info = case(name)
+    other, _, _ = case(name)
+    dense.bias = other.bias = None
+    expected = float((dense(x) - other(x)).norm() / dense(x).norm())
+    weights = dense_weight(dense), dense_weight(other)
+    assert exact_metric(dense, x, info).rel_error(*weights) == pytest.approx(expected, rel=1e-5)
+    collected = collect_metrics(nn.Sequential(dense), inspect_model(nn.Sequential(dense), x).layers, [(x,)])["0"]
+    assert collected.rel_error(*weights) == pytest.approx(expected, rel=0.01)  # a little damped
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_refinement_lowers_the_error_of_the_replaced_layers_output(name: str) -> None:
+    dense, x, info = case(name)
+    structure = fam.spatial_svd(info.weight_shape, 1)
+    weight = dense_weight(dense).detach().double()
+    metric = exact_metric(dense, x, info)
+    start = project(weight, structure)
+    dense.bias = None
+
+    def error(factors: Any) -> float:
+        layer = layer_like(nn.Sequential(dense), "0", structure)
+        layer.set_factors(factors)
+        return float(((layer(x) - dense(x)).norm() / dense(x).norm()).detach())
+
+    refined = refine(structure, start, weight, metric, steps=30)
+    assert error(refined.factors) == pytest.approx(refined.rel_error, rel=1e-3)
+    before = metric.rel_error(weight, reconstruct_batch(structure, start.factors))
+    assert error(start.factors) == pytest.approx(before, rel=1e-3)
+    assert refined.rel_error <= before
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_fitting_in_sequence_keeps_the_mean_and_lowers_the_error(name: str) -> None:
+    dense, x, info = case(name)
+    assert info.output_shift == "correctable"
+    original = nn.Sequential(dense)
+    layer = layer_like(original, "0", fam.spatial_svd(info.weight_shape, 1))
+    layer.set_factors(project(dense_weight(dense), layer.structure).factors)
+    compressed = replace_layers(original, {"0": layer})
+    x = x + 0.5  # a mean to be made up for
+    before = float((compressed(x) - original(x)).detach().norm())
+    fit_sequentially(compressed, original, [info], [(x,)], steps=30)
+    rows = [output_rows(network(x), info).mean(-1) for network in (compressed, original)]
+    torch.testing.assert_close(*rows, rtol=1e-3, atol=1e-4)
+    assert float((compressed(x) - original(x)).detach().norm()) < before
+
+
+def test_output_sizes_may_differ_between_batches() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.up(x[..., ::2, ::2], output_size=x.shape[2:])
+            return found
+
+    original, batches = Net(), [(torch.randn(4, 4, size, size),) for size in (8, 9)]
+    info = inspect_model(original, batches[0]).layers[0]
+    layer = layer_like(original, "up", fam.dense(info.weight_shape))
+    start = dense_weight(original.up).detach()
+    layer.set_factors([start + 0.1 * torch.randn_like(start)])
+    compressed = replace_layers(original, {"up": layer})
+    metric = collect_metrics(original, [info], batches)["up"]
+    assert metric.rel_error(start, start) == 0.0
+    fit_sequentially(compressed, original, [info], batches, steps=1)
+    for inputs in batches:
+        assert compressed(*inputs).shape == original(*inputs).shape
+        rows = output_rows(original(*inputs), info)
+        columns = unfold_input(inputs[0][..., ::2, ::2], info, original.up, original(*inputs))
+        bias = original.up.bias
+        assert bias is not None
+        torch.testing.assert_close(start.flatten(2) @ columns + bias[:, None], rows, rtol=1e-4, atol=1e-5)
