@@ -17,6 +17,7 @@ from sekron_search.costs.profile import DeviceProfile
 from sekron_search.data import batches, digits, evaluate, image_folder, import_reference, load_data
 from sekron_search.errors import ConfigError, DataError
 from sekron_search.kron.enumeration import FAMILIES
+from sekron_search.kron.plan import best_plan
 from sekron_search.scoring import candidates
 from sekron_search.search.space import SearchSpace
 from tests.cases import CONFIG, blobs, net_of_odd_layers, small_net, write_config
@@ -129,10 +130,15 @@ def test_every_search_space_loads_and_enumerates(path: Path) -> None:
 
     space = SearchSpace.load(path)
     assert path.read_text().startswith("#"), "a space begins with a comment that says what it is for"
-    info = inspect_model(small_net(), torch.randn(1, 3, 8, 8)).layers[1]
-    found = candidates(info, space)
-    assert found
-    assert all(c.structure.weight_shape == info.weight_shape for c in found)
+    layers = inspect_model(small_net(), torch.randn(1, 3, 8, 8)).layers
+    linear = inspect_model(torch.nn.Linear(48, 64), torch.randn(2, 48)).layers[0]
+    for info in (layers[1], linear):
+        found = candidates(info, space)
+        assert found
+        assert all(c.structure.weight_shape == info.weight_shape for c in found)
+        if space.name == "phone_cpu":
+            plans = [best_plan(c.structure, info.geometry, info.input_size) for c in found]
+            assert not any(plan.num_permutes for plan in plans)
     assert set(space.families) <= set(FAMILIES)
 
 

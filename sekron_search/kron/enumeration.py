@@ -9,11 +9,22 @@ from itertools import product
 from math import prod
 from typing import Literal
 
-from sekron_search.kron.families import GRAPHS, Graph, GraphName, mode_shapes, tucker2
+from sekron_search.kron.families import GRAPHS, Graph, GraphName, channel_svd, mode_shapes, spatial_svd, tucker2
 from sekron_search.kron.structure import Shape, Structure
 
 FamilyName = Literal[
-    "sekron", "cp", "tucker", "tucker2", "tt", "tr", "kronecker_cp", "kronecker_tt", "kronecker_tr", "kronecker_tucker"
+    "sekron",
+    "channel_svd",
+    "spatial_svd",
+    "cp",
+    "tucker",
+    "tucker2",
+    "tt",
+    "tr",
+    "kronecker_cp",
+    "kronecker_tt",
+    "kronecker_tr",
+    "kronecker_tucker",
 ]
 
 
@@ -97,11 +108,20 @@ def _by_shapes(graph: GraphName, least: int) -> Callable[[Shape, int], Iterator[
     return build
 
 
-def _tucker2(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
-    f, c, *kernel = weight_shape
-    if f > 1 and c > 1 and prod(kernel) > 1:
-        structure = tucker2(weight_shape, (1, 1))
-        yield Skeleton(structure.shapes, structure.carries)
+def _always(make: Callable[[Shape], Structure]) -> Callable[[Shape, int], Iterator[Skeleton]]:
+    """The one skeleton of a family, where none of its factors is a single number."""
+
+    def build(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
+        structure = make(weight_shape)
+        if all(prod(shape) > 1 for shape in structure.shapes):
+            yield Skeleton(structure.shapes, structure.carries)
+
+    return build
+
+
+def _spatial_svd(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
+    if sum(size > 1 for size in weight_shape[2:]) > 1:  # else it is the channel SVD
+        yield from _always(lambda shape: spatial_svd(shape, 1))(weight_shape, max_factors)
 
 
 #: For every family, the skeletons of a weight shape with at most so many factors (families by mode have their own).
@@ -109,7 +129,9 @@ FAMILIES: dict[FamilyName, Callable[[Shape, int], Iterator[Skeleton]]] = {
     "sekron": _by_shapes("sekron", 2),
     "cp": _by_modes("cp"),
     "tucker": _by_modes("tucker"),
-    "tucker2": _tucker2,
+    "tucker2": _always(lambda shape: tucker2(shape, (1, 1))),
+    "channel_svd": _always(lambda shape: channel_svd(shape, 1)),
+    "spatial_svd": _spatial_svd,
     "tt": _by_modes("tt"),
     "tr": _by_modes("tr"),
     "kronecker_cp": _by_shapes("cp", 3),
