@@ -20,6 +20,9 @@ from sekron_search.kron.svd import mode_bases, recursive_svd
 #: Weight of the factors' squared norms in the objective of least squares, for weights of norm 1.
 RIDGE = 1e-6
 
+#: At most so many sweeps follow without it: exact weights are exactly recovered, and terms have no time to grow.
+LAST_SWEEPS = 100
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -126,7 +129,7 @@ def _best_of_starts(
         factors, _ = alternating_least_squares(
             structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance, ridge=RIDGE
         )
-        sweeps = 1 + sweeps // 10
+        sweeps = min(1 + sweeps // 10, LAST_SWEEPS)
     factors, errors = alternating_least_squares(structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance)
     best = errors.reshape(starts, -1).argmin(0) * len(modes) + torch.arange(len(modes), device=modes.device)
     return [a[best] for a in factors]

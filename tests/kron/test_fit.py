@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sekron_search.errors import StructureError
 from sekron_search.kron import families as fam
-from sekron_search.kron.projection import balance, project, reconstruct_batch
+from sekron_search.kron import projection
+from sekron_search.kron.projection import balance, fit_batch, project, reconstruct_batch
 from sekron_search.kron.refine import InputMetric, refine
 from tests.cases import SHAPE, STRUCTURES, random_factors
 
@@ -64,13 +65,85 @@ def test_sweeps_never_raise_the_error(name: str) -> None:
     assert all(later <= earlier + 1e-9 for earlier, later in pairwise(errors))
 
 
+@pytest.mark.parametrize("name", ["SeKron S=3", "SeKron S=4", "CP", "Tensor-Ring", "Kronecker-CP", "Kronecker-TR"])
+def test_several_starts_recover_what_the_recursion_misses(name: str) -> None:
+    structure = STRUCTURES[name]
+    weights = torch.cat([reconstruct_batch(structure, random_factors(structure, groups=1, seed=s)) for s in range(4)])
+    _, greedy = fit_batch(weights, structure, sweeps=0)
+    factors, errors = fit_batch(weights, structure, sweeps=1000, starts=8)
+    assert float(greedy.min()) > 1e-3, "the recursion alone is expected to fall short here"
+    assert float(errors.max()) < 1e-6
+    torch.testing.assert_close(reconstruct_batch(structure, factors), weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n, s in STRUCTURES.items() if s.num_factors > 2])
+def test_more_starts_are_never_worse_and_each_weight_is_fitted_on_its_own(name: str) -> None:
+    structure = STRUCTURES[name]
+    weights = gaussian(3, *SHAPE)
+    _, one = fit_batch(weights, structure, sweeps=60)
+    _, several = fit_batch(weights, structure, sweeps=60, starts=4)
+    # All weights are swept until the slowest is done: the last digits depend on the company.
+    assert bool((several <= one + 1e-4).all())
+    _, alone = fit_batch(weights[1:2], structure, sweeps=60)
+    assert float(alone) == pytest.approx(float(one[1]), rel=1e-4)
+
+
+def test_seed_of_the_random_starts_decides() -> None:
+    weights = gaussian(1, *SHAPE)
+    fits = [fit_batch(weights, STRUCTURES["CP"], starts=4, seed=seed)[0] for seed in (0, 0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(fits[0], fits[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(fits[0], fits[2], strict=True))
+
+
+def test_terms_that_cancel_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of rank three that rank-two ones approach with terms of any size (de Silva and Lim 2008)."""
+    a, b = gaussian(2, 6)
+    weight = torch.einsum("i,j,k->ijk", a, a, b) + torch.einsum("i,j,k->ijk", a, b, a)
+    weight = (weight + torch.einsum("i,j,k->ijk", b, a, a)).reshape(1, 6, 6, 6, 1)
+    structure = fam.cp((6, 6, 6, 1), 2)
+
+    def largest_term() -> float:
+        factors, errors = fit_batch(weight, structure, sweeps=5000, starts=3, tolerance=0.0)
+        assert float(errors) < 0.05
+        terms = torch.stack([torch.linalg.vector_norm(f[0].flatten(1), dim=1) for f in factors]).prod(0)
+        return float(terms.max() / weight.norm())
+
+    held = largest_term()
+    monkeypatch.setattr(projection, "RIDGE", 0.0)
+    assert held < 200
+    assert held < largest_term() / 2
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
-def test_scale_of_the_weight_does_not_matter(scale: float) -> None:
+@pytest.mark.parametrize("name", [n for n in STRUCTURES if n != "dense"])
+def test_scale_of_the_weight_does_not_matter(name: str, scale: float) -> None:
     weight = gaussian(1, *SHAPE)
-    for name in ("Kronecker", "CP", "Tucker-2"):
-        assert project(weight * scale, STRUCTURES[name]).rel_error == pytest.approx(
-            project(weight, STRUCTURES[name]).rel_error, rel=1e-6
-        )
+    scaled = project(weight * scale, STRUCTURES[name])
+    assert scaled.rel_error == pytest.approx(project(weight, STRUCTURES[name]).rel_error, rel=1e-6)
+    norms = [float(factor.norm()) for factor in scaled.factors]
+    assert max(norms) / min(norms) < 1e3, "the scale is shared out"
+    single = project((weight * scale).float(), STRUCTURES[name])
+    rebuilt = reconstruct_batch(STRUCTURES[name], single.factors) / scale
+    assert float((rebuilt - weight).norm() / weight.norm()) == pytest.approx(scaled.rel_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_half_precision_weights_are_fitted_in_double(name: str, dtype: torch.dtype) -> None:
+    weight = gaussian(1, *SHAPE).to(dtype)
+    fit = project(weight, STRUCTURES[name])
+    assert all(factor.dtype == dtype and bool(torch.isfinite(factor).all()) for factor in fit.factors)
+    assert fit.rel_error == pytest.approx(project(weight.double(), STRUCTURES[name]).rel_error, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_rank_deficient_weights_are_fitted(name: str) -> None:
+    """Ranks beyond what the weight has: singular normal matrices, columns without a singular value."""
+    u, v = gaussian(2, 8, 1, 1, 1), gaussian(2, 1, 6, 3, 3, seed=1)
+    weight = u * v
+    fit = project(weight, STRUCTURES[name], sweeps=200, starts=2)
+    assert all(bool(torch.isfinite(factor).all()) for factor in fit.factors)
+    assert fit.rel_error <= project(weight, STRUCTURES[name], sweeps=0).rel_error + 1e-9
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
