@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from math import prod
 from typing import Any
 
 import torch
@@ -41,10 +42,10 @@ def score_all(workers: int) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         structures = 0
         for first, second in pairs:
-            sizes = torch.tensor(first).prod(), torch.tensor(second).prod()
-            cheaper = (weight[0].numel() - 1) // int(sum(sizes))
-            structures += min(cheaper, int(min(sizes)))
-            assert 0 <= float(spectra.tails(first)[min(cheaper, int(min(sizes)))]) <= 1 + 1e-6
+            ranks = min((prod(shape) - 1) // (prod(first) + prod(second)), prod(first), prod(second))
+            structures += ranks
+            errors = [spectra.error(first, rank) for rank in (1, max(ranks, 1))]
+            assert 0 <= errors[1] <= errors[0] <= 1 + 1e-6, (first, second, errors)
         layers.append({"shape": shape, "shape_pairs": len(pairs), "structures": structures, "seconds": seconds})
         print(f"{shape}: {structures} structures of {len(pairs)} shape pairs in {seconds:.2f} s")
     total = sum(layer["seconds"] for layer in layers)

@@ -18,7 +18,7 @@ from sekron_search.kron.structure import Structure
 from sekron_search.kron.svd import mode_bases, recursive_svd
 
 #: Weight of the factors' squared norms in the objective of least squares, for weights of norm 1.
-RIDGE = 1e-6
+RIDGE = 1e-5
 
 #: At most so many sweeps follow without it: exact weights are exactly recovered, and terms have no time to grow.
 LAST_SWEEPS = 100
