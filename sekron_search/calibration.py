@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,13 +38,14 @@ class _Moment:
         self.first = first if self.first is None else self.first + first
         self.count += columns.shape[-1]
 
-    def metric(self) -> InputMetric:
+    def metric(self, curvature: Tensor | None) -> InputMetric:
         if self.second is None or self.first is None:
             raise DataError(f"layer '{self.info.name}' saw no calibration data; give at least one batch")
         if not bool(torch.isfinite(self.second).all()):
             raise DataError(f"layer '{self.info.name}': its input holds NaN or infinity on the calibration data")
         centered = self.info.output_shift != "kept"
-        return InputMetric.from_moments(self.second / self.count, self.first / self.count, centered=centered)
+        second, first = self.second / self.count, self.first / self.count
+        return InputMetric.from_moments(second, first, centered=centered, curvature=curvature)
 
 
 def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module) -> Tensor:
@@ -68,12 +69,21 @@ def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module) -> Tensor:
     return grouped.permute(1, 2, 0, 3).flatten(2)
 
 
+def output_rows(output: Tensor, info: LayerInfo) -> Tensor:
+    """A layer's output as (G, F, samples times positions), in the order of `unfold_input`."""
+    if info.kind == "linear":
+        return output.reshape(1, -1, output.shape[-1]).mT
+    grouped: Tensor = output.unflatten(1, (info.geometry.groups, -1))
+    return grouped.movedim(0, 2).flatten(2)
+
+
 @torch.no_grad()
 def collect_metrics(
     model: nn.Module,
     layers: Sequence[LayerInfo],
     batches: Iterable[Inputs],
     *,
+    curvature: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, InputMetric]:
@@ -83,6 +93,7 @@ def collect_metrics(
         model: The network, in the mode in which it will be used.
         layers: Layers to observe.
         batches: Calibration inputs.
+        curvature: Of the layers' outputs, from `output_curvature`; layers without one weigh all errors alike.
         seed: Of the choice of positions.
         progress: Called with the number of batches done.
 
@@ -105,4 +116,4 @@ def collect_metrics(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: moment.metric() for name, moment in moments.items()}
+    return {name: moment.metric((curvature or {}).get(name)) for name, moment in moments.items()}

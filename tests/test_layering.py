@@ -26,6 +26,7 @@ LAYERS = [
     ["rundir"],
     ["search"],
     ["proxies"],
+    ["curvature", "sums"],
     ["calibration"],
     ["costs"],
     ["inspection"],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -148,3 +149,59 @@ def test_output_error_is_what_the_metric_says() -> None:
     metric = InputMetric.from_moments(moment, x.mean(0)[None], centered=False, damping=0.0)
     expected = (x @ (weight - other).flatten(2)[0].mT).norm() / (x @ weight.flatten(2)[0].mT).norm()
     assert metric.rel_error(weight, other) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_curvature_weighs_the_rows_of_the_error() -> None:
+    """tr(H D M D') from its definition."""
+    weight, other = gaussian(2, *SHAPE), gaussian(2, *SHAPE, seed=7)
+    plain, root = metric_of(weight), gaussian(2, SHAPE[0], SHAPE[0], seed=9)
+    metric = replace(plain, output_root=root)
+    difference = (weight - other).flatten(2)
+    expected = torch.einsum(
+        "gfe,geq,gqp,gfp->", root @ root.mT, difference, plain.root @ plain.root.mT, difference
+    ).sqrt()
+    assert float(metric.norm(weight - other)) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_refinement_under_curvature_reaches_the_closed_form() -> None:
+    """Whitened on both sides, Eckart-Young gives the optimum of a channel SVD."""
+    structure = fam.channel_svd(SHAPE, 3)
+    weight = gaussian(1, *SHAPE)
+    curvature = gaussian(1, SHAPE[0], SHAPE[0], seed=4) * torch.logspace(0, -1, SHAPE[0], dtype=torch.float64)
+    metric = replace(metric_of(weight), output_root=curvature)
+    values = torch.linalg.svdvals(metric.weighted(weight)[0])
+    optimum = float(values[3:].norm() / values.norm())
+    refined = refine(structure, project(weight, structure), weight, metric, steps=400)
+    assert refined.rel_error == pytest.approx(optimum, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_refinement_does_not_see_the_scale_of_the_weight(scale: float) -> None:
+    structure, weight = STRUCTURES["Kronecker"], gaussian(1, *SHAPE)
+    metric = metric_of(weight)
+    plain = refine(structure, project(weight, structure), weight, metric, steps=20)
+    scaled = refine(structure, project(weight * scale, structure), weight * scale, metric, steps=20)
+    assert scaled.rel_error == pytest.approx(plain.rel_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_refinement_keeps_the_dtype(dtype: torch.dtype) -> None:
+    structure, weight = STRUCTURES["Kronecker"], gaussian(1, *SHAPE).to(dtype)
+    metric = metric_of(weight)
+    start = project(weight, structure)
+    refined = refine(structure, start, weight, metric, steps=20)
+    assert all(a.dtype == dtype for a in refined.factors)
+    assert refined.rel_error < metric.rel_error(weight, reconstruct_batch(structure, start.factors))
+
+
+@pytest.mark.parametrize("second", ["zero", "rank one"])
+def test_refinement_takes_singular_moments_and_zero_weights(second: str) -> None:
+    structure, size = STRUCTURES["Kronecker"], SHAPE[1] * SHAPE[2] * SHAPE[3]
+    direction = gaussian(1, size, 1) if second == "rank one" else torch.zeros(1, size, 1, dtype=torch.float64)
+    mean = torch.zeros(1, size, dtype=torch.float64)
+    singular = torch.zeros(1, SHAPE[0], SHAPE[0], dtype=torch.float64)
+    metric = InputMetric.from_moments(direction @ direction.mT, mean, centered=False, curvature=singular)
+    for weight in (gaussian(1, *SHAPE), torch.zeros(1, *SHAPE, dtype=torch.float64)):
+        refined = refine(structure, project(weight, structure), weight, metric, steps=5)
+        assert refined.rel_error <= 1
+        assert all(bool(torch.isfinite(a).all()) for a in refined.factors)
