@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sekron_search.calibration import output_rows, unfold_input
+from sekron_search.calibration import MAX_POSITIONS_PER_BATCH, output_rows, unfold_input
 from sekron_search.costs.traced import reestimate_batch_norm
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.projection import Fit
@@ -95,10 +95,14 @@ class _Moments:
     def __init__(self, info: LayerInfo) -> None:
         self.info = info
         self.count = 0
+        self.generator = torch.Generator().manual_seed(0)
         self.sums: list[Tensor] | None = None
 
     def add(self, columns: Tensor, rows: Tensor) -> None:
-        """Inputs (G, P, n) and targets (G, F, n)."""
+        """Inputs (G, P, n) and targets (G, F, n); of many positions as many as calibration takes are drawn."""
+        if columns.shape[-1] > MAX_POSITIONS_PER_BATCH:
+            chosen = torch.randperm(columns.shape[-1], generator=self.generator)[:MAX_POSITIONS_PER_BATCH]
+            columns, rows = columns[..., chosen.to(columns.device)], rows[..., chosen.to(rows.device)]
         new = [columns @ columns.mT, rows @ columns.mT, columns.sum(-1), rows.sum(-1)]
         self.sums = [a.double() + (0 if self.sums is None else self.sums[i]) for i, a in enumerate(new)]
         self.count += columns.shape[-1]
