@@ -30,7 +30,7 @@ def output_curvature(
     up to a constant per layer.
 
     Args:
-        model: The network, in evaluation mode.
+        model: The network; left in evaluation mode.
         layers: Layers to observe.
         batches: Calibration inputs; no more than the first `MAX_SAMPLES` samples' batches are used.
         classes: Whether the outputs are logits (N, classes, ...).
@@ -44,6 +44,7 @@ def output_curvature(
 
     Source: Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, Sec. 3.
     """
+    model.eval()
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((info.name for info in layers), 0)
     outputs: dict[str, Tensor] = {}

@@ -16,6 +16,10 @@ from sekron_search.model import Inputs, LayerInfo, layer_weight
 from sekron_search.sums import observe, scale_at_sum
 
 
+#: Kinds of layers that are fitted; the dense ones hold their weight as (out, in, ...).
+_FITTED = (KroneckerLayer, nn.Conv2d, nn.Linear)
+
+
 @torch.no_grad()
 def fit_sequentially(
     compressed: nn.Module,
@@ -54,7 +58,7 @@ def fit_sequentially(
     for done, info in enumerate(layers, start=1):
         layer, dense = compressed.get_submodule(info.name), original.get_submodule(info.name)
         changed = changed or isinstance(layer, KroneckerLayer)
-        if changed:
+        if changed and isinstance(layer, _FITTED):
             reestimate_batch_norm(compressed, batches, until=info.name)
             scale = scale_at_sum(original, batches[0], info)
             moments = _Moments(info)

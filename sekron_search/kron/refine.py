@@ -82,7 +82,7 @@ def square_root(moment: Tensor, damping: float) -> Tensor:
 
 
 def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, *, steps: int = 60) -> Fit:
-    """Lower the output error tr((W - W^) M (W - W^)') by L-BFGS on the factors.
+    """Lower the output error tr(H (W - W^) M (W - W^)') by L-BFGS on the factors, or solve it where that is known.
 
     Args:
         structure: The structure that the factors follow.
@@ -100,11 +100,43 @@ def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, 
     if structure.is_dense or steps == 0 or start_error == 0.0 or weight_scale == 0.0:
         return Fit(fit.factors, start_error)
     unit = weight.double() / weight_scale
+    share = weight_scale ** (1 / structure.num_factors)
+    found = _closed_form(structure, unit, metric) or _descend(structure, fit.factors, unit, metric, share, steps)
+    if not all(bool(torch.isfinite(a).all()) for a in found):
+        return Fit(fit.factors, start_error)
+    balanced = tuple((a * share).to(weight.dtype) for a in balance(structure, found))
+    error = metric.rel_error(weight, _reconstruct(structure, balanced, weight))
+    return Fit(balanced, error) if error < start_error else Fit(fit.factors, start_error)
+
+
+def _closed_form(structure: Structure, weight: Tensor, metric: InputMetric) -> list[Tensor] | None:
+    """The optimum of a channel SVD, by Eckart-Young on R' W L; None for other structures and singular metrics."""
+    groups, f, c, h, w = weight.shape
+    ends = ((f, 1, 1, 1), (1, c, h, w))
+    if structure.shapes not in (ends, ends[::-1]) or len(structure.ranks) != 1:
+        return None
+    rank = structure.ranks[0][1]
+    left, values, right = torch.linalg.svd(metric.weighted(weight), full_matrices=False)
+    if rank > values.shape[-1]:
+        return None
+    left, right = left[..., :rank] * values[:, None, :rank], right[:, :rank]
+    if metric.output_root is not None:
+        left = torch.linalg.solve_ex(metric.output_root.to(left).mT, left).result
+    right = torch.linalg.solve_ex(metric.root.to(right), right, left=False).result
+    factors = [left.mT.reshape(groups, rank, *ends[0]), right.reshape(groups, rank, *ends[1])]
+    if not all(bool(torch.isfinite(a).all()) for a in factors):
+        return None
+    return factors if structure.shapes == ends else factors[::-1]
+
+
+def _descend(
+    structure: Structure, start: Sequence[Tensor], unit: Tensor, metric: InputMetric, share: float, steps: int
+) -> list[Tensor]:
+    """L-BFGS towards a weight of largest entry one, from factors `share` times as large; not finite if it fails."""
     scale = float(metric.norm(unit))
     exact = unit.to(torch.float32)
     scaled = replace(metric, root=(metric.root / scale).to(torch.float32))
-    share = weight_scale ** (1 / structure.num_factors)
-    factors = [(a.detach().double() / share).float().contiguous().requires_grad_() for a in fit.factors]
+    factors = [(a.detach().double() / share).float().contiguous().requires_grad_() for a in start]
     optimizer = torch.optim.LBFGS(
         factors,
         max_iter=steps,
@@ -122,12 +154,7 @@ def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, 
 
     with torch.enable_grad():
         optimizer.step(closure)
-    found = [a.detach().to(torch.float64) * share for a in factors]
-    if not all(bool(torch.isfinite(a).all()) for a in found):
-        return Fit(fit.factors, start_error)
-    balanced = tuple(a.to(weight.dtype) for a in balance(structure, found))
-    error = metric.rel_error(weight, _reconstruct(structure, balanced, weight))
-    return Fit(balanced, error) if error < start_error else Fit(fit.factors, start_error)
+    return [a.detach().to(torch.float64) for a in factors]
 
 
 def _reconstruct(structure: Structure, factors: Sequence[Tensor], weight: Tensor) -> Tensor:
