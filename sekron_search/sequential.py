@@ -15,7 +15,6 @@ from sekron_search.kron.refine import DAMPING, InputMetric, refine
 from sekron_search.model import Inputs, LayerInfo, layer_weight
 from sekron_search.sums import observe, scale_at_sum
 
-
 #: Kinds of layers that are fitted; the dense ones hold their weight as (out, in, ...).
 _FITTED = (KroneckerLayer, nn.Conv2d, nn.Linear)
 
