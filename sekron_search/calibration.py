@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -41,13 +41,14 @@ class _Moment:
         self.first = first if self.first is None else self.first + first
         self.count += columns.shape[-1]
 
-    def metric(self) -> InputMetric:
+    def metric(self, curvature: Tensor | None) -> InputMetric:
         if self.second is None or self.first is None:
             raise DataError(f"layer '{self.info.name}' saw no calibration data; give at least one batch")
         if not bool(torch.isfinite(self.second).all()):
             raise DataError(f"layer '{self.info.name}': its input holds NaN or infinity on the calibration data")
         centered = self.info.output_shift != "kept"
-        return InputMetric.from_moments(self.second / self.count, self.first / self.count, centered=centered)
+        second, first = self.second / self.count, self.first / self.count
+        return InputMetric.from_moments(second, first, centered=centered, curvature=curvature)
 
 
 def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module, output: Tensor | None = None) -> Tensor:
@@ -87,7 +88,7 @@ def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module, output: Tensor |
 
 def output_rows(output: Tensor, info: LayerInfo) -> Tensor:
     """A layer's output as (G, F, samples times positions), beside the columns of its input."""
-    grouped: Tensor = as_images(output.detach().float(), info.kind).unflatten(1, (info.geometry.groups, -1))
+    grouped: Tensor = as_images(output.detach(), info.kind).unflatten(1, (info.geometry.groups, -1))
     return grouped.permute(1, 2, 0, *range(3, grouped.dim())).flatten(2)
 
 
@@ -108,6 +109,7 @@ def collect_metrics(
     layers: Sequence[LayerInfo],
     batches: Iterable[Inputs],
     *,
+    curvature: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, InputMetric]:
@@ -117,6 +119,7 @@ def collect_metrics(
         model: The network, in the mode in which it will be used.
         layers: Layers to observe.
         batches: Calibration inputs.
+        curvature: Of the layers' outputs, from `output_curvature`; layers without one weigh all errors alike.
         seed: Of the choice of positions.
         progress: Called with the number of batches done.
 
@@ -139,4 +142,4 @@ def collect_metrics(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: moment.metric() for name, moment in moments.items()}
+    return {name: moment.metric((curvature or {}).get(name)) for name, moment in moments.items()}

@@ -251,7 +251,13 @@ class Finder:
         start = {name: t.clone() for name, t in network.state_dict().items()}
         with self.reporter.task("fitting layer after layer", len(self.tables.layers)) as task:
             fit_sequentially(
-                network, self.job.model, self.tables.layers, self.job.calibration, steps=steps, progress=task.update
+                network,
+                self.job.model,
+                self.tables.layers,
+                self.job.calibration,
+                steps=steps,
+                curvature=self.job.curvature,
+                progress=task.update,
             )
         after = self.divergence(network)
         if after > before:

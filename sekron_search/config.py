@@ -81,6 +81,8 @@ class CalibrationConfig(_Section):
         holdout: Further ones on which the divergence of assembled networks is measured.
         batch_size: Of both.
         refine_steps: L-BFGS steps of every option of every layer.
+        curvature: Whether an error of a layer's output counts by how much it changes the network's own output, which
+            takes gradients of the network; else all errors of a layer's output count alike.
         sequential_steps: L-BFGS steps of every layer when a candidate is fitted again, layer after layer, to the
             original's outputs on the inputs that the compressed network really produces; 0 leaves that out.
     """
@@ -89,6 +91,7 @@ class CalibrationConfig(_Section):
     holdout: Positive = 512
     batch_size: Positive = 128
     refine_steps: NonNegative = 40
+    curvature: bool = True
     sequential_steps: NonNegative = 40
 
 

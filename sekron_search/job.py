@@ -9,13 +9,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sekron_search.config import Settings
+from sekron_search.curvature import output_curvature
 from sekron_search.errors import DataError, SekronError
 from sekron_search.export import Factory, factory_json
 from sekron_search.files import digest
 from sekron_search.finetune import Distillation, TrainingData
+from sekron_search.inspection import inspect_model
 from sekron_search.model import Inputs, batch_size
 from sekron_search.proxies import reference_outputs
 
@@ -74,6 +76,15 @@ class Job:
     def references(self) -> list[Any]:
         """The network's outputs on the held-out inputs, checked to be finite."""
         return reference_outputs(self.model, self.holdout)
+
+    @cached_property
+    def curvature(self) -> dict[str, Tensor]:
+        """How much errors of the outputs of layers matter, by layer; empty where that is not asked for."""
+        if not self.settings.calibration.curvature:
+            return {}
+        layers = inspect_model(self.model, self.example_inputs).layers
+        classes = self.settings.search.divergence == "kl"
+        return output_curvature(self.model, layers, self.calibration, classes=classes, seed=self.settings.seed)
 
     @property
     def distillation(self) -> Distillation | None:

@@ -149,18 +149,17 @@ class _Reached(Exception):
     """Ends a forward pass at a layer."""
 
 
-def run_until(model: nn.Module, inputs: Inputs, name: str | None, *, after: bool = False) -> Any:
-    """Run a network up to a layer: what the layer gets as its input, or gives if `after`; the whole network if None."""
+def run_until(model: nn.Module, inputs: Inputs, name: str | None) -> Any:
+    """Run a network up to a layer: what the layer gets as its input; the output of the whole network if None."""
     if name is None:
         return model(*inputs)
     seen: list[Any] = []
 
-    def stop(module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        seen.append(output if after else args[0])
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
         raise _Reached
 
-    layer = model.get_submodule(name)
-    handle = layer.register_forward_hook(stop) if after else layer.register_forward_pre_hook(stop)
+    handle = model.get_submodule(name).register_forward_pre_hook(stop)
     try:
         model(*inputs)
     except _Reached:

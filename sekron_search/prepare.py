@@ -96,7 +96,8 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
     _check_reachable(job, folder, reporter, layers, original, memory)
     metrics = _Metrics(job, layers, reporter)
-    context = digest([job.model_digest, list(job.calibration), settings.seed])
+    weighting = [settings.calibration.curvature, settings.search.divergence]
+    context = digest([job.model_digest, list(job.calibration), settings.seed, weighting])
     sizes = {"bytes_per_sample": job.bytes_per_sample, "steps": settings.calibration.refine_steps}
 
     def fit(info: LayerInfo) -> FittedLayer:
@@ -124,7 +125,12 @@ class _Metrics:
         job = self.job
         with self.reporter.task("calibrating", len(job.calibration)) as task:
             return collect_metrics(
-                job.model, self.layers, job.calibration, seed=job.settings.seed, progress=task.update
+                job.model,
+                self.layers,
+                job.calibration,
+                curvature=job.curvature,
+                seed=job.settings.seed,
+                progress=task.update,
             )
 
     def __getitem__(self, name: str) -> InputMetric:

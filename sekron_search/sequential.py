@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from sekron_search.calibration import output_rows, unfold_input
+from sekron_search.calibration import MAX_POSITIONS_PER_BATCH, output_rows, unfold_input
 from sekron_search.costs.traced import reestimate_batch_norm
+from sekron_search.kron.dense import KINDS, DenseLayer, dense_weight, layer_kind, native_weight
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.projection import Fit
 from sekron_search.kron.refine import DAMPING, InputMetric, refine
-from sekron_search.model import Inputs, LayerInfo, layer_weight, run_until
+from sekron_search.model import Inputs, LayerInfo, layer_weight
+from sekron_search.sums import observe, scale_at_sum
+
+#: Kinds of layers that are fitted.
+_FITTED: tuple[type[nn.Module], ...] = (KroneckerLayer, *KINDS.values())
 
 
 @torch.no_grad()
@@ -23,72 +29,105 @@ def fit_sequentially(
     batches: Sequence[Inputs],
     *,
     steps: int,
+    curvature: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Fit the factors of every replaced layer in running order, so that earlier errors are made up for.
+    """Fit every layer in running order to what makes up for the errors before it.
 
-    With x' the unfolded input that the layer gets in the compressed network and y the original's output, the best
-    unconstrained weight is W* = E[y x''] E[x' x'']^-1, and for every other weight the output error grows by
-    tr((W^ - W*) E[x' x''] (W^ - W*)'): the factors are refined to W* under that metric. Batch-norm statistics are
-    re-estimated after every layer.
+    With x' the unfolded input that the layer gets in the compressed network and t its target, the best unconstrained
+    weight is W* = E[t x''] E[x' x'']^-1, and for every other weight the output error grows by
+    tr(H (W^ - W*) E[x' x''] (W^ - W*)') with H the curvature at the output: factors are refined to W* under that
+    metric, and a layer that stays dense takes W* itself. The target is the original's output y; where y, scaled by a,
+    is added to some s, as at the end of a residual block, it is y + (s - s') / a, s' being what the compressed network
+    has for s. Batch-norm statistics are re-estimated after every layer.
 
     Args:
         compressed: The network to fit, in place; left in evaluation mode.
         original: The network it came from.
-        layers: All layers, in running order; those that were not replaced are passed over.
+        layers: All layers, in running order. Those before the first replaced one are passed over.
         batches: Calibration inputs.
         steps: L-BFGS steps per layer.
+        curvature: H by layer, from `output_curvature`; layers without one weigh all errors alike.
         progress: Called with the number of layers done.
 
-    Source: in the spirit of Zhang et al. 2016 (asymmetric reconstruction), for any structure.
+    Source: Zhang et al. 2016, Accelerating Very Deep Convolutional Networks (asymmetric reconstruction); He et al.
+    2017, Channel Pruning, Sec. 3.3 (residual blocks); here for any structure and metric.
     """
     compressed.eval()
     original.eval()
+    changed = False
     for done, info in enumerate(layers, start=1):
-        layer = compressed.get_submodule(info.name)
-        if isinstance(layer, KroneckerLayer):
+        layer, dense = compressed.get_submodule(info.name), original.get_submodule(info.name)
+        changed = changed or isinstance(layer, KroneckerLayer)
+        if changed and isinstance(layer, _FITTED):
             reestimate_batch_norm(compressed, batches, until=info.name)
+            scale = scale_at_sum(original, batches[0], info)
             moments = _Moments(info)
-            dense = original.get_submodule(info.name)
             for inputs in batches:
-                output = run_until(original, inputs, info.name, after=True)
-                columns = unfold_input(run_until(compressed, inputs, info.name), info, dense, output)
-                moments.add(columns, output)
-            target, metric, mean_output = moments.solve(layer_weight(original, info).double())
-            start = Fit(tuple(a.double() for a in layer.factors()), float("nan"))
-            layer.set_factors(refine(layer.structure, start, target, metric, steps=steps).factors)
-            if layer.bias is not None and info.output_shift == "correctable":
-                predicted = layer.group_weights().double().flatten(2)
-                layer.bias.copy_(mean_output - (predicted @ metric.mean[:, :, None]).flatten())
+                ours = observe(compressed, inputs, info.name, to_sum=scale is not None)
+                theirs = observe(original, inputs, info.name, to_sum=scale is not None)
+                rows = output_rows(theirs.output.float(), info)
+                if scale is not None and ours.other is not None and theirs.other is not None:
+                    missing = output_rows((theirs.other - ours.other).float(), info)
+                    rows = rows + missing / scale[:, :, None].to(missing)
+                moments.add(unfold_input(ours.entered, info, dense, theirs.output), rows)
+            weight = layer_weight(original, info).double()
+            target, metric, mean_output = moments.solve(weight, (curvature or {}).get(info.name))
+            _set_weight(layer, target, metric, steps)
+            bias = layer.bias
+            if isinstance(bias, Tensor) and info.output_shift == "correctable":
+                predicted = _weight_of(layer).double().flatten(2)
+                bias.copy_(mean_output - (predicted @ metric.mean[:, :, None]).flatten())
         if progress is not None:
             progress(done)
     reestimate_batch_norm(compressed, batches)
 
 
+def _set_weight(layer: nn.Module, target: Tensor, metric: InputMetric, steps: int) -> None:
+    """Bring a layer as close to the target weight (G, F, C, *kernel) as it can come."""
+    if isinstance(layer, KroneckerLayer):
+        start = Fit(tuple(a.double() for a in layer.factors()), float("nan"))
+        layer.set_factors(refine(layer.structure, start, target, metric, steps=steps).factors)
+    else:
+        assert isinstance(layer.weight, Tensor)
+        layer.weight.copy_(native_weight(target, layer_kind(layer)))
+
+
+def _weight_of(layer: nn.Module) -> Tensor:
+    """The weight of every group, (G, F, C, *kernel), of a replaced layer or a dense one."""
+    return layer.group_weights() if isinstance(layer, KroneckerLayer) else dense_weight(cast(DenseLayer, layer))
+
+
 class _Moments:
-    """Second moments of the compressed network's inputs, and their products with the original's outputs."""
+    """Second moments of the compressed network's inputs, and their products with the targets."""
 
     def __init__(self, info: LayerInfo) -> None:
         self.info = info
         self.count = 0
+        self.generator = torch.Generator().manual_seed(0)
         self.sums: list[Tensor] | None = None
 
-    def add(self, columns: Tensor, output: Tensor) -> None:
-        rows = output_rows(output, self.info)
+    def add(self, columns: Tensor, rows: Tensor) -> None:
+        """Inputs (G, P, n) and targets (G, F, n); of many positions as many as calibration takes are drawn."""
+        if columns.shape[-1] > MAX_POSITIONS_PER_BATCH:
+            chosen = torch.randperm(columns.shape[-1], generator=self.generator)[:MAX_POSITIONS_PER_BATCH]
+            columns, rows = columns[..., chosen.to(columns.device)], rows[..., chosen.to(rows.device)]
         new = [columns @ columns.mT, rows @ columns.mT, columns.sum(-1), rows.sum(-1)]
         self.sums = [a.double() + (0 if self.sums is None else self.sums[i]) for i, a in enumerate(new)]
         self.count += columns.shape[-1]
 
-    def solve(self, weight: Tensor) -> tuple[Tensor, InputMetric, Tensor]:
-        """(best unconstrained weight, metric, mean of the output); without data the weight is the original's."""
+    def solve(self, weight: Tensor, curvature: Tensor | None) -> tuple[Tensor, InputMetric, Tensor]:
+        """(best unconstrained weight, metric, mean of the target); without data the weight is the original's."""
         assert self.sums is not None
         second, cross, mean_in, mean_out = (s / self.count for s in self.sums)
         centered = self.info.output_shift != "kept"
         if centered:
             cross = cross - mean_out[:, :, None] * mean_in[:, None, :]
-        metric = InputMetric.from_moments(second, mean_in, centered=centered)
+        # With few samples the estimate leans on the original's weight: they fit P unknowns with an error of P / n.
+        share = max(DAMPING, second.shape[-1] / self.count)
+        metric = InputMetric.from_moments(second, mean_in, centered=centered, damping=share, curvature=curvature)
         damped = metric.root @ metric.root.mT
         moment = second - mean_in[:, :, None] * mean_in[:, None, :] if centered else second
-        damping = DAMPING * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        damping = share * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         best = torch.linalg.solve(damped, (cross + damping * weight.flatten(2)).mT).mT
         return best.reshape(weight.shape), metric, mean_out.flatten()

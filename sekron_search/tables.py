@@ -104,7 +104,8 @@ def build_layer_table(
             options.append(row[0])
             factors.append(row[1])
             shifts.append(row[2])
-    return FittedLayer(LayerTable(info.name, tuple(options)), tuple(factors), tuple(shifts))
+    table = LayerTable(info.name, tuple(options), sensitivity=_sensitivity(info, exact, metric))
+    return FittedLayer(table, tuple(factors), tuple(shifts))
 
 
 def table_key(info: LayerInfo, space: SearchSpace, context: str, *, bytes_per_sample: int, steps: int) -> str:
@@ -129,6 +130,7 @@ def load_table(folder: Path, key: str, name: str) -> FittedLayer | None:
         data = json.loads(path.read_text())
         tensors = read_tensors(folder / f"{key}.safetensors")
         options = tuple(Option.from_json(o) for o in data["options"])
+        sensitivity = float(data["sensitivity"])
         factors = tuple(
             tuple(tensors[f"{i}.factor{k}"] for k in range(Structure.parse(o.structure).num_factors))
             if not o.is_original
@@ -138,7 +140,7 @@ def load_table(folder: Path, key: str, name: str) -> FittedLayer | None:
         shifts = tuple(tensors.get(f"{i}.shift") for i in range(len(options)))
     except (OSError, ValueError, KeyError, TypeError, SekronError):
         return None
-    return FittedLayer(LayerTable(name, options), factors, shifts)
+    return FittedLayer(LayerTable(name, options, sensitivity=sensitivity), factors, shifts)
 
 
 def save_table(folder: Path, key: str, fitted: FittedLayer) -> None:
@@ -146,7 +148,8 @@ def save_table(folder: Path, key: str, fitted: FittedLayer) -> None:
     tensors = {f"{i}.factor{k}": a for i, factors in enumerate(fitted.factors) for k, a in enumerate(factors)}
     tensors |= {f"{i}.shift": shift for i, shift in enumerate(fitted.shifts) if shift is not None}
     write_tensors(folder / f"{key}.safetensors", tensors)
-    write_json(folder / f"{key}.json", {"options": [asdict(o) for o in fitted.table.options]})
+    options = [asdict(o) for o in fitted.table.options]
+    write_json(folder / f"{key}.json", {"options": options, "sensitivity": fitted.table.sensitivity})
 
 
 def build_tables(
@@ -162,6 +165,19 @@ def build_tables(
             fitted = fit(info)
             save_table(cache, key(info), fitted)
         yield fitted
+
+
+def _sensitivity(info: LayerInfo, weight: Tensor, metric: InputMetric) -> float:
+    """The square root of what the divergence would be, by the curvature, if the layer gave nothing; else 1.
+
+    The root, for the curvature is that of the original and counts errors of layers as independent: halfway between
+    equal weights and it, the knapsack's solutions come out better than with either.
+    """
+    if metric.output_root is None:
+        return 1.0
+    positions = layer_cost(dense(info.weight_shape), info).flops / weight.numel()
+    vanished: float = float(metric.norm(weight)) * positions**0.5
+    return max(vanished, float(torch.finfo(torch.float64).tiny))
 
 
 def _dense_option(info: LayerInfo, bytes_per_sample: int) -> Option:

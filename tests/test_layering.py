@@ -27,6 +27,7 @@ LAYERS = [
     ["rundir"],
     ["search"],
     ["proxies"],
+    ["curvature", "sums"],
     ["calibration"],
     ["costs"],
     ["inspection"],

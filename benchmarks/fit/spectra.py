@@ -13,7 +13,7 @@ from sekron_search.kron.enumeration import factor_shapes
 from sekron_search.kron.spectra import PairSpectra
 
 #: Weights of ResNet-18 (He et al. 2015): 20 convolutions and the linear layer.
-RESNET18: list[tuple[int, int, int, int]] = [
+RESNET18: list[tuple[int, ...]] = [
     (64, 3, 7, 7),
     *[(64, 64, 3, 3)] * 4,
     (128, 64, 3, 3),
@@ -44,8 +44,8 @@ def score_all(workers: int) -> dict[str, Any]:
         for first, second in pairs:
             ranks = min((prod(shape) - 1) // (prod(first) + prod(second)), prod(first), prod(second))
             structures += ranks
-            errors = [spectra.error(first, rank) for rank in (1, max(ranks, 1))]
-            assert 0 <= errors[1] <= errors[0] <= 1 + 1e-6, (first, second, errors)
+            best, worst = (spectra.error(first, rank) for rank in (max(ranks, 1), 1))
+            assert 0 <= best <= worst <= 1 + 1e-6, (first, second, best, worst)
         layers.append({"shape": shape, "shape_pairs": len(pairs), "structures": structures, "seconds": seconds})
         print(f"{shape}: {structures} structures of {len(pairs)} shape pairs in {seconds:.2f} s")
     total = sum(layer["seconds"] for layer in layers)

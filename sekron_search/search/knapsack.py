@@ -27,8 +27,10 @@ class KnapsackSolution:
 
 
 def additive_errors(network: Network) -> list[NDArray[np.float64]]:
-    """The squared relative output error of every option of every layer."""
-    return [np.array([option.error**2 for option in table.options]) for table in network.tables]
+    """The squared relative output error of every option of every layer, by how sensitive the network is to it."""
+    # Relative to their mean: the solver's tolerances are absolute.
+    mean = float(np.mean([table.sensitivity for table in network.tables]))
+    return [table.sensitivity / mean * np.array([o.error**2 for o in table.options]) for table in network.tables]
 
 
 def solve_knapsack(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,17 @@ NETWORK = tables(
 @given(st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS), min_size=1, max_size=12))
 def test_non_dominated_is_its_definition(points: list[tuple[float, float, float]]) -> None:
     assert non_dominated(points).tolist() == [not dominated(points, i) for i in range(len(points))]
+
+
+def test_an_error_counts_by_the_layers_sensitivity() -> None:
+    scaled = replace(NETWORK, tables=tuple(replace(t, sensitivity=1e-30) for t in NETWORK.tables))
+    for plain, small in zip(additive_errors(NETWORK), additive_errors(scaled), strict=True):
+        np.testing.assert_allclose(plain, small)
+    for sensitive in range(3):
+        tables_ = tuple(replace(t, sensitivity=1e3 if i == sensitive else 1.0) for i, t in enumerate(NETWORK.tables))
+        network = replace(NETWORK, tables=tables_)
+        found = solve_knapsack(network, {"flops": 250}, additive_errors(network))
+        assert found.assignment[sensitive] == 0
 
 
 def test_front_is_sorted_and_leaves_nan_out() -> None:

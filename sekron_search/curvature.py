@@ -1,0 +1,110 @@
+"""How much errors of the layers' outputs matter to the network's own output: the curvature of the divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sekron_search.calibration import output_rows
+from sekron_search.errors import DataError
+from sekron_search.model import Inputs, LayerInfo, batch_size, output_tensors, run_model
+
+#: Random directions of the output per sample, one backward pass each.
+DRAWS = 4
+
+#: Samples that enter at most: a matrix of F x F needs fewer than the inputs' second moment.
+MAX_SAMPLES = 1024
+
+
+def output_curvature(
+    model: nn.Module, layers: Sequence[LayerInfo], batches: Iterable[Inputs], *, classes: bool, seed: int = 0
+) -> dict[str, Tensor]:
+    """H = E[g g'] of the gradient g at every layer's output, over samples and positions, (G, F, F) in float64.
+
+    g is the gradient of v' z for the network's output z and a random v with E[v v'] = diag(p) - p p' for class
+    probabilities p = softmax(z), the Hessian of the KL divergence, or the identity for other outputs. To second
+    order, and with positions taken as independent, an error d of the layer's output raises the divergence by d' H d,
+    up to a constant per layer.
+
+    Args:
+        model: The network; left in evaluation mode.
+        layers: Layers to observe.
+        batches: Calibration inputs; no more than the first `MAX_SAMPLES` samples' batches are used.
+        classes: Whether the outputs are logits (N, classes, ...).
+        seed: Of the directions.
+
+    Returns:
+        By name; a layer that the output does not depend on differentiably is left out.
+
+    Raises:
+        DataError: If the network cannot be differentiated.
+
+    Source: Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, Sec. 3.
+    """
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys((info.name for info in layers), 0)
+    outputs: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            # A copy goes on, for an operation in place would change what the gradient is taken of.
+            return outputs[name].clone()
+
+        return record
+
+    handles = [model.get_submodule(info.name).register_forward_hook(hook(info.name)) for info in layers]
+    samples = 0
+    try:
+        for inputs in batches:
+            if samples >= MAX_SAMPLES:
+                break
+            samples += batch_size(inputs)
+            for gradients in _gradients(model, inputs, outputs, classes, generator):
+                for info in layers:
+                    gradient = gradients.get(info.name)
+                    if gradient is not None:
+                        rows = output_rows(gradient.float(), info).double()
+                        sums[info.name] = sums.get(info.name, 0) + rows @ rows.mT
+                        counts[info.name] += rows.shape[-1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {name: total / counts[name] for name, total in sums.items()}
+    return {name: h for name, h in found.items() if bool(torch.isfinite(h).all()) and float(h.abs().max()) > 0}
+
+
+def _gradients(
+    model: nn.Module, inputs: Inputs, outputs: dict[str, Tensor], classes: bool, generator: torch.Generator
+) -> Iterable[dict[str, Tensor | None]]:
+    """The gradients at the recorded outputs, for one random direction after the other."""
+    outputs.clear()
+    with torch.enable_grad():
+        ends = [t for t in output_tensors(run_model(model, inputs)) if t.requires_grad]
+    names = list(outputs)
+    for draw in range(DRAWS if ends and names else 0):
+        directions = [_direction(t.detach(), classes, generator) for t in ends]
+        try:
+            found = torch.autograd.grad(
+                ends, [outputs[n] for n in names], directions, retain_graph=draw < DRAWS - 1, allow_unused=True
+            )
+        except RuntimeError as error:
+            raise DataError(
+                f"the network cannot be differentiated: {error}; set calibration.curvature to false"
+            ) from error
+        yield dict(zip(names, found, strict=True))
+
+
+def _direction(output: Tensor, classes: bool, generator: torch.Generator) -> Tensor:
+    """A random v with the curvature as its second moment: E[v v'] = diag(p) - p p', or the identity."""
+    signs = (torch.randint(0, 2, output.shape, generator=generator) * 2 - 1).to(output)
+    if not classes:
+        return signs
+    p = torch.softmax(output, 1)
+    spread = p.sqrt() * signs
+    return spread - p * spread.sum(1, keepdim=True)
