@@ -21,7 +21,7 @@ from sekron_search.kron.projection import project, reconstruct_batch
 from sekron_search.kron.refine import InputMetric, refine
 from sekron_search.kron.structure import Structure
 from sekron_search.model import LayerInfo
-from sekron_search.scoring import SCORING_SWEEPS, CandidateStructure, candidates, scores, shortlist
+from sekron_search.scoring import CandidateStructure, candidates, scores, shortlist
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Option
 from sekron_search.search.pareto import non_dominated
@@ -29,6 +29,9 @@ from sekron_search.search.space import SearchSpace
 
 #: Raised whenever a change makes earlier tables wrong.
 TABLE_VERSION = 3
+
+#: Least-squares sweeps and starts of an option of three factors and more, before it is refined on calibration data.
+FIT_SWEEPS, FIT_STARTS = 30, 3
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def build_layer_table(
 
     Args:
         info: The layer.
-        weight: (G, F, C, Kh, Kw).
+        weight: (G, F, C, *kernel).
         metric: Of the layer's calibration inputs.
         space: Which structures.
         bytes_per_sample: Bytes of one element times the batch size, for peak memory.
@@ -90,7 +93,8 @@ def build_layer_table(
     fitted: list[tuple[Option, tuple[Tensor, ...], Tensor | None]] = []
     for index in chosen:
         candidate = pool[index]
-        start = project(exact, candidate.structure, sweeps=SCORING_SWEEPS)
+        # Starts beyond the first two are random: what serves one weight of a family may not serve another.
+        start = project(exact, candidate.structure, sweeps=FIT_SWEEPS, starts=FIT_STARTS)
         fit = refine(candidate.structure, start, exact, metric, steps=steps)
         rebuilt = reconstruct_batch(candidate.structure, fit.factors)[:, : exact.shape[1], : exact.shape[2]]
         weight_error = float((rebuilt - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))

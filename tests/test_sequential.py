@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from sekron_search.curvature import output_curvature
 from sekron_search.inspection import inspect_model
+from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.families import channel_svd
 from sekron_search.model import layer_like, replace_layers
 from sekron_search.sequential import fit_sequentially
@@ -40,9 +41,9 @@ def fitted_error(model: nn.Module, name: str, *, curvature: bool = False) -> tup
     layers = inspect_model(model.eval(), IMAGES).layers
     info = next(i for i in layers if i.name == name)
     structure = channel_svd(info.weight_shape, 2)
-    compressed = replace_layers(model, {name: layer_like(model, name, structure)}).eval()
-    dense, layer = model.get_submodule(name), compressed.get_submodule(name)
-    layer._take(dense, dense.weight.detach()[None], None)  # type: ignore[operator]
+    dense = model.get_submodule(name)
+    assert isinstance(dense, nn.Conv2d)
+    compressed = replace_layers(model, {name: KroneckerConv.from_conv(dense, structure)}).eval()
     found = output_curvature(model, layers, [(IMAGES,)], classes=True) if curvature else None
 
     def error() -> float:

@@ -32,7 +32,7 @@ RESNET18: list[tuple[int, ...]] = [
 def score_all(workers: int) -> dict[str, Any]:
     """Seconds, memory and structures per second, for random weights; every rank that saves parameters counts."""
     generator = torch.Generator().manual_seed(0)
-    layers = []
+    layers: list[dict[str, Any]] = []
     for shape in RESNET18:
         weight = torch.randn(1, *shape, generator=generator)
         pairs = list(factor_shapes(shape, 2))
@@ -40,16 +40,16 @@ def score_all(workers: int) -> dict[str, Any]:
         spectra = PairSpectra(weight)
         spectra.compute([first for first, _ in pairs], workers=workers)
         seconds = time.perf_counter() - started
-        structures = 0
+        counted = 0
         for first, second in pairs:
             ranks = min((prod(shape) - 1) // (prod(first) + prod(second)), prod(first), prod(second))
-            structures += ranks
+            counted += ranks
             best, worst = (spectra.error(first, rank) for rank in (max(ranks, 1), 1))
             assert 0 <= best <= worst <= 1 + 1e-6, (first, second, best, worst)
-        layers.append({"shape": shape, "shape_pairs": len(pairs), "structures": structures, "seconds": seconds})
-        print(f"{shape}: {structures} structures of {len(pairs)} shape pairs in {seconds:.2f} s")
-    total = sum(layer["seconds"] for layer in layers)
-    structures = sum(layer["structures"] for layer in layers)
+        layers.append({"shape": shape, "shape_pairs": len(pairs), "structures": counted, "seconds": seconds})
+        print(f"{shape}: {counted} structures of {len(pairs)} shape pairs in {seconds:.2f} s")
+    total = sum(float(layer["seconds"]) for layer in layers)
+    structures = sum(int(layer["structures"]) for layer in layers)
     return {
         "workers": workers,
         "layers": layers,

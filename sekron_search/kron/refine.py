@@ -24,7 +24,8 @@ class InputMetric:
     """How much each direction of a layer's unfolded input matters, and of its output, per group.
 
     Args:
-        root: (G, P, P) with P = C Kh Kw, a square root L of the second moment M = L L' of the unfolded input.
+        root: (G, P, P) with P = C times the kernel's sizes, a square root L of the second moment M = L L' of the
+            unfolded input.
         mean: (G, P), the mean of the unfolded input.
         output_root: (G, F, F), a square root R of the weight H = R R' of errors of the output; all count alike if None.
     """
@@ -52,17 +53,17 @@ class InputMetric:
         return cls(square_root(moment, damping), mean, output_root)
 
     def weighted(self, difference: Tensor) -> Tensor:
-        """R' D L, (G, F, P), of a (G, F, C, Kh, Kw) weight difference D: its entries count alike."""
+        """R' D L, (G, F, P), of a (G, F, C, *kernel) weight difference D: its entries count alike."""
         spread = difference.flatten(2) @ self.root.to(difference)
         return spread if self.output_root is None else self.output_root.to(difference).mT @ spread
 
     def norm(self, difference: Tensor) -> Tensor:
-        """Root mean square over the inputs of what a (G, F, C, Kh, Kw) weight difference adds to the output."""
+        """Root mean square over the inputs of what a (G, F, C, *kernel) weight difference adds to the output."""
         norm: Tensor = torch.linalg.vector_norm(self.weighted(difference))
         return norm
 
     def rel_error(self, weight: Tensor, approximation: Tensor) -> float:
-        """Relative error of the layer's output, for weights of shape (G, F, C, Kh, Kw)."""
+        """Relative error of the layer's output, for weights of shape (G, F, C, *kernel)."""
         exact = weight.to(self.root.dtype)
         scale = float(exact.abs().max())
         if scale == 0.0:
@@ -87,7 +88,7 @@ def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, 
     Args:
         structure: The structure that the factors follow.
         fit: The start.
-        weight: (G, F, C, Kh, Kw).
+        weight: (G, F, C, *kernel).
         metric: Of the layer's inputs.
         steps: L-BFGS iterations at most.
 
@@ -111,8 +112,8 @@ def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, 
 
 def _closed_form(structure: Structure, weight: Tensor, metric: InputMetric) -> list[Tensor] | None:
     """The optimum of a channel SVD, by Eckart-Young on R' W L; None for other structures and singular metrics."""
-    groups, f, c, h, w = weight.shape
-    ends = ((f, 1, 1, 1), (1, c, h, w))
+    groups, f, *inner = weight.shape
+    ends = ((f, *[1] * len(inner)), (1, *inner))
     if structure.shapes not in (ends, ends[::-1]) or len(structure.ranks) != 1:
         return None
     rank = structure.ranks[0][1]
