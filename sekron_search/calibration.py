@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sekron_search.errors import DataError
 from sekron_search.kron.dense import as_images, pad_by_mode
 from sekron_search.kron.geometry import Size
-from sekron_search.kron.refine import InputMetric
+from sekron_search.kron.refine import InputMetric, damping_share
 from sekron_search.model import Inputs, LayerInfo, run_model
 
 #: Positions (pixels or rows) of one batch that enter a layer's moment; more are drawn from with a seed. The moment of
@@ -48,7 +48,8 @@ class _Moment:
             raise DataError(f"layer '{self.info.name}': its input holds NaN or infinity on the calibration data")
         centered = self.info.output_shift != "kept"
         second, first = self.second / self.count, self.first / self.count
-        return InputMetric.from_moments(second, first, centered=centered, curvature=curvature)
+        share = damping_share(second.shape[-1], self.count)
+        return InputMetric.from_moments(second, first, centered=centered, damping=share, curvature=curvature)
 
 
 def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module, output: Tensor | None = None) -> Tensor:

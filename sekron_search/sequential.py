@@ -13,7 +13,7 @@ from sekron_search.costs.traced import reestimate_batch_norm
 from sekron_search.kron.dense import KINDS, DenseLayer, dense_weight, layer_kind, native_weight
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.projection import Fit
-from sekron_search.kron.refine import DAMPING, InputMetric, refine
+from sekron_search.kron.refine import InputMetric, damping_share, refine
 from sekron_search.model import Inputs, LayerInfo, layer_weight
 from sekron_search.sums import observe, scale_at_sum
 
@@ -124,7 +124,7 @@ class _Moments:
         if centered:
             cross = cross - mean_out[:, :, None] * mean_in[:, None, :]
         # With few samples the estimate leans on the original's weight: they fit P unknowns with an error of P / n.
-        share = max(DAMPING, second.shape[-1] / self.count)
+        share = damping_share(second.shape[-1], self.count)
         metric = InputMetric.from_moments(second, mean_in, centered=centered, damping=share, curvature=curvature)
         damped = metric.root @ metric.root.mT
         moment = second - mean_in[:, :, None] * mean_in[:, None, :] if centered else second

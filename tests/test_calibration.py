@@ -14,7 +14,7 @@ from sekron_search.kron import families as fam
 from sekron_search.kron.dense import dense_weight, native_weight
 from sekron_search.kron.projection import project, reconstruct_batch
 from sekron_search.kron.refine import InputMetric, refine
-from sekron_search.model import LayerInfo, layer_like, replace_layers
+from sekron_search.model import LayerInfo, layer_like, layer_weight, replace_layers
 from sekron_search.sequential import fit_sequentially
 from tests.cases import LAYERS, layer_of
 
@@ -124,3 +124,18 @@ def test_output_sizes_may_differ_between_batches() -> None:
         bias = original.up.bias
         assert bias is not None
         torch.testing.assert_close(start.flatten(2) @ columns + bias[:, None], rows, rtol=1e-4, atol=1e-5)
+
+
+def test_few_samples_damp_the_moment() -> None:
+    """More unknowns than samples: fits to a moment that shows a few directions only must not run away in the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 8, bias=False))
+    info = inspect_model(model, torch.randn(2, 64)).layers[0]
+    few = collect_metrics(model, [info], [(torch.randn(16, 64),)])[info.name]
+    many = collect_metrics(model, [info], [(torch.randn(8192, 64),)])[info.name]
+    weight = layer_weight(model, info).double()
+    structure = fam.channel_svd(info.weight_shape, 4)
+    start = project(weight, structure)
+    plain = many.rel_error(weight, reconstruct_batch(structure, start.factors))
+    fitted = refine(structure, start, weight, few)
+    assert many.rel_error(weight, reconstruct_batch(structure, fitted.factors)) < 1.2 * plain

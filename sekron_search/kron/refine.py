@@ -73,6 +73,11 @@ class InputMetric:
         return float(self.norm((exact - approximation.to(exact)) / scale)) / total if total > 0 else 0.0
 
 
+def damping_share(unknowns: int, samples: int) -> float:
+    """The damping of a moment of P unknowns estimated from n samples: its error is about P / n of it."""
+    return max(DAMPING, unknowns / samples)
+
+
 def square_root(moment: Tensor, damping: float) -> Tensor:
     """L of M + damping * mean diagonal * I = L L', for symmetric M of shape (..., P, P)."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny)
