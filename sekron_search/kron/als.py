@@ -98,7 +98,6 @@ class Sweep:
         self.grams = [self._gram(k) for k in range(count)]
         parts = [self._parts(k) for k in range(count)]
         self.halves = min(self._schedules(parts), key=lambda found: found[0])[1]
-        self.order = tuple(update.factor for half in self.halves for update in half.updates)
 
     def _contraction(self, inputs: Sequence[str], output: str) -> Contraction:
         used = sorted(set("".join(inputs) + output))
@@ -118,11 +117,12 @@ class Sweep:
         """The rank indices of factor k in groups that no chain of other factors connects.
 
         The normal matrix is the Kronecker product of one matrix per group: small ones for Tucker's core and for
-        Tensor-Train, where the whole would be too large to solve with.
+        Tensor-Train, where the whole would be too large to solve with. Factors that share nothing with k, not even
+        through others, make a group without indices, whose matrix is a number.
         """
         groups: list[tuple[set[str], list[int]]] = []
         for j, carried in enumerate(self._carried):
-            if j != k and carried:
+            if j != k:
                 joined, members = set(carried), [j]
                 for group in [g for g in groups if g[0] & joined]:
                     joined, members = joined | group[0], members + group[1]
@@ -131,8 +131,7 @@ class Sweep:
         parts = []
         for reached, members in groups:
             own = [i for i, index in enumerate(self._carried[k]) if index in reached]
-            if own:
-                parts.append(self._part(k, own, sorted(members)))
+            parts.append(self._part(k, own, sorted(members)))
         return tuple(parts)
 
     def _part(self, k: int, own: Sequence[int], members: Sequence[int]) -> _Part:
@@ -244,7 +243,7 @@ def alternating_least_squares(
             meant.
         factors: Start, of shapes (B, rank indices, m_k).
         max_sweeps: At most so many passes over all factors.
-        tolerance: A batch entry is done when five sweeps lowered its squared error by less than this part of it.
+        tolerance: Stop when five sweeps lowered the objective of no batch entry by more than this part of it.
         ridge: Weight of the factors' squared norms in the objective: it keeps CP from drifting towards ever larger
             terms that cancel.
 

@@ -90,6 +90,20 @@ def test_more_starts_are_never_worse_and_each_weight_is_fitted_on_its_own(name: 
     assert float(alone) == pytest.approx(float(one[1]), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["2x3x1x1 * 2x1x3x1 * 2x2x1x3", "2x3x1x1[a] * 2x1x3x1[a] * 2x2x1x3; a=2", "4x1x3x1[a] * 1x6x1x1[a] * 2x1x1x3; a=3"],
+)
+def test_factors_that_share_no_index_are_fitted(text: str) -> None:
+    structure = Structure.parse(text)
+    exact = reconstruct_batch(structure, random_factors(structure, groups=2))
+    assert float(fit_batch(exact, structure, sweeps=300, starts=4)[1].max()) < 1e-6
+    weight = gaussian(2, *SHAPE)
+    _, greedy = fit_batch(weight, structure, sweeps=0)
+    _, fitted = fit_batch(weight, structure, sweeps=50)
+    assert bool((fitted <= greedy + 1e-9).all())
+
+
 def test_seed_of_the_random_starts_decides() -> None:
     weights = gaussian(1, *SHAPE)
     fits = [fit_batch(weights, STRUCTURES["CP"], starts=4, seed=seed)[0] for seed in (0, 0, 1)]
