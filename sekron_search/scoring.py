@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from sekron_search.costs.analytic import LayerCost, layer_cost
-from sekron_search.kron.enumeration import rank_choices, skeletons
+from sekron_search.kron.enumeration import FamilyName, Skeleton, rank_choices, skeletons
 from sekron_search.kron.families import dense, nested_graph
 from sekron_search.kron.projection import pad_channels, project
 from sekron_search.kron.spectra import PairSpectra, error_bound, nested_tails
@@ -53,14 +53,21 @@ def _candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure
 
     found: dict[Structure, CandidateStructure] = {}
     for name in space.families:
-        every = list(skeletons(name, info.weight_shape, space.max_factors, space.channel_multiple))
-        pairs = [s for s in every if len(s.shapes) == 2]
-        longer = [s for s in every if len(s.shapes) > 2]
-        # No more than `max_fits` of the longer ones will be fitted: the rest need not be priced either.
-        for skeleton in pairs + [longer[i] for i in _spread(len(longer), space.max_fits)]:
+        # No more than `max_fits` of the longer ones will be fitted: the rest need not be priced, nor kept in memory.
+        longer = sum(len(s.shapes) > 2 for s in _skeletons(name, info, space))
+        wanted, number = set(_spread(longer, space.max_fits)), 0
+        for skeleton in _skeletons(name, info, space):
+            if len(skeleton.shapes) > 2:
+                number += 1
+                if number - 1 not in wanted:
+                    continue
             for structure in rank_choices(skeleton, fits, space.rank_levels, space.rank_multiple):
                 found.setdefault(structure, CandidateStructure(structure, layer_cost(structure, info)))
     return tuple(found.values())
+
+
+def _skeletons(name: FamilyName, info: LayerInfo, space: SearchSpace) -> Iterator[Skeleton]:
+    return skeletons(name, info.weight_shape, space.max_factors, space.channel_multiple)
 
 
 def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) -> list[float]:
@@ -98,7 +105,12 @@ class _Scored:
         for i, candidate in enumerate(self.pool):
             if candidate.structure.num_factors == 2:
                 groups.setdefault((candidate.structure.weight_shape, candidate.structure.shapes[0]), []).append(i)
-        small = {key: own for key, own in groups.items() if min(map(prod, self.pool[own[0]].structure.shapes)) < LARGE}
+        exact = tuple(self.weight.shape[1:])
+        small = {
+            key: own
+            for key, own in groups.items()
+            if key[0] != exact or min(map(prod, self.pool[own[0]].structure.shapes)) < LARGE
+        }
         self._pairs(small)
         large = {key: own for key, own in groups.items() if key not in small}
         kept = {}
@@ -138,9 +150,10 @@ class _Scored:
                     self.errors[i] = (squared / total) ** 0.5
 
     def bound(self, i: int) -> float:
-        """An error below which no fit of a candidate comes."""
+        """An error below which no fit of a candidate comes; none is known where channels are padded."""
         structure = self.pool[i].structure
-        return error_bound(structure, self.spectra[structure.weight_shape])
+        padded = structure.weight_shape != tuple(self.weight.shape[1:])
+        return 0.0 if padded else error_bound(structure, self.spectra[structure.weight_shape])
 
     def beaten(self, i: int, error: float) -> bool:
         """Whether a candidate of known error costs no more than this one, even if this one had that error."""

@@ -8,12 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sekron_search.calibration import MAX_POSITIONS_PER_BATCH, output_rows, unfold_input
+from sekron_search.calibration import Moments, output_rows
 from sekron_search.costs.traced import reestimate_batch_norm
 from sekron_search.kron.dense import KINDS, DenseLayer, dense_weight, layer_kind, native_weight
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.projection import Fit
-from sekron_search.kron.refine import InputMetric, damping_share, refine
+from sekron_search.kron.refine import InputMetric, refine
 from sekron_search.model import Inputs, LayerInfo, layer_weight
 from sekron_search.sums import observe, scale_at_sum
 
@@ -62,7 +62,7 @@ def fit_sequentially(
         if changed and isinstance(layer, _FITTED):
             reestimate_batch_norm(compressed, batches, until=info.name)
             scale = scale_at_sum(original, batches[0], info)
-            moments = _Moments(info)
+            moments = Moments(info, seed=0)
             for inputs in batches:
                 ours = observe(compressed, inputs, info.name, to_sum=scale is not None)
                 theirs = observe(original, inputs, info.name, to_sum=scale is not None)
@@ -70,13 +70,14 @@ def fit_sequentially(
                 if scale is not None and ours.other is not None and theirs.other is not None:
                     missing = output_rows((theirs.other - ours.other).float(), info)
                     rows = rows + missing / scale[:, :, None].to(missing)
-                moments.add(unfold_input(ours.entered, info, dense, theirs.output), rows)
+                moments.add(ours.entered, dense, output=theirs.output, rows=rows)
             weight = layer_weight(original, info).double()
-            target, metric, mean_output = moments.solve(weight, (curvature or {}).get(info.name))
+            target, metric = moments.best_weight(weight), moments.metric((curvature or {}).get(info.name))
             _set_weight(layer, target, metric, steps)
             bias = layer.bias
             if isinstance(bias, Tensor) and info.output_shift == "correctable":
                 predicted = _weight_of(layer).double().flatten(2)
+                mean_output = moments.collected()[0][1].flatten()
                 bias.copy_(mean_output - (predicted @ metric.mean[:, :, None]).flatten())
         if progress is not None:
             progress(done)
@@ -96,38 +97,3 @@ def _set_weight(layer: nn.Module, target: Tensor, metric: InputMetric, steps: in
 def _weight_of(layer: nn.Module) -> Tensor:
     """The weight of every group, (G, F, C, *kernel), of a replaced layer or a dense one."""
     return layer.group_weights() if isinstance(layer, KroneckerLayer) else dense_weight(cast(DenseLayer, layer))
-
-
-class _Moments:
-    """Second moments of the compressed network's inputs, and their products with the targets."""
-
-    def __init__(self, info: LayerInfo) -> None:
-        self.info = info
-        self.count = 0
-        self.generator = torch.Generator().manual_seed(0)
-        self.sums: list[Tensor] | None = None
-
-    def add(self, columns: Tensor, rows: Tensor) -> None:
-        """Inputs (G, P, n) and targets (G, F, n); of many positions as many as calibration takes are drawn."""
-        if columns.shape[-1] > MAX_POSITIONS_PER_BATCH:
-            chosen = torch.randperm(columns.shape[-1], generator=self.generator)[:MAX_POSITIONS_PER_BATCH]
-            columns, rows = columns[..., chosen.to(columns.device)], rows[..., chosen.to(rows.device)]
-        new = [columns @ columns.mT, rows @ columns.mT, columns.sum(-1), rows.sum(-1)]
-        self.sums = [a.double() + (0 if self.sums is None else self.sums[i]) for i, a in enumerate(new)]
-        self.count += columns.shape[-1]
-
-    def solve(self, weight: Tensor, curvature: Tensor | None) -> tuple[Tensor, InputMetric, Tensor]:
-        """(best unconstrained weight, metric, mean of the target); without data the weight is the original's."""
-        assert self.sums is not None
-        second, cross, mean_in, mean_out = (s / self.count for s in self.sums)
-        centered = self.info.output_shift != "kept"
-        if centered:
-            cross = cross - mean_out[:, :, None] * mean_in[:, None, :]
-        # With few samples the estimate leans on the original's weight: they fit P unknowns with an error of P / n.
-        share = damping_share(second.shape[-1], self.count)
-        metric = InputMetric.from_moments(second, mean_in, centered=centered, damping=share, curvature=curvature)
-        damped = metric.root @ metric.root.mT
-        moment = second - mean_in[:, :, None] * mean_in[:, None, :] if centered else second
-        damping = share * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        best = torch.linalg.solve(damped, (cross + damping * weight.flatten(2)).mT).mT
-        return best.reshape(weight.shape), metric, mean_out.flatten()

@@ -60,7 +60,8 @@ def scale_at_sum(model: nn.Module, inputs: Inputs, info: LayerInfo) -> Tensor | 
     before = before - before.mean(-1, keepdim=True)
     scale = (before * after).sum(-1) / before.square().sum(-1).clamp_min(torch.finfo(before.dtype).tiny)
     # A channel that hardly reaches the sum cannot make up for anything there: its share is divided away.
-    return torch.where(scale.abs() < LEAST_SCALE * scale.abs().mean(), torch.inf, scale)
+    reaches = scale.isfinite() & (scale.abs() > LEAST_SCALE * scale.abs().nan_to_num(0.0, 0.0, 0.0).mean())
+    return torch.where(reaches, scale, torch.inf) if bool(reaches.any()) else None
 
 
 class _Reached(Exception):

@@ -28,7 +28,7 @@ from sekron_search.search.pareto import non_dominated
 from sekron_search.search.space import SearchSpace
 
 #: Raised whenever a change makes earlier tables wrong.
-TABLE_VERSION = 3
+TABLE_VERSION = 4
 
 #: Least-squares sweeps and starts of an option of three factors and more, before it is refined on calibration data.
 FIT_SWEEPS, FIT_STARTS = 30, 3
@@ -134,7 +134,7 @@ def load_table(folder: Path, key: str, name: str) -> FittedLayer | None:
         data = json.loads(path.read_text())
         tensors = read_tensors(folder / f"{key}.safetensors")
         options = tuple(Option.from_json(o) for o in data["options"])
-        sensitivity = float(data["sensitivity"])
+        sensitivity = None if data["sensitivity"] is None else float(data["sensitivity"])
         factors = tuple(
             tuple(tensors[f"{i}.factor{k}"] for k in range(Structure.parse(o.structure).num_factors))
             if not o.is_original
@@ -171,14 +171,14 @@ def build_tables(
         yield fitted
 
 
-def _sensitivity(info: LayerInfo, weight: Tensor, metric: InputMetric) -> float:
-    """The square root of what the divergence would be, by the curvature, if the layer gave nothing; else 1.
+def _sensitivity(info: LayerInfo, weight: Tensor, metric: InputMetric) -> float | None:
+    """The square root of what the divergence would be, by the curvature, if the layer gave nothing; None if unknown.
 
     The root, for the curvature is that of the original and counts errors of layers as independent: halfway between
     equal weights and it, the knapsack's solutions come out better than with either.
     """
     if metric.output_root is None:
-        return 1.0
+        return None
     positions = layer_cost(dense(info.weight_shape), info).flops / weight.numel()
     vanished: float = float(metric.norm(weight)) * positions**0.5
     return max(vanished, float(torch.finfo(torch.float64).tiny))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sekron_search.calibration import collect_metrics, output_rows, unfold_input
+from sekron_search import calibration
+from sekron_search.calibration import Moments, collect_metrics, output_rows, unfold_input
 from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
 from sekron_search.kron.dense import dense_weight, native_weight
@@ -57,8 +58,9 @@ def test_output_error_is_what_the_metric_says(name: str) -> None:
     expected = float((dense(x) - other(x)).norm() / dense(x).norm())
     weights = dense_weight(dense), dense_weight(other)
     assert exact_metric(dense, x, info).rel_error(*weights) == pytest.approx(expected, rel=1e-5)
-    collected = collect_metrics(nn.Sequential(dense), inspect_model(nn.Sequential(dense), x).layers, [(x,)])["0"]
-    assert collected.rel_error(*weights) == pytest.approx(expected, rel=0.01)  # a little damped
+    layers = inspect_model(nn.Sequential(dense), x).layers
+    collected = collect_metrics(nn.Sequential(dense), layers, [(x,)], damping=0.0)["0"]
+    assert collected.rel_error(*weights) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -139,3 +141,52 @@ def test_few_samples_damp_the_moment() -> None:
     plain = many.rel_error(weight, reconstruct_batch(structure, start.factors))
     fitted = refine(structure, start, weight, few)
     assert many.rel_error(weight, reconstruct_batch(structure, fitted.factors)) < 1.2 * plain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["conv2d", "linear", "conv_transpose2d"])
+def test_inputs_unfolded_in_pieces_give_the_same_moments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, x, info = case(name)
+    rows = output_rows(dense(x), info)
+    found = []
+    for most in (1 << 26, 1):
+        monkeypatch.setattr(calibration, "MAX_UNFOLDED", most)
+        moments = Moments(info, seed=0)
+        moments.add(x, dense, output=dense(x), rows=rows)
+        found.append(moments.collected())
+    for whole, pieces in zip([*found[0][0], *found[0][1]], [*found[1][0], *found[1][1]], strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (1.0, 300.0), (1e-21, 0.0), (1e18, 0.0)])
+def test_the_best_weight_for_its_own_outputs_is_the_weight_itself(scale: float, shift: float) -> None:
+    """Large means and extreme scales of the inputs cost hardly a digit."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 8)
+    info = inspect_model(nn.Sequential(layer), torch.randn(2, 64)).layers[0]
+    moments = Moments(info, seed=0)
+    for _ in range(4):
+        x = (torch.randn(1024, 64) + shift) * scale
+        exact = x.double() @ layer.weight.double().mT
+        moments.add(x, layer, rows=output_rows(exact, info))
+    weight = dense_weight(layer).double()
+    best = moments.best_weight(weight)
+    assert float((best - weight).norm() / weight.norm()) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [0.0, -1.0, 3.7])
+def test_a_group_whose_input_is_constant_keeps_its_weight(value: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 3, groups=4, bias=False)
+    x = torch.randn(64, 4, 6, 6)
+    x[:, 0] = value
+    info = inspect_model(nn.Sequential(layer, nn.BatchNorm2d(4)), x).layers[0]
+    moments = Moments(info, seed=0)
+    moments.add(x, layer, rows=1.5 * output_rows(layer(x), info))
+    weight = dense_weight(layer).double()
+    best = moments.best_weight(weight)
+    torch.testing.assert_close(best[0], weight[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(best[1:], 1.5 * weight[1:], rtol=0.05, atol=0.02)
+    assert bool(torch.isfinite(moments.metric(None).root).all())

@@ -76,3 +76,12 @@ def test_what_is_observed_is_what_the_network_computes() -> None:
     for found in (seen, short):
         torch.testing.assert_close(found.entered, IMAGES)
         torch.testing.assert_close(found.output, output)
+
+
+@pytest.mark.parametrize("dead", ["norm", "conv"])
+def test_a_branch_that_gives_nothing_makes_up_for_nothing(dead: str) -> None:
+    """Zero-initialised residual branches: nothing of the layer arrives at the sum."""
+    model = Block(lambda x, y, z: z + x)
+    with torch.no_grad():
+        getattr(model, dead).weight.zero_()
+        assert scale_at_sum(model, (IMAGES,), inspect_model(model, IMAGES).layers[0]) is None

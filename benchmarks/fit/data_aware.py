@@ -76,7 +76,7 @@ def compare(data: Path) -> dict[str, Any]:
     batches = [(batch,) for batch in images(data).split(128)]
     layers = inspect_model(model, batches[0]).layers
     own = collect_metrics(model, layers, batches[: SAMPLES // 128])
-    other = collect_metrics(model, layers, batches[SAMPLES // 128 :])
+    other = collect_metrics(model, layers, batches[SAMPLES // 128 :], damping=0.0)  # the judge sees the data alone
     pairs = []
     for info in layers:
         weight = layer_weight(model, info).double()

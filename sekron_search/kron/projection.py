@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
-import opt_einsum
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sekron_search.errors import StructureError
 from sekron_search.kron.als import alternating_least_squares
-from sekron_search.kron.contraction import contraction
 from sekron_search.kron.structure import Structure
 from sekron_search.kron.svd import mode_bases, recursive_svd
 
@@ -137,7 +134,7 @@ def _best_of_starts(
 
 def _cropped_error(structure: Structure, modes: Tensor, factors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """|W - W^| of weights of norm 1 without the channels that were padded."""
-    difference = modes - contract_batch(structure, factors)
+    difference = modes - structure.contract(factors)
     if structure.weight_shape[:2] != tuple(shape[1:3]):
         difference = structure.fold(difference)[:, : shape[1], : shape[2]]
     error: Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
@@ -168,25 +165,10 @@ def pad_channels(weight: Tensor, structure: Structure) -> Tensor:
     return F.pad(weight, (*[0, 0] * len(kernel), 0, c - weight.shape[2], 0, f - weight.shape[1]))
 
 
-def contract_batch(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
-    """(B, m_1, ..., m_S) from factors with a leading batch axis, flat or in their four modes."""
-    names = {name: opt_einsum.get_symbol(1 + i) for i, (name, _) in enumerate(structure.ranks)}
-    modes = [opt_einsum.get_symbol(1 + len(names) + k) for k in range(structure.num_factors)]
-    batch = opt_einsum.get_symbol(0)
-    inputs = tuple(
-        batch + "".join(names[n] for n in carried) + mode
-        for carried, mode in zip(structure.carries, modes, strict=True)
-    )
-    sizes = ((batch, factors[0].shape[0]), *((names[n], size) for n, size in structure.ranks))
-    sizes += tuple((mode, prod(shape)) for mode, shape in zip(modes, structure.shapes, strict=True))
-    flat = [a.flatten(1 + len(carried)) for a, carried in zip(factors, structure.carries, strict=True)]
-    return contraction(inputs, batch + "".join(modes), sizes)(flat)
-
-
 def reconstruct_batch(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
     """(G, F, C, *kernel) from factors with a leading group axis."""
     structure.check_factors(factors, batched=True)
-    return structure.fold(contract_batch(structure, factors))
+    return structure.fold(structure.contract(factors))
 
 
 def balance(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:

@@ -14,8 +14,11 @@ from sekron_search.kron.structure import Shape, Structure
 
 Sizes = tuple[int, ...]
 
-#: Spectra of larger Gram matrices are computed in float32: twice as fast, and relative errors are exact to 1e-3.
+#: Spectra of larger Gram matrices are computed in float32: twice as fast, but relative errors below 1e-3 are rounding.
 DOUBLE_UP_TO = 512
+
+#: What that rounding adds to a squared relative error at most, per eigenvalue; bounds are lowered by it.
+SINGLE_SLACK = 1e-8
 
 
 def tail_sums(gram: Tensor) -> Tensor:
@@ -57,7 +60,7 @@ class PairSpectra:
         Args:
             first: (f_1, c_1, *kernel_1) of the first factor; it divides the weight's shape.
         """
-        key = tuple(first)
+        key = self._key(first)
         if key not in self._tails:
             self._tails[key] = self._computed(key)
         return self._tails[key]
@@ -76,8 +79,7 @@ class PairSpectra:
         bound = 0.0
         for other, tails in self._tails.items():
             if all(n % m == 0 for n, m in zip(first, other, strict=True)):
-                at = rank * (prod(first) // prod(other))
-                bound = max(bound, float(tails[at]) ** 0.5 if at < len(tails) else 0.0)
+                bound = max(bound, _safe_error(tails, rank * (prod(first) // prod(other))))
         return bound
 
     def compute(self, firsts: Iterable[Sequence[int]], *, workers: int | None = None) -> None:
@@ -87,7 +89,7 @@ class PairSpectra:
             firsts: Shapes of first factors.
             workers: Threads; as many as torch uses if None. Eigenvalue solvers hardly profit from inner threads.
         """
-        missing = sorted({tuple(f) for f in firsts} - self._tails.keys(), key=self._side, reverse=True)
+        missing = sorted({self._key(f) for f in firsts} - self._tails.keys(), key=self._side, reverse=True)
         workers = workers or torch.get_num_threads()
         if workers == 1 or self._weight.is_cuda:
             for first in missing:
@@ -101,6 +103,13 @@ class PairSpectra:
                     self._tails[first] = job.result()
             torch.set_num_threads(own)
         self._grams.clear()
+
+    def _key(self, first: Sequence[int]) -> Sizes:
+        """The first factor's shape, or the second's where the factors share no mode: then they may change places."""
+        first = tuple(first)
+        if all(size in (1, whole) for size, whole in zip(first, self._shape, strict=True)):
+            return min(first, tuple(whole // size for size, whole in zip(first, self._shape, strict=True)))
+        return first
 
     def _side(self, first: Sizes) -> int:
         size = prod(first)
@@ -193,9 +202,8 @@ def nested_tails(
         longer = {shapes[1:]: limits[1:] for shapes, limits in group.items() if len(shapes) > 2}
         if longer:
             kept = min(max(limits[0] for limits in group.values()), *matrix.shape[1:])
-            values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
-            tails = _tails_of(values)
-            below = nested_tails((vectors.flip(-1)[..., :kept].mT @ matrix).reshape(-1, *rests.shape[2:]), longer)
+            tails, remainders = _split_off(matrix, kept)
+            below = nested_tails(remainders.reshape(-1, *rests.shape[2:]), longer)
         else:
             tails = tail_sums(matrix @ matrix.mT if matrix.shape[1] <= matrix.shape[2] else matrix.mT @ matrix)
         for shapes, limits in group.items():
@@ -209,6 +217,19 @@ def nested_tails(
                 own = total + own.reshape(*own.shape, *[1] * (total.dim() - 2))
             found[shapes] = own
     return found
+
+
+def _split_off(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Tails (B, n + 1) of matrices (B, rows, columns), and S V, (B, count, columns), of their leading terms.
+
+    Always from the smaller Gram matrix: of the larger one there may be a hundred gigabytes.
+    """
+    if matrix.shape[1] <= matrix.shape[2]:
+        values, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+        return _tails_of(values), vectors.flip(-1)[..., :count].mT @ matrix
+    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    leading = (values.flip(-1)[..., :count].clamp_min(0).sqrt()[..., None]) * vectors.flip(-1)[..., :count].mT
+    return _tails_of(values), leading
 
 
 def _without(weights: Tensor, first: Shape) -> Tensor:
@@ -240,7 +261,8 @@ def error_bound(structure: Structure, spectra: PairSpectra) -> float:
     tails of the HOSVD and of the TT-SVD.
 
     Args:
-        structure: Of the shape of the spectra's weight.
+        structure: Of the shape of the spectra's weight. A weight that was padded has no such bound: errors in the
+            padded channels are cut off.
         spectra: Of the weight.
 
     Source: De Lathauwer et al. 2000; Oseledets 2011; for any rank graph by Eckart and Young 1936.
@@ -255,8 +277,14 @@ def error_bound(structure: Structure, spectra: PairSpectra) -> float:
                 continue
             within = {name for k in inside for name in structure.carries[k]}
             without = {name for k in range(count) if k not in inside for name in structure.carries[k]}
-            bound = max(bound, spectra.error(first, prod(sizes[name] for name in within & without)))
+            bound = max(bound, _safe_error(spectra.tails(first), prod(sizes[name] for name in within & without)))
     return bound
+
+
+def _safe_error(tails: Tensor, rank: int) -> float:
+    """The error at a rank, less what rounding of a spectrum in float32 may have added."""
+    slack = SINGLE_SLACK * len(tails) if len(tails) > DOUBLE_UP_TO + 1 else 0.0
+    return max(float(tails[rank]) - slack, 0.0) ** 0.5 if rank < len(tails) else 0.0
 
 
 def _leading_shape(structure: Structure, inside: Sequence[int]) -> Sizes | None:

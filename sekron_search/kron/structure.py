@@ -7,12 +7,14 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, islice
 from math import prod
 
-import torch
+import opt_einsum
 from torch import Tensor
 
 from sekron_search.errors import StructureError
+from sekron_search.kron.contraction import contraction
 
 #: (f, c, *kernel): out-channels, in-channels, and two kernel sizes or three.
 Shape = tuple[int, ...]
@@ -200,22 +202,28 @@ class Structure:
             StructureError: If the factors have other shapes.
         """
         self.check_factors(factors)
-        return self.fold(self.contract(factors))
+        return self.fold(self.contract([factor[None] for factor in factors])[0])
 
     def contract(self, factors: Sequence[Tensor]) -> Tensor:
-        """The weight as a tensor of one mode per factor, of shape (m_1, ..., m_S), m_k the product of factor k's sizes.
+        """Weights as tensors of one mode per factor, of shape (B, m_1, ..., m_S) with m_k the size of factor k.
 
         In this form the sequence of Kronecker products is a tensor network with a mode for every factor.
 
         Args:
-            factors: Of the shapes `factor_shapes`, or with (f_k, c_k, *kernel_k) flattened to m_k.
+            factors: (B, rank indices, f_k, c_k, *kernel_k), or with the last sizes flattened to m_k.
         """
-        operands: list[object] = []
-        names = {name: i for i, (name, _) in enumerate(self.ranks)}
-        for k, (factor, carried) in enumerate(zip(factors, self.carries, strict=True)):
-            operands += [factor.flatten(len(carried)), [names[n] for n in carried] + [len(names) + k]]
-        result: Tensor = torch.einsum(*operands, [len(names) + k for k in range(self.num_factors)])
-        return result
+        letters = map(opt_einsum.get_symbol, count())
+        batch, *names = islice(letters, 1 + len(self.ranks))
+        letter = dict(zip((name for name, _ in self.ranks), names, strict=True))
+        modes = list(islice(letters, self.num_factors))
+        inputs = tuple(
+            batch + "".join(letter[n] for n in carried) + mode
+            for carried, mode in zip(self.carries, modes, strict=True)
+        )
+        sizes = [(batch, factors[0].shape[0]), *((letter[name], size) for name, size in self.ranks)]
+        sizes += [(mode, prod(shape)) for mode, shape in zip(modes, self.shapes, strict=True)]
+        flat = [a.flatten(1 + len(carried)) for a, carried in zip(factors, self.carries, strict=True)]
+        return contraction(inputs, batch + "".join(modes), tuple(sizes))(flat)
 
     def fold(self, modes: Tensor) -> Tensor:
         """From (..., m_1, ..., m_S) to (..., F, C, *kernel); inverse of `unfold`."""

@@ -65,14 +65,8 @@ def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Where the rank exceeds what the matrix can have, U is filled with a deterministic orthonormal-scale pattern and
     S V with zeros: the fit stays exact and later least-squares steps can use the free columns.
     """
-    rows, columns = matrix.shape[-2:]
-    if rows <= columns:
-        left = _leading(matrix @ matrix.mT, rank)
-        right = left.mT @ matrix
-    else:
-        basis = _leading(matrix.mT @ matrix, rank)
-        left, triangle = torch.linalg.qr(matrix @ basis)
-        right = triangle @ basis.mT
+    left = left_basis(matrix, rank)
+    right = left.mT @ matrix
     missing = rank - left.shape[-1]
     if missing > 0:
         left = torch.cat([left, noise_like(left, missing)], -1)
@@ -89,10 +83,15 @@ def noise_like(columns: Tensor, count: int) -> Tensor:
     return found.expand(*columns.shape[:-2], rows, count)
 
 
-def _leading(gram: Tensor, count: int) -> Tensor:
-    """Eigenvectors (..., n, count) of the largest eigenvalues of symmetric matrices, the largest first."""
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
-    return vectors.flip(-1)[..., :count]
+def left_basis(matrix: Tensor, count: int) -> Tensor:
+    """Orthonormal (..., rows, at most count): the leading left singular vectors, the largest first."""
+    rows, columns = matrix.shape[-2:]
+    if rows <= columns:
+        vectors: Tensor = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors
+        return vectors.flip(-1)[..., :count]
+    vectors = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors
+    left: Tensor = torch.linalg.qr(matrix @ vectors.flip(-1)[..., :count]).Q
+    return left
 
 
 def mode_bases(structure: Structure, modes: Tensor) -> list[Tensor]:
@@ -112,7 +111,7 @@ def mode_bases(structure: Structure, modes: Tensor) -> list[Tensor]:
     for k, shape in enumerate(structure.factor_shapes):
         count = prod(shape[: -len(structure.shapes[k])])
         matrix = modes.movedim(1 + k, 1).flatten(2)
-        basis = _leading(matrix @ matrix.mT, count)
+        basis = left_basis(matrix, count)
         if count > basis.shape[-1]:
             basis = torch.cat([basis, noise_like(basis, count - basis.shape[-1])], -1)
         factors.append(basis.mT.reshape(modes.shape[0], *shape[: -len(structure.shapes[k])], -1))

@@ -28,9 +28,14 @@ class KnapsackSolution:
 
 def additive_errors(network: Network) -> list[NDArray[np.float64]]:
     """The squared relative output error of every option of every layer, by how sensitive the network is to it."""
-    # Relative to their mean: the solver's tolerances are absolute.
-    mean = float(np.mean([table.sensitivity for table in network.tables]))
-    return [table.sensitivity / mean * np.array([o.error**2 for o in table.options]) for table in network.tables]
+    known = [table.sensitivity for table in network.tables if table.sensitivity is not None]
+    # Relative to their mean: the solver's tolerances are absolute, and the mean stands for what is not known.
+    mean = float(np.mean(known)) if known else 1.0
+    weights = [1.0 if table.sensitivity is None else table.sensitivity / mean for table in network.tables]
+    return [
+        weight * np.array([o.error**2 for o in table.options])
+        for weight, table in zip(weights, network.tables, strict=True)
+    ]
 
 
 def solve_knapsack(

@@ -77,13 +77,14 @@ class LayerTable:
         name: The layer.
         options: Its options.
         outside_bytes: What is alive besides the layer's working set while it runs, on the example batch.
-        sensitivity: What a squared relative error of the layer's output counts, compared with other layers.
+        sensitivity: What a squared relative error of the layer's output counts, compared with other layers; None if
+            that is unknown.
     """
 
     name: str
     options: tuple[Option, ...]
     outside_bytes: int = 0
-    sensitivity: float = 1.0
+    sensitivity: float | None = None
 
 
 @dataclass(frozen=True)

@@ -113,3 +113,29 @@ def test_known_spectra_bound_larger_ones() -> None:
     errors = [PairSpectra(weight).error((8, 4, 1, 1), rank) for rank in range(1, 33)]
     assert all(bound <= error + 1e-12 for bound, error in zip(bounds, errors, strict=True))
     assert bounds[0] > 0.5
+
+
+def test_tall_unfoldings_are_decomposed_from_their_smaller_side() -> None:
+    """The larger Gram matrix of these would take 34 GB."""
+    weight = gaussian(1, 1024, 256, 1, 1)
+    sequence: tuple[Shape, ...] = ((512, 128, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1))
+    tails = nested_tails(weight, {sequence: (2, 2)})[sequence]
+    structure = fam.sekron(sequence, [2, 2])
+    _, errors = fit_batch(weight, structure, sweeps=0)
+    assert float((tails[0, 1, 1] / weight.square().sum()).sqrt()) == pytest.approx(float(errors), rel=1e-6)
+    _, better = fit_batch(weight, structure, sweeps=3, starts=2)
+    assert float(better) <= float(errors) + 1e-9
+
+
+def test_factors_that_share_no_mode_share_a_spectrum() -> None:
+    spectra = PairSpectra(gaussian(1, *SHAPE))
+    assert spectra.tails((8, 1, 1, 1)) is spectra.tails((1, 6, 3, 3))
+    assert spectra.tails((4, 1, 1, 1)) is not spectra.tails((2, 6, 3, 3))
+
+
+def test_a_bound_from_single_precision_stays_below_an_exact_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DOUBLE_UP_TO", 64)
+    structure = fam.channel_svd((256, 256, 1, 1), 8)
+    weight = (gaussian(256, 8) @ gaussian(8, 256, seed=1))[None, :, :, None, None]
+    spectra = PairSpectra(weight)
+    assert error_bound(structure, spectra) <= float(fit_batch(weight, structure)[1]) + 1e-9
