@@ -255,7 +255,7 @@ def alternating_least_squares(
     """
     sweep = sweep_of(structure, modes.shape[0])
     weight = modes.new_full((modes.shape[0],), ridge)
-    tensors, norm = sweep.lay_out(modes), modes.flatten(1).square().sum(1)
+    tensors, norm = sweep.lay_out(modes), torch.linalg.vector_norm(modes.flatten(1), dim=1).square()
     best = previous = _pack(factors)
     objective = modes.new_full((modes.shape[0],), torch.inf)
     error, checkpoint = objective, objective

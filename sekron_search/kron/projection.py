@@ -12,13 +12,16 @@ from torch import Tensor
 from sekron_search.errors import StructureError
 from sekron_search.kron.als import alternating_least_squares
 from sekron_search.kron.structure import Structure
-from sekron_search.kron.svd import mode_bases, recursive_svd
+from sekron_search.kron.svd import core_of, mode_bases, orthogonal_iteration, recursive_svd
 
 #: Weight of the factors' squared norms in the objective of least squares, for weights of norm 1.
 RIDGE = 1e-5
 
 #: At most so many sweeps follow without it: exact weights are exactly recovered, and terms have no time to grow.
 LAST_SWEEPS = 100
+
+#: Of the sweeps of a structure with a core the first ones are passes of orthogonal iteration, which gain more each.
+CORE_ITERATIONS = 12
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ def fit_batch(
     """Fit weights of one shape side by side, each on its own.
 
     Two factors: one SVD, optimal. More: alternating least squares from several starts, the best of them kept for
-    every weight: the recursion of SVDs, the leading singular vectors of every mode, then random draws. A ridge keeps
-    terms from growing while they cancel; it is taken away for the last sweeps. Computed in float64 whatever the
-    weights' dtype and scale.
+    every weight: the recursion of SVDs (orthogonal iteration where there is a core), the leading singular vectors of
+    every mode, then random draws. A ridge keeps terms from growing while they cancel; it is taken away for the last
+    sweeps. Computed in float64 whatever the weights' dtype and scale.
 
     Args:
         weights: (B, F, C, *kernel).
@@ -114,6 +117,12 @@ def _best_of_starts(
     tolerance: float,
 ) -> list[Tensor]:
     """The least-squares fit of every tensor from the start that served it best; all starts run side by side."""
+    core = core_of(structure)
+    if core is not None:
+        passes = min(sweeps, CORE_ITERATIONS)
+        recursive, sweeps = orthogonal_iteration(structure, core, modes, passes), sweeps - passes
+        if sweeps == 0:
+            return recursive
     found = [recursive]
     if starts > 1:
         found.append(mode_bases(structure, modes))
@@ -121,7 +130,7 @@ def _best_of_starts(
     for _ in range(starts - 2):
         found.append([torch.randn(a.shape, generator=generator, dtype=a.dtype).to(a) for a in recursive])
     factors = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    repeated = modes.repeat(starts, *[1] * (modes.dim() - 1))
+    repeated = modes if starts == 1 else modes.repeat(starts, *[1] * (modes.dim() - 1))
     if not structure.is_tree:
         factors, _ = alternating_least_squares(
             structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance, ridge=RIDGE
@@ -162,6 +171,8 @@ def check_shape(weight_shape: Sequence[int], structure: Structure) -> None:
 def pad_channels(weight: Tensor, structure: Structure) -> Tensor:
     """The (G, F, C, *kernel) weight with zero channels added up to the structure's F and C."""
     f, c, *kernel = structure.weight_shape
+    if (f, c) == tuple(weight.shape[1:3]):
+        return weight
     return F.pad(weight, (*[0, 0] * len(kernel), 0, c - weight.shape[2], 0, f - weight.shape[1]))
 
 

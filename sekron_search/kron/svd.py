@@ -116,3 +116,55 @@ def mode_bases(structure: Structure, modes: Tensor) -> list[Tensor]:
             basis = torch.cat([basis, noise_like(basis, count - basis.shape[-1])], -1)
         factors.append(basis.mT.reshape(modes.shape[0], *shape[: -len(structure.shapes[k])], -1))
     return factors
+
+
+def core_of(structure: Structure) -> int | None:
+    """The factor that shares one rank index with every other one, which share none among themselves (Tucker's core)."""
+    for core, carried in enumerate(structure.carries):
+        leaves = [own for k, own in enumerate(structure.carries) if k != core]
+        if structure.is_tree and len(carried) == len(leaves) and all(len(own) == 1 for own in leaves):
+            return core
+    return None
+
+
+def orthogonal_iteration(structure: Structure, core: int, modes: Tensor, iterations: int) -> list[Tensor]:
+    """Factors of a structure with a core: every leaf in turn is the best basis for what the other leaves leave.
+
+    Leaf and core are optimal together, given the other leaves, so this needs far fewer passes than updates of one
+    factor at a time.
+
+    Args:
+        structure: With the core that `core_of` found.
+        core: Its position.
+        modes: (B, m_1, ..., m_S), a batch of unfolded weights.
+        iterations: Passes over all leaves.
+
+    Returns:
+        Factors of shapes (B, rank indices, m_k); the leaves are orthonormal as far as there are enough columns.
+
+    Source: De Lathauwer, De Moor and Vandewalle 2000, On the best rank-1 and rank-(R1, ..., RN) approximation.
+    """
+    leaves = {k: basis for k, basis in enumerate(mode_bases(structure, modes)) if k != core}
+
+    def projected(skipped: int | None) -> Tensor:
+        rest = modes
+        # The mode that shrinks most goes first: what is left for the others is then small.
+        for k in sorted((k for k in leaves if k != skipped), key=lambda k: leaves[k].shape[1] / leaves[k].shape[2]):
+            rest = (
+                torch.bmm(leaves[k], rest.movedim(1 + k, 1).flatten(2))
+                .reshape(len(rest), -1, *(n for axis, n in enumerate(rest.shape[1:], 1) if axis != 1 + k))
+                .movedim(1, 1 + k)
+            )
+        return rest
+
+    for _ in range(iterations):
+        for k, leaf in leaves.items():
+            basis = left_basis(projected(k).movedim(1 + k, 1).flatten(2), leaf.shape[1])
+            if basis.shape[-1] == leaf.shape[1]:  # else there is nothing to choose
+                leaves[k] = basis.mT
+    order = list(leaves)
+    rest = projected(None).movedim([1 + k for k in order], list(range(1, 1 + len(order))))
+    names = [structure.carries[k][0] for k in order]
+    factors = dict(leaves)
+    factors[core] = rest.permute(0, *(1 + names.index(name) for name in structure.carries[core]), rest.dim() - 1)
+    return [factors[k].contiguous() for k in range(structure.num_factors)]

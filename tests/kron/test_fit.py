@@ -13,6 +13,7 @@ from sekron_search.kron import projection
 from sekron_search.kron.projection import Fit, balance, fit_batch, project, reconstruct_batch
 from sekron_search.kron.refine import InputMetric, refine
 from sekron_search.kron.structure import Structure
+from sekron_search.kron.svd import core_of, orthogonal_iteration, recursive_svd
 from tests.cases import SHAPE, STRUCTURES, random_factors
 
 PAIRS = [name for name, s in STRUCTURES.items() if s.num_factors == 2]
@@ -102,6 +103,32 @@ def test_factors_that_share_no_index_are_fitted(text: str) -> None:
     _, greedy = fit_batch(weight, structure, sweeps=0)
     _, fitted = fit_batch(weight, structure, sweeps=50)
     assert bool((fitted <= greedy + 1e-9).all())
+
+
+@pytest.mark.parametrize("name", ["Tucker", "Tucker-2", "Kronecker-TT", "Kronecker-Tucker"])
+def test_orthogonal_iteration_never_loses_and_ends_below_the_recursion(name: str) -> None:
+    structure = STRUCTURES[name]
+    weight = gaussian(2, *SHAPE)
+    modes = structure.unfold(weight / weight.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1, 1))
+    core = core_of(structure)
+    assert core is not None
+    errors = []
+    for passes in (1, 2, 4, 30):
+        factors = orthogonal_iteration(structure, core, modes, passes)
+        errors.append(torch.linalg.vector_norm((structure.contract(factors) - modes).flatten(1), dim=1))
+    assert all(bool((later <= earlier + 1e-12).all()) for earlier, later in pairwise(errors))
+    greedy = structure.contract(recursive_svd(structure, modes)) - modes
+    assert bool((errors[-1] <= torch.linalg.vector_norm(greedy.flatten(1), dim=1) + 1e-3).all())
+    assert bool((errors[-1] < errors[0]).all())
+
+
+def test_which_structures_have_a_core() -> None:
+    assert {n for n, s in STRUCTURES.items() if s.num_factors > 2 and core_of(s) is not None} == {
+        "Tucker",
+        "Tucker-2",
+        "Kronecker-TT",
+        "Kronecker-Tucker",
+    }
 
 
 def test_seed_of_the_random_starts_decides() -> None:
