@@ -47,7 +47,7 @@ def main() -> None:
     for name in args.only:
         print(f"--- {name}", flush=True)
         samples[name] = PARTS[name](args.data)
-    write_results("fit", targets(samples), samples, command="make bench NAME=fit DATA=...")
+        write_results("fit", targets(samples), samples, command="make bench NAME=fit DATA=...")
 
 
 def targets(samples: dict[str, Any]) -> list[Target]:
