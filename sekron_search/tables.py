@@ -94,7 +94,8 @@ def build_layer_table(
     for index in chosen:
         candidate = pool[index]
         # Starts beyond the first two are random: what serves one weight of a family may not serve another.
-        start = project(exact, candidate.structure, sweeps=FIT_SWEEPS, starts=FIT_STARTS)
+        starts = 1 if candidate.structure.is_tree else FIT_STARTS  # trees end alike from wherever they start
+        start = project(exact, candidate.structure, sweeps=FIT_SWEEPS, starts=starts)
         fit = refine(candidate.structure, start, exact, metric, steps=steps)
         rebuilt = reconstruct_batch(candidate.structure, fit.factors)[:, : exact.shape[1], : exact.shape[2]]
         weight_error = float((rebuilt - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))

@@ -88,9 +88,9 @@ def contests(shape: tuple[int, int, int, int]) -> list[Contest]:
         found: Array = tensorly.cp_to_tensor(decomposition.parafac(x, rank=rank, init=init, random_state=0))
         return found
 
-    starts = 3 if f < 256 else 1  # one start of the large weight is what a tenth of the time has room for
+    starts = 3 if f < 256 else 2  # more of the large weight would take more than a tenth of the time
     return [
-        Contest("CP", fam.cp(shape, rank), 200 if starts > 1 else 100, cp, starts),
+        Contest("CP", fam.cp(shape, rank), 200 if f < 256 else 100, cp, starts),
         Contest("Tucker-2", fam.tucker2(shape, half), 8, two),
         Contest("Tucker", fam.tucker(shape, [*half, 2, 2]), 8, full),
         Contest("Tensor-Train, recursion alone", fam.tensor_train(shape, train), 0, tt),
