@@ -20,7 +20,6 @@ from sekron_search.model import Inputs, LayerInfo, run_model
 #: P unknowns needs some multiple of P samples, not every pixel of every image.
 MAX_POSITIONS_PER_BATCH = 32768
 
-
 #: Entries of unfolded columns that are in memory at a time: 256 MiB. Larger inputs are unfolded some samples at a time.
 MAX_UNFOLDED = 1 << 26
 
@@ -56,8 +55,8 @@ class Moments:
             output: As for `unfold_input`.
             rows: Targets (G, F, samples times positions), in the order of `output_rows`.
         """
-        samples = x.shape[0] if x.dim() > 1 else 1
-        x = x.reshape(samples, *x.shape[1:]) if x.dim() > 1 else x[None]
+        x = x if x.dim() > 1 else x[None]
+        samples = len(x)
         first = unfold_input(x[:1], self.info, module, output)
         positions = first.shape[-1]
         step = max(MAX_UNFOLDED // max(first.numel(), 1), 1)

@@ -131,23 +131,17 @@ class _Scored:
 
     def nested(self) -> None:
         """SeKron of three factors and more: one tree of spectra per sequence of shapes gives all its ranks."""
-        groups: dict[tuple[Shape, ...], list[int]] = {}
+        groups: dict[Shape, dict[tuple[Shape, ...], list[int]]] = {}
         for i, candidate in enumerate(self.pool):
             structure = candidate.structure
             if structure.num_factors > 2 and structure.carries == nested_graph(structure.num_factors):
-                groups.setdefault(structure.shapes, []).append(i)
-        exact = self.weight.double()
-        scale = float(exact.abs().max()) or 1.0
-        total = float((exact / scale).square().sum()) or 1.0
-        for whole in {self.pool[own[0]].structure.weight_shape for own in groups.values()}:
-            sequences = {shapes: own for shapes, own in groups.items() if _whole(shapes) == whole}
-            ranks = {shapes: [_ranks(self.pool[i]) for i in own] for shapes, own in sequences.items()}
+                groups.setdefault(structure.weight_shape, {}).setdefault(structure.shapes, []).append(i)
+        for whole, sequences in groups.items():
+            ranks = {shapes: [_ranks(self.pool[i].structure) for i in own] for shapes, own in sequences.items()}
             limits = {shapes: [max(column) for column in zip(*rows, strict=True)] for shapes, rows in ranks.items()}
-            padded = pad_channels(exact / scale, self.pool[next(iter(sequences.values()))[0]].structure)
-            for shapes, tails in nested_tails(padded, limits).items():
+            for shapes, tails in nested_tails(self.spectra[whole].unit, limits).items():
                 for i, own_ranks in zip(sequences[shapes], ranks[shapes], strict=True):
-                    squared = float(tails.sum(0)[tuple(r - 1 for r in own_ranks)].clamp_min(0))
-                    self.errors[i] = (squared / total) ** 0.5
+                    self.errors[i] = float(tails.sum(0)[tuple(r - 1 for r in own_ranks)].clamp_min(0)) ** 0.5
 
     def bound(self, i: int) -> float:
         """An error below which no fit of a candidate comes; none is known where channels are padded."""
@@ -162,16 +156,12 @@ class _Scored:
         return bool(better.any())
 
 
-def _ranks(candidate: CandidateStructure) -> list[int]:
-    return [size for _, size in candidate.structure.ranks]
-
-
-def _whole(shapes: Sequence[Shape]) -> tuple[int, ...]:
-    return tuple(prod(sizes) for sizes in zip(*shapes, strict=True))
+def _ranks(structure: Structure) -> list[int]:
+    return [size for _, size in structure.ranks]
 
 
 def _rank(structure: Structure) -> int:
-    return prod(size for _, size in structure.ranks)
+    return prod(_ranks(structure))
 
 
 def shortlist(pool: Sequence[CandidateStructure], scores: Sequence[float], most: int) -> list[int]:

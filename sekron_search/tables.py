@@ -94,7 +94,7 @@ def build_layer_table(
     for index in chosen:
         candidate = pool[index]
         # Starts beyond the first two are random: what serves one weight of a family may not serve another.
-        starts = 1 if candidate.structure.is_tree else FIT_STARTS  # trees end alike from wherever they start
+        starts = 1 if candidate.structure.is_tree else FIT_STARTS  # more starts gain trees little
         start = project(exact, candidate.structure, sweeps=FIT_SWEEPS, starts=starts)
         fit = refine(candidate.structure, start, exact, metric, steps=steps)
         rebuilt = reconstruct_batch(candidate.structure, fit.factors)[:, : exact.shape[1], : exact.shape[2]]

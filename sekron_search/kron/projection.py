@@ -85,9 +85,12 @@ def fit_batch(
     check_weight(weights, structure)
     unit, scale = _unit_norm(weights.detach().to(torch.float64))
     modes = structure.unfold(pad_channels(unit, structure))
-    factors = [modes] if structure.is_dense else recursive_svd(structure, modes)
-    if structure.num_factors > 2 and sweeps > 0:
-        factors = _best_of_starts(structure, modes, factors, sweeps, starts, seed, tolerance)
+    if structure.is_dense:
+        factors = [modes]
+    elif structure.num_factors == 2 or sweeps == 0:
+        factors = recursive_svd(structure, modes)
+    else:
+        factors = _best_of_starts(structure, modes, sweeps, starts, seed, tolerance)
     errors = _cropped_error(structure, modes, factors, weights.shape)
     share = scale ** (1 / structure.num_factors)
     factors = balance(structure, [a * share.reshape(-1, *[1] * (a.dim() - 1)) for a in factors])
@@ -108,27 +111,23 @@ def _unit_norm(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _best_of_starts(
-    structure: Structure,
-    modes: Tensor,
-    recursive: list[Tensor],
-    sweeps: int,
-    starts: int,
-    seed: int,
-    tolerance: float,
+    structure: Structure, modes: Tensor, sweeps: int, starts: int, seed: int, tolerance: float
 ) -> list[Tensor]:
     """The least-squares fit of every tensor from the start that served it best; all starts run side by side."""
     core = core_of(structure)
-    if core is not None:
+    if core is None:
+        first = recursive_svd(structure, modes)
+    else:
         passes = min(sweeps, CORE_ITERATIONS)
-        recursive, sweeps = orthogonal_iteration(structure, core, modes, passes), sweeps - passes
+        first, sweeps = orthogonal_iteration(structure, core, modes, passes), sweeps - passes
         if sweeps == 0:
-            return recursive
-    found = [recursive]
+            return first
+    found = [first]
     if starts > 1:
         found.append(mode_bases(structure, modes))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(starts - 2):
-        found.append([torch.randn(a.shape, generator=generator, dtype=a.dtype).to(a) for a in recursive])
+        found.append([torch.randn(a.shape, generator=generator, dtype=a.dtype).to(a) for a in first])
     factors = [torch.cat(parts) for parts in zip(*found, strict=True)]
     repeated = modes if starts == 1 else modes.repeat(starts, *[1] * (modes.dim() - 1))
     if not structure.is_tree:

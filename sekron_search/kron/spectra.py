@@ -50,7 +50,8 @@ class PairSpectra:
         peak = float(weight.abs().max()) if weight.numel() else 0.0
         unit = weight.detach().double() / peak if peak > 0 else weight.detach().double()
         norm = float(unit.norm())
-        self._weight = unit / norm if norm > 0 else unit
+        #: The weight scaled to norm 1, or zero, in float64.
+        self.unit = unit / norm if norm > 0 else unit
         self._grams: dict[tuple[bool, Sizes], Tensor] = {}
         self._tails: dict[Sizes, Tensor] = {}
 
@@ -62,7 +63,7 @@ class PairSpectra:
         """
         key = self._key(first)
         if key not in self._tails:
-            self._tails[key] = self._computed(key)
+            self._tails[key] = self._from_gram(self._gram(key))
         return self._tails[key]
 
     def error(self, first: Sequence[int], rank: int) -> float:
@@ -91,17 +92,17 @@ class PairSpectra:
         """
         missing = sorted({self._key(f) for f in firsts} - self._tails.keys(), key=self._side, reverse=True)
         workers = workers or torch.get_num_threads()
-        if workers == 1 or self._weight.is_cuda:
+        if workers == 1 or self.unit.is_cuda:
             for first in missing:
                 self.tails(first)
         else:
             own = torch.get_num_threads()
-            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                grams = ((first, self._gram(first)) for first in missing)
-                jobs = [(first, pool.submit(self._from_gram, gram)) for first, gram in grams]
-                for first, job in jobs:
-                    self._tails[first] = job.result()
-            torch.set_num_threads(own)
+            try:
+                with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    jobs = {first: pool.submit(self._from_gram, self._gram(first)) for first in missing}
+                    self._tails |= {first: job.result() for first, job in jobs.items()}
+            finally:
+                torch.set_num_threads(own)
         self._grams.clear()
 
     def _key(self, first: Sequence[int]) -> Sizes:
@@ -114,9 +115,6 @@ class PairSpectra:
     def _side(self, first: Sizes) -> int:
         size = prod(first)
         return min(size, prod(self._shape) // size)
-
-    def _computed(self, first: Sizes) -> Tensor:
-        return self._from_gram(self._gram(first))
 
     def _from_gram(self, gram: Tensor) -> Tensor:
         if gram.shape[-1] > DOUBLE_UP_TO:
@@ -144,33 +142,34 @@ class PairSpectra:
 
     def _multiplied(self, leading: bool, inner: Sizes) -> Tensor:
         """From the weight: a mode's index splits into a leading and a trailing part, one of them the factor's."""
-        outer = tuple(n // m for n, m in zip(self._shape, inner, strict=True))
-        parts = [(i, o) if leading else (o, i) for i, o in zip(inner, outer, strict=True)]
-        count = len(inner)
-        split = self._weight.reshape(-1, *(n for part in parts for n in part))
-        at = 1 if leading else 2
-        kept = [at + 2 * mode for mode in range(count)]
-        summed = [3 - at + 2 * mode for mode in range(count)]
-        matrix = split.permute(0, *kept, *summed).reshape(len(split), prod(inner), prod(outer))
+        sizes, kept, summed = _split(leading, self._shape, inner)
+        matrix = self.unit.reshape(-1, *sizes).permute(0, *kept, *summed).reshape(len(self.unit), prod(inner), -1)
         if matrix.shape[1] > DOUBLE_UP_TO:
             matrix = matrix.float()
         return matrix @ matrix.mT
 
     def _traced(self, key: tuple[bool, Sizes], parent: Sizes) -> Tensor:
         leading, inner = key
-        count = len(inner)
-        traced = tuple(n // m for n, m in zip(parent, inner, strict=True))
-        parts = [(i, t) if leading else (t, i) for i, t in zip(inner, traced, strict=True)]
-        gram = self._grams[leading, parent]
-        gram = gram.reshape(len(gram), *(n for part in parts for n in part), *(n for part in parts for n in part))
-        at = 1 if leading else 2
-        kept = [at + 2 * mode for mode in range(count)]
-        summed = [3 - at + 2 * mode for mode in range(count)]
-        second = 2 * count
+        sizes, kept, summed = _split(leading, parent, inner)
+        second = len(sizes)
+        gram = self._grams[leading, parent].reshape(-1, *sizes, *sizes)
         gram = gram.permute(0, *kept, *(second + k for k in kept), *summed, *(second + s for s in summed))
-        size = prod(inner)
-        blocks = gram.reshape(len(gram), size, size, prod(traced), prod(traced))
+        size, traced = prod(inner), prod(parent) // prod(inner)
+        blocks = gram.reshape(len(gram), size, size, traced, traced)
         return blocks.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _split(leading: bool, whole: Sizes, inner: Sizes) -> tuple[list[int], list[int], list[int]]:
+    """Every mode's index split into a leading and a trailing part, one of them `inner`'s.
+
+    Returns:
+        The sizes of all parts in order; the axes of `inner`'s parts, and those of the others, behind a batch axis.
+    """
+    sizes = []
+    for n, m in zip(whole, inner, strict=True):
+        sizes += [m, n // m] if leading else [n // m, m]
+    kept = list(range(1 if leading else 2, len(sizes) + 1, 2))
+    return sizes, kept, [axis for axis in range(1, len(sizes) + 1) if axis not in kept]
 
 
 def nested_tails(

@@ -69,18 +69,18 @@ def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     right = left.mT @ matrix
     missing = rank - left.shape[-1]
     if missing > 0:
-        left = torch.cat([left, noise_like(left, missing)], -1)
         right = torch.cat([right, right.new_zeros(*right.shape[:-2], missing, right.shape[-1])], -2)
-    return left, right
+    return filled(left, rank), right
 
 
-def noise_like(columns: Tensor, count: int) -> Tensor:
-    """(..., rows, count): a deterministic pattern to put beside orthonormal columns where there are too few."""
-    rows = columns.shape[-2]
-    generator = torch.Generator().manual_seed(rows * 1009 + count)
-    fill = torch.randn(rows, count, generator=generator, dtype=torch.float64) / rows**0.5
-    found: Tensor = fill.to(columns)
-    return found.expand(*columns.shape[:-2], rows, count)
+def filled(basis: Tensor, count: int) -> Tensor:
+    """(..., rows, count): orthonormal columns, a deterministic pattern beside them where there are too few."""
+    rows, missing = basis.shape[-2], count - basis.shape[-1]
+    if missing <= 0:
+        return basis
+    generator = torch.Generator().manual_seed(rows * 1009 + missing)
+    fill = torch.randn(rows, missing, generator=generator, dtype=torch.float64) / rows**0.5
+    return torch.cat([basis, fill.to(basis).expand(*basis.shape[:-2], rows, missing)], -1)
 
 
 def left_basis(matrix: Tensor, count: int) -> Tensor:
@@ -107,15 +107,13 @@ def mode_bases(structure: Structure, modes: Tensor) -> list[Tensor]:
 
     Source: De Lathauwer et al. 2000.
     """
-    factors = []
-    for k, shape in enumerate(structure.factor_shapes):
-        count = prod(shape[: -len(structure.shapes[k])])
-        matrix = modes.movedim(1 + k, 1).flatten(2)
-        basis = left_basis(matrix, count)
-        if count > basis.shape[-1]:
-            basis = torch.cat([basis, noise_like(basis, count - basis.shape[-1])], -1)
-        factors.append(basis.mT.reshape(modes.shape[0], *shape[: -len(structure.shapes[k])], -1))
-    return factors
+    return [_mode_basis(structure, modes, k) for k in range(structure.num_factors)]
+
+
+def _mode_basis(structure: Structure, modes: Tensor, k: int) -> Tensor:
+    ranks = structure.factor_shapes[k][: -len(structure.shapes[k])]
+    basis = filled(left_basis(modes.movedim(1 + k, 1).flatten(2), prod(ranks)), prod(ranks))
+    return basis.mT.reshape(modes.shape[0], *ranks, -1)
 
 
 def core_of(structure: Structure) -> int | None:
@@ -144,7 +142,7 @@ def orthogonal_iteration(structure: Structure, core: int, modes: Tensor, iterati
 
     Source: De Lathauwer, De Moor and Vandewalle 2000, On the best rank-1 and rank-(R1, ..., RN) approximation.
     """
-    leaves = {k: basis for k, basis in enumerate(mode_bases(structure, modes)) if k != core}
+    leaves = {k: _mode_basis(structure, modes, k) for k in range(structure.num_factors) if k != core}
 
     def projected(skipped: int | None) -> Tensor:
         rest = modes
