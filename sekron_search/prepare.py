@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from sekron_search.calibration import collect_metrics
-from sekron_search.costs.measure import measure_networks, threads
+from sekron_search.costs.measure import measure_networks
 from sekron_search.costs.memory import PeakMemory, peak_memory
 from sekron_search.costs.profile import DeviceProfile, Provenance, layer_key
 from sekron_search.costs.traced import traced_flops
@@ -25,6 +25,7 @@ from sekron_search.model import LayerInfo, layer_weight
 from sekron_search.progress import Reporter
 from sekron_search.proxies import check_divergence, reference_outputs
 from sekron_search.rundir import RunFolder
+from sekron_search.runtimes.base import threads
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import best_reachable, infeasible, solve_knapsack
 from sekron_search.search.options import LayerTable, Network, Option

@@ -13,7 +13,6 @@ import yaml
 from torch import nn
 
 from sekron_search.candidates import Finder
-from sekron_search.costs.measure import threads
 from sekron_search.costs.profile import Provenance
 from sekron_search.costs.traced import traced_flops
 from sekron_search.errors import RunFolderError
@@ -26,6 +25,7 @@ from sekron_search.progress import Reporter
 from sekron_search.report.facts import RunFacts
 from sekron_search.report.write import write_report
 from sekron_search.rundir import RunFolder
+from sekron_search.runtimes.base import threads
 
 
 def run(job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool) -> dict[str, Any]:

@@ -30,6 +30,7 @@ LAYERS = [
     ["curvature", "sums"],
     ["calibration"],
     ["costs"],
+    ["runtimes"],
     ["inspection"],
     ["model"],
     ["kron"],
@@ -47,6 +48,10 @@ ADAPTERS = {
     "safetensors": "files.py",
     "typer": "cli.py",
     "sklearn": "data.py",
+    "onnx": "runtimes/onnx.py",
+    "onnxruntime": "runtimes/onnx.py",
+    "onnxscript": "runtimes/onnx.py",
+    "openvino": "runtimes/openvino.py",
 }
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from sekron_search.model import as_inputs
+from sekron_search.runtimes.base import threads
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,6 @@ class Latency:
         """Summary of raw samples."""
         low, median, high = np.percentile(samples_ms, [25, 50, 75])
         return cls(float(median), float(high - low) / 2, len(samples_ms))
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Run with that many intra-operator threads."""
-    before = torch.get_num_threads()
-    try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def measure_callables(

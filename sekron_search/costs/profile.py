@@ -15,13 +15,14 @@ import yaml
 from torch import Tensor, nn
 from torch import device as TorchDevice
 
-from sekron_search.costs.measure import Latency, measure_callables, threads
+from sekron_search.costs.measure import Latency, measure_callables
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
 from sekron_search.kron.dense import AXES, KINDS
 from sekron_search.kron.layer import Execution
 from sekron_search.kron.structure import Structure
 from sekron_search.model import REPLACEMENTS, LayerInfo
+from sekron_search.runtimes.base import threads
 
 FORMAT = 1
 RUNTIME = "pytorch-eager"

@@ -9,7 +9,7 @@ from torch import nn
 
 from sekron_search.costs import profile as profiles
 from sekron_search.costs.analytic import layer_cost
-from sekron_search.costs.measure import Latency, measure_callables, measure_networks, threads
+from sekron_search.costs.measure import Latency, measure_callables, measure_networks
 from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile, Measurement, Provenance, layer_key
 from sekron_search.costs.traced import reestimate_batch_norm, traced_flops
@@ -19,6 +19,7 @@ from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.model import layer_like, replace_layers
+from sekron_search.runtimes.base import threads
 from sekron_search.scoring import candidates
 from sekron_search.search.space import SearchSpace
 from tests.cases import LAYERS, SHAPE, STRUCTURES, layer_of, small_net

@@ -1,0 +1,1 @@
+"""What networks run in: one interface, one adapter per third party."""

@@ -1,0 +1,93 @@
+"""What every runtime offers: a module compiled for fixed inputs, ready to be timed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sekron_search.model import Inputs
+
+RuntimeName = Literal["pytorch-eager", "torch-compile", "onnxruntime", "openvino"]
+MemoryFormat = Literal["contiguous", "channels_last"]
+
+CPU = torch.device("cpu")
+
+
+class Compiled(Protocol):
+    """A module bound to its inputs."""
+
+    def __call__(self) -> None:
+        """One forward pass without gradients; done when it returns, but on a GPU, which has to be waited for."""
+
+    def outputs(self) -> list[Tensor]:
+        """Run, and give the floating-point outputs."""
+
+
+@dataclass(frozen=True)
+class Runtime(ABC):
+    """How modules are run.
+
+    Args:
+        num_threads: Threads of an operator; as torch has it if None.
+        device: Where it runs.
+        memory_format: Of inputs and weights with two spatial axes or three; a runtime that lays out memory itself has
+            "contiguous" ones.
+    """
+
+    num_threads: int | None = None
+    device: torch.device = CPU
+    memory_format: MemoryFormat = "contiguous"
+
+    #: As users name it.
+    name: ClassVar[RuntimeName]
+    #: Whether elementwise operations and batch-norms after a convolution cost next to nothing.
+    fuses_elementwise: ClassVar[bool]
+    #: Types of devices that it runs on.
+    device_types: ClassVar[tuple[str, ...]] = ("cpu",)
+    #: Memory formats that inputs and weights can be given in.
+    memory_formats: ClassVar[tuple[MemoryFormat, ...]] = ("contiguous",)
+
+    @abstractmethod
+    def compile(self, module: nn.Module, inputs: Inputs) -> Compiled:
+        """A module, in evaluation mode, made ready to run on these inputs; call it within `active`.
+
+        Args:
+            module: It is not changed, nor may it be afterwards.
+            inputs: Its positional arguments.
+
+        Raises:
+            DataError: If the runtime cannot run the module.
+        """
+
+    @abstractmethod
+    def version(self) -> str:
+        """Name and version of the third party, e.g. "torch 2.13.0"."""
+
+    @property
+    def thread_count(self) -> int:
+        """Threads of an operator."""
+        return self.num_threads or torch.get_num_threads()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Compile and time within this: torch has the runtime's threads, and its own again afterwards."""
+        with threads(self.num_threads):
+            yield
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Run with that many intra-operator threads of torch; as many as before if None."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,68 @@
+"""The runtimes by name; each is imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+
+from sekron_search.errors import ConfigError
+from sekron_search.runtimes.base import MemoryFormat, Runtime, RuntimeName
+
+RUNTIMES: dict[RuntimeName, str] = {
+    "pytorch-eager": "eager:EagerRuntime",
+    "torch-compile": "compiled:CompileRuntime",
+    "onnxruntime": "onnx:OnnxRuntime",
+    "openvino": "openvino:OpenVinoRuntime",
+}
+
+#: Extra of this package that installs what a runtime needs.
+EXTRAS: dict[RuntimeName, str] = {"onnxruntime": "onnx", "openvino": "openvino"}
+
+
+def make_runtime(
+    name: RuntimeName,
+    *,
+    num_threads: int | None = None,
+    device: str | torch.device = "cpu",
+    memory_format: MemoryFormat = "contiguous",
+) -> Runtime:
+    """A runtime by its name.
+
+    Args:
+        name: A key of `RUNTIMES`.
+        num_threads, device, memory_format: As of `Runtime`.
+
+    Raises:
+        ConfigError: If there is no such runtime, what it needs is not installed, or it does not run on that device or
+            in that memory format.
+    """
+    if name not in RUNTIMES:
+        raise ConfigError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {name!r}")
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError(f"runtime {name}: expected at least one thread, got {num_threads}")
+    kind, device = _runtime_class(name), torch.device(device)
+    if device.type not in kind.device_types:
+        raise ConfigError(
+            f"runtime {name}: it runs on {' or '.join(kind.device_types)}, got device '{device}'; "
+            "choose another device, or pytorch-eager or torch-compile"
+        )
+    if memory_format not in kind.memory_formats:
+        raise ConfigError(
+            f"runtime {name}: expected memory format {' or '.join(kind.memory_formats)}, got {memory_format!r}"
+            + ("; it lays out memory itself" if kind.memory_formats == ("contiguous",) else "")
+        )
+    return kind(num_threads, device, memory_format)
+
+
+def _runtime_class(name: RuntimeName) -> type[Runtime]:
+    module, _, attribute = RUNTIMES[name].partition(":")
+    try:
+        found: type[Runtime] = getattr(import_module(f"sekron_search.runtimes.{module}"), attribute)
+    except ModuleNotFoundError as error:
+        if name not in EXTRAS or str(error.name).startswith("sekron_search"):
+            raise
+        raise ConfigError(
+            f"runtime {name}: the package {error.name!r} is not installed: pip install 'sekron-search[{EXTRAS[name]}]'"
+        ) from None
+    return found
