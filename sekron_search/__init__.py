@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sekron_search.api import Result, compress
     from sekron_search.costs.profile import DeviceProfile
     from sekron_search.data import DataBundle
+    from sekron_search.deployment import deploy
     from sekron_search.errors import InfeasibleBudgetError, SekronError
     from sekron_search.export import load
     from sekron_search.kron.conv import KroneckerConv, KroneckerConvTranspose
@@ -36,6 +37,7 @@ _HOMES = {
     "SekronError": "errors",
     "Structure": "kron.structure",
     "compress": "api",
+    "deploy": "deployment",
     "load": "export",
 }
 
@@ -52,6 +54,7 @@ __all__ = [
     "SekronError",
     "Structure",
     "compress",
+    "deploy",
     "load",
 ]
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from sekron_search.errors import DataError, UnsupportedLayerError
 from sekron_search.kron.dense import AXES, dense_geometry, dense_weight, filled, image_size, layer_kind
+from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.model import (
     REPLACEMENTS,
     Inputs,
@@ -89,6 +90,25 @@ def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
         else:
             skipped.append(SkippedLayer(name, type(module).__name__, str(reason)))
     return Inspection(tuple(info for _, info in sorted(layers, key=lambda item: item[0])), tuple(skipped))
+
+
+def absorbing_norms(model: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """Batch-norms that take a layer's whole output and nothing else, both run once: they can be folded into it.
+
+    Args:
+        model, example_inputs: As for `inspect_model`.
+
+    Returns:
+        Name of the batch-norm by the name of the layer, which is a replaced one or one that could be.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, KroneckerLayer) or (_has_weight(module) and _static_reason(module) is None)
+    }
+    calls = _record_calls(model, as_inputs(example_inputs), list(layers))
+    names = {module: name for name, module in model.named_modules()}
+    return {name: names[record.norm] for name, record in calls.items() if record.norm is not None and record.count == 1}
 
 
 def _dims(module: nn.Module, record: _Record) -> int:
@@ -208,11 +228,22 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
         raise DataError(
             "the network gives NaN or infinity on the example inputs; check its weights and the inputs' scale"
         )
-    for record in records.values():
-        # A batch-norm takes up a shift only if nothing else sees it, and if it has the statistics of one input alone.
-        if record.norm is not None and (record.uses != 1 or norm_calls[record.norm] != 1):
+    returned = {id(leaf) for leaf in tree_leaves(output)}
+    for name, record in records.items():
+        # A batch-norm takes up a shift only if nothing else sees it, if it has the statistics of one input alone, and
+        # if its channels are the layer's: those of a linear layer stand last.
+        seen_elsewhere = record.uses != 1 or id(record.output) in returned
+        if record.norm is not None and (
+            seen_elsewhere or norm_calls[record.norm] != 1 or not _channels_first(model.get_submodule(name), record)
+        ):
             record.norm = None
     return records
+
+
+def _channels_first(module: nn.Module, record: _Record) -> bool:
+    """Whether the channels of a layer's output are its second axis."""
+    kind = module.kind if isinstance(module, KroneckerLayer) else layer_kind(module)
+    return record.output is not None and record.output.dim() == 2 + AXES[kind]
 
 
 class _CountUses(TorchFunctionMode):

@@ -22,6 +22,7 @@ LAYERS = [
     ["selection"],
     ["finetune", "sequential", "tables"],
     ["scoring", "export"],
+    ["deployment"],
     ["data"],
     ["config"],
     ["rundir"],

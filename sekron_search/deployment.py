@@ -1,0 +1,148 @@
+"""A compressed network as plain PyTorch: no layer of this package in it, batch-norms folded, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sekron_search.errors import DataError
+from sekron_search.inspection import absorbing_norms
+from sekron_search.kron.dense import dense_weight, layer_kind, native_weight
+from sekron_search.kron.layer import KroneckerLayer
+from sekron_search.kron.plain import folds_norm, plain_layer
+from sekron_search.model import Inputs, as_inputs, copy_model, kronecker_layers, output_tensors, replace_layers
+
+#: Batch-norms whose forward is known; a subclass may do something else.
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def deploy(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-5) -> nn.Module:
+    """A copy of a network, in evaluation mode, that runs without this package.
+
+    Every replaced layer becomes modules of torch alone. A batch-norm that takes the whole output of a layer is folded
+    into the layer's weight and bias, and `nn.Identity` stands in its place. The network's own code is not traced: it
+    runs as before.
+
+    Args:
+        model: The network; it is not changed.
+        example_inputs: What it takes: a tensor, or a tuple of positional arguments.
+        tolerance: Largest difference of an output on the example inputs, relative to the largest entry of that output.
+
+    Raises:
+        DataError: If an output differs by more, with the first layer whose output does.
+    """
+    inputs = as_inputs(example_inputs)
+    norms = {n: norm for n, norm in absorbing_norms(model, inputs).items() if _can_fold(model, n, norm)}
+    replaced: dict[str, nn.Module] = {}
+    for name, layer in kronecker_layers(model).items():
+        replaced[name] = plain_layer(layer, model.get_submodule(norms[name]) if name in norms else None)
+    for name, norm in norms.items():
+        if name not in replaced:
+            replaced[name] = fold_norm(model.get_submodule(name), model.get_submodule(norm))
+        replaced[norm] = nn.Identity()
+    deployed = replace_layers(model, replaced).eval()
+    for name, module in deployed.named_modules():
+        if type(module).__module__.startswith("sekron_search.kron"):
+            raise DataError(
+                f"layer '{name}': {type(module).__name__} has no form in plain PyTorch; it cannot be deployed"
+            )
+    _check_outputs(copy_model(model).eval(), deployed, inputs, norms, tolerance)
+    return deployed
+
+
+def fold_norm(dense: Any, norm: Any) -> nn.Module:
+    """A convolution, transposed convolution or linear layer that does what it and a batch-norm after it do.
+
+    W' = s W and b' = s (b - mean) + beta per out-channel, with s = gamma / sqrt(variance + eps).
+
+    Args:
+        dense: The layer; it is not changed.
+        norm: Normalises by its running statistics, as it does in evaluation mode.
+    """
+    grouped = dense_weight(dense).detach()
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach()
+    if dense.bias is not None:
+        shift = shift + scale * dense.bias.detach()
+    per_channel = scale.reshape(*grouped.shape[:2], *[1] * (grouped.dim() - 2))
+    folded: Any = copy_model(dense)
+    folded.weight = nn.Parameter(native_weight(grouped * per_channel, layer_kind(dense)).to(grouped.dtype))
+    folded.bias = nn.Parameter(shift.to(grouped.dtype))
+    module: nn.Module = folded
+    return module
+
+
+def _can_fold(model: nn.Module, name: str, norm_name: str) -> bool:
+    """Whether a batch-norm does nothing but normalise, and its layer takes it up exactly."""
+    layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+    if type(norm) not in _NORMS or norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
+        return False
+    return folds_norm(layer) if isinstance(layer, KroneckerLayer) else True
+
+
+def _check_outputs(
+    model: nn.Module, deployed: nn.Module, inputs: Inputs, norms: Mapping[str, str], tolerance: float
+) -> None:
+    with torch.no_grad():
+        difference = relative_difference(output_tensors(model(*inputs)), output_tensors(deployed(*inputs)))
+    if difference <= tolerance:
+        return
+    raise DataError(
+        f"the deployed network's outputs differ by {difference:.1e} of the largest, more than the tolerance "
+        f"{tolerance:.1e}, {_where(model, deployed, inputs, norms, tolerance)}; raise the tolerance if that is the "
+        "rounding of a deep network, or run the network in float64"
+    )
+
+
+def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """The largest difference of two networks' outputs, relative to the largest entry of the output it is in.
+
+    Infinite if they do not have the same shapes, or differ in where they are NaN.
+    """
+    worst = 0.0 if len(expected) == len(found) else float("inf")
+    for a, b in zip(expected, found, strict=False):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel() == 0 or torch.equal(a, b.to(a.device)):
+            continue
+        ratio = float((a - b.to(a.device)).abs().max() / a.abs().max())
+        worst = max(worst, ratio if ratio == ratio else float("inf"))
+    return worst
+
+
+def _where(model: nn.Module, deployed: nn.Module, inputs: Inputs, norms: Mapping[str, str], tolerance: float) -> str:
+    """The first layer whose output differs; a layer with a batch-norm in it is compared after it."""
+    names = [*kronecker_layers(model), *(name for name in norms if name not in kronecker_layers(model))]
+    expected = _layer_outputs(model, inputs, {norms.get(name, name): name for name in names})
+    found = _layer_outputs(deployed, inputs, {name: name for name in names})
+    for name, output in expected.items():
+        if (difference := relative_difference([output], [found[name]])) > tolerance:
+            return f"first at layer '{name}' (by {difference:.1e})"
+    return "though no layer's own output does"
+
+
+def _layer_outputs(model: nn.Module, inputs: Inputs, watched: Mapping[str, str]) -> dict[str, Tensor]:
+    """Outputs of modules in running order, by the names that are to be given to them."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs.setdefault(name, output)
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(keep(given)) for n, given in watched.items()]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
