@@ -59,9 +59,9 @@ def compressed(model: nn.Module, execution: Execution = "factored") -> nn.Module
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if type(module) in REPLACEMENTS:
-            f, c, *kernel = dense_weight(module).shape[1:]  # type: ignore[arg-type]
+            f, c, *kernel = dense_weight(module).shape[1:]
             structure = fam.channel_svd((f, c, *kernel), max(1, min(f, c) - 1))
-            layers[name] = REPLACEMENTS[type(module)]._fitted(module, structure, None, execution=execution)  # type: ignore[arg-type]
+            layers[name] = REPLACEMENTS[type(module)]._fitted(module, structure, None, execution=execution)
     return replace_layers(model, layers)
 
 

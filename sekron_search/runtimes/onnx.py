@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import io
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
+import onnx
 import onnxruntime
 import onnxscript  # noqa: F401  torch.onnx needs it; whoever lacks it is told here and not by torch
 import torch
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs
 from sekron_search.runtimes.base import Compiled, Runtime, RuntimeName
+from sekron_search.runtimes.exported import exported_program, quiet
 
 
 class OnnxRuntime(Runtime):
@@ -28,7 +31,11 @@ class OnnxRuntime(Runtime):
 
     def compile(self, module: nn.Module, inputs: Inputs) -> Compiled:
         """A session with inputs and outputs bound to memory; see `Runtime.compile`."""
-        return _Session(make_session(to_onnx_quickly(module, inputs), self.thread_count), inputs)
+        return self.bind(to_onnx_quickly(module, inputs), inputs)
+
+    def bind(self, model: bytes, inputs: Inputs) -> Compiled:
+        """An ONNX model made ready to run on these inputs; errors as of `compile`."""
+        return _Session(make_session(model, self.thread_count), inputs)
 
     def version(self) -> str:
         """Of onnxruntime."""
@@ -41,21 +48,20 @@ def to_onnx(module: nn.Module, inputs: Inputs, *, dynamic_batch: bool) -> bytes:
     Args:
         module: In evaluation mode; it is not changed.
         inputs: Its positional arguments.
-        dynamic_batch: Whether the first axis of the inputs may have another size when the model is run.
+        dynamic_batch: As for `exported_program`.
 
     Raises:
         DataError: If torch cannot export it.
     """
-    shapes: Any = None
-    if dynamic_batch:
-        shapes = tuple({0: torch.export.Dim("batch")} if isinstance(x, Tensor) else None for x in inputs)
-    with _quiet():
+    program = exported_program(module, inputs, dynamic_batch=dynamic_batch)
+    with quiet():
         try:
-            program = torch.onnx.export(module, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            exported = torch.onnx.export(program, dynamo=True, verbose=False)
         except Exception as error:  # torch raises many kinds
-            raise export_error(module, error) from error
-    assert program is not None
-    data: bytes = program.model_proto.SerializeToString()
+            what = f"{type(error).__name__}: {error}"
+            raise DataError(f"{type(module).__name__} cannot be exported to ONNX: {what}") from error
+    assert exported is not None
+    data: bytes = exported.model_proto.SerializeToString()
     return data
 
 
@@ -66,7 +72,7 @@ def to_onnx_quickly(module: nn.Module, inputs: Inputs) -> bytes:
     second, and ONNX Runtime makes the same operators of both. What it cannot export goes the long way.
     """
     buffer: Any = io.BytesIO()
-    with _quiet():
+    with quiet():
         try:
             torch.onnx.export(module, inputs, buffer, dynamo=False, opset_version=18)
         except Exception:  # torch raises many kinds
@@ -93,13 +99,78 @@ def make_session(model: bytes, num_threads: int) -> onnxruntime.InferenceSession
         raise DataError(f"ONNX Runtime does not accept the model: {type(error).__name__}: {error}") from error
 
 
-def export_error(module: nn.Module, error: Exception) -> DataError:
-    """What to tell where torch cannot export a network."""
-    reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    return DataError(
-        f"{type(module).__name__} cannot be exported: {reason[0]}. An exported network must do the same operations for "
-        "every input: replace branches on tensor values, `.item()` and loops over data by tensor operations"
-    )
+def check_onnx(model: bytes) -> None:
+    """Raise a `DataError` unless it is a valid ONNX model whose shapes fit together."""
+    try:
+        onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
+    except Exception as error:  # protobuf, checker and shape inference have errors of their own
+        raise DataError(f"not a valid ONNX model: {type(error).__name__}: {error}") from error
+
+
+def to_int8(model: bytes, batches: Sequence[Inputs]) -> bytes:
+    """An ONNX model with weights and activations of 8 bits: static quantization, scales of weights per channel.
+
+    Weights use 7 of the bits, as on processors without 8-bit dot products sums of two products would overflow.
+
+    Args:
+        model: In float32.
+        batches: Inputs from which the ranges of the activations are taken.
+
+    Raises:
+        DataError: If ONNX Runtime cannot quantize it.
+    """
+    with tempfile.TemporaryDirectory(prefix="sekron-int8-") as scratch, quiet():
+        plain, prepared, quantized = (Path(scratch) / f"{name}.onnx" for name in ("plain", "prepared", "int8"))
+        plain.write_bytes(model)
+        try:
+            quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+            quantize_static(prepared, quantized, _Reader(model, batches), per_channel=True, reduce_range=True)
+        except Exception as error:  # each step has errors of its own
+            raise DataError(f"ONNX Runtime cannot quantize the model: {type(error).__name__}: {error}") from error
+        return quantized.read_bytes()
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX model that is called like the network that it was made of.
+
+    Args:
+        model: The ONNX model.
+        output: An output of that network, for the structure.
+        num_threads: Of ONNX Runtime; as torch has it if None.
+
+    Raises:
+        DataError: If ONNX Runtime does not accept the model.
+    """
+
+    def __init__(self, model: bytes, output: Any, *, num_threads: int | None = None) -> None:
+        super().__init__()
+        self.session = make_session(model, num_threads or torch.get_num_threads())
+        self.structure = tree_structure(output)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the model."""
+        found = [torch.from_numpy(array) for array in self.session.run(None, _named(self.session, inputs))]
+        return tree_unflatten(found, self.structure)
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Hands calibration inputs to the quantizer, one batch after the other."""
+
+    def __init__(self, model: bytes, batches: Sequence[Inputs]) -> None:
+        session = make_session(model, 1)
+        self.items = iter([_named(session, inputs) for inputs in batches])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self.items, None)
+
+
+def _named(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, Any]:
+    """The tensors among a network's inputs as arrays, by the names that they have in the model."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    names = [entry.name for entry in session.get_inputs()]
+    if len(names) != len(tensors):
+        raise DataError(f"the ONNX model takes {len(names)} tensors {names}, the network {len(tensors)}")
+    return {n: t.detach().cpu().contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
 
 
 class _Session:
@@ -107,12 +178,7 @@ class _Session:
 
     def __init__(self, session: onnxruntime.InferenceSession, inputs: Inputs) -> None:
         self.session, self.binding = session, session.io_binding()
-        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        names = [entry.name for entry in session.get_inputs()]
-        if len(names) != len(tensors):
-            raise DataError(f"the exported model takes {len(names)} tensors {names}, the network {len(tensors)}")
-        for name, tensor in zip(names, tensors, strict=True):
-            array = tensor.detach().cpu().contiguous().numpy()
+        for name, array in _named(session, inputs).items():
             self.binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for entry in session.get_outputs():
             self.binding.bind_output(entry.name, "cpu")
@@ -128,17 +194,3 @@ class _Session:
         self()
         found = [torch.from_numpy(array) for array in self.binding.copy_outputs_to_cpu()]
         return [tensor.clone() for tensor in found if tensor.is_floating_point()]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporters say of themselves: deprecations, and that torchvision is not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
