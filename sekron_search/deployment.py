@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from sekron_search.errors import DataError
 from sekron_search.inspection import absorbing_norms
-from sekron_search.kron.dense import dense_weight, layer_kind, native_weight
+from sekron_search.kron.dense import AXES, filled
+from sekron_search.kron.geometry import Size
 from sekron_search.kron.layer import KroneckerLayer
-from sekron_search.kron.plain import folds_norm, plain_layer
+from sekron_search.kron.plain import fold_norm, folds_norm, plain_layer
 from sekron_search.model import Inputs, as_inputs, copy_model, kronecker_layers, output_tensors, replace_layers
 
 #: Batch-norms whose forward is known; a subclass may do something else.
@@ -24,7 +25,8 @@ def deploy(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-5) ->
 
     Every replaced layer becomes modules of torch alone. A batch-norm that takes the whole output of a layer is folded
     into the layer's weight and bias, and `nn.Identity` stands in its place. The network's own code is not traced: it
-    runs as before.
+    runs as before. Where it asks a transposed convolution for an output size, the output padding that gives that size
+    for the example inputs becomes the layer's own.
 
     Args:
         model: The network; it is not changed.
@@ -34,49 +36,26 @@ def deploy(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-5) ->
     Raises:
         DataError: If an output differs by more, with the first layer whose output does.
     """
-    inputs = as_inputs(example_inputs)
+    inputs, model = as_inputs(example_inputs), copy_model(model).eval()
     norms = {n: norm for n, norm in absorbing_norms(model, inputs).items() if _can_fold(model, n, norm)}
     replaced: dict[str, nn.Module] = {}
+    paddings = _output_paddings(model, inputs)
     for name, layer in kronecker_layers(model).items():
-        replaced[name] = plain_layer(layer, model.get_submodule(norms[name]) if name in norms else None)
-    for name, norm in norms.items():
+        norm = model.get_submodule(norms[name]) if name in norms else None
+        replaced[name] = plain_layer(layer, norm, paddings.get(name))
+    for name, norm_name in norms.items():
         if name not in replaced:
-            replaced[name] = fold_norm(model.get_submodule(name), model.get_submodule(norm))
-        replaced[norm] = nn.Identity()
+            with torch.no_grad():
+                replaced[name] = fold_norm(model.get_submodule(name), model.get_submodule(norm_name))
+        replaced[norm_name] = nn.Identity()
     deployed = replace_layers(model, replaced).eval()
     for name, module in deployed.named_modules():
         if type(module).__module__.startswith("sekron_search.kron"):
             raise DataError(
                 f"layer '{name}': {type(module).__name__} has no form in plain PyTorch; it cannot be deployed"
             )
-    _check_outputs(copy_model(model).eval(), deployed, inputs, norms, tolerance)
+    _check_outputs(model, deployed, inputs, norms, tolerance)
     return deployed
-
-
-def fold_norm(dense: Any, norm: Any) -> nn.Module:
-    """A convolution, transposed convolution or linear layer that does what it and a batch-norm after it do.
-
-    W' = s W and b' = s (b - mean) + beta per out-channel, with s = gamma / sqrt(variance + eps).
-
-    Args:
-        dense: The layer; it is not changed.
-        norm: Normalises by its running statistics, as it does in evaluation mode.
-    """
-    grouped = dense_weight(dense).detach()
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    shift = -norm.running_mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach()
-    if dense.bias is not None:
-        shift = shift + scale * dense.bias.detach()
-    per_channel = scale.reshape(*grouped.shape[:2], *[1] * (grouped.dim() - 2))
-    folded: Any = copy_model(dense)
-    folded.weight = nn.Parameter(native_weight(grouped * per_channel, layer_kind(dense)).to(grouped.dtype))
-    folded.bias = nn.Parameter(shift.to(grouped.dtype))
-    module: nn.Module = folded
-    return module
 
 
 def _can_fold(model: nn.Module, name: str, norm_name: str) -> bool:
@@ -85,6 +64,34 @@ def _can_fold(model: nn.Module, name: str, norm_name: str) -> bool:
     if type(norm) not in _NORMS or norm._forward_hooks or norm._forward_pre_hooks or "forward" in vars(norm):
         return False
     return folds_norm(layer) if isinstance(layer, KroneckerLayer) else True
+
+
+def _output_paddings(model: nn.Module, inputs: Inputs) -> dict[str, Size]:
+    """Output padding that every transposed replaced layer runs with, by name.
+
+    Raises:
+        DataError: If a layer runs with several.
+    """
+    found: dict[str, Size] = {}
+
+    def keep(name: str, layer: KroneckerLayer) -> Any:
+        axes = AXES[layer.kind]
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            size = filled(tuple(args[0].shape[-axes:]), layer.kind, 1)
+            least = layer.geometry.transposed_size(size, layer.structure.kernel, (0,) * len(size))
+            padding = tuple(n - m for n, m in zip(output.shape[-axes:], least, strict=False))
+            if found.setdefault(name, padding) != padding:
+                raise DataError(
+                    f"layer '{name}': it is asked for output sizes that need the output paddings {found[name]} and "
+                    f"{padding}; a deployed transposed convolution has one"
+                )
+
+        return hook
+
+    transposed = {name: layer for name, layer in kronecker_layers(model).items() if layer.geometry.transposed}
+    _run_hooked(model, inputs, {name: keep(name, layer) for name, layer in transposed.items()})
+    return found
 
 
 def _check_outputs(
@@ -138,11 +145,16 @@ def _layer_outputs(model: nn.Module, inputs: Inputs, watched: Mapping[str, str])
 
         return hook
 
-    handles = [model.get_submodule(n).register_forward_hook(keep(given)) for n, given in watched.items()]
+    _run_hooked(model, inputs, {name: keep(given) for name, given in watched.items()})
+    return outputs
+
+
+def _run_hooked(model: nn.Module, inputs: Inputs, hooks: Mapping[str, Any]) -> None:
+    """Run a network with forward hooks on some of its modules."""
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
     try:
         with torch.no_grad():
             model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
