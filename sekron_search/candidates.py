@@ -15,6 +15,7 @@ from sekron_search.errors import InfeasibleBudgetError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.job import Job
 from sekron_search.kron.layer import KroneckerLayer
+from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import layer_like, replace_layers
 from sekron_search.prepare import Tables, network_costs
@@ -194,7 +195,7 @@ class Finder:
                 job.model,
                 info.name,
                 Structure.parse(option.structure),
-                order=option.order,
+                schedule=Schedule.parse(option.schedule),
                 execution=option.execution,
             )
             for info, option in chosen
@@ -284,5 +285,5 @@ class Finder:
 
     def _home(self, assignment: Assignment) -> Path:
         """Folder of a candidate, named after what its layers become."""
-        structures = [(o.structure, o.order, o.execution) for o in self.network.chosen(assignment)]
+        structures = [(o.structure, o.schedule, o.execution) for o in self.network.chosen(assignment)]
         return self.folder.candidates / hashlib.sha256(repr(structures).encode()).hexdigest()[:10]

@@ -18,10 +18,11 @@ from sekron_search.data import import_reference
 from sekron_search.errors import DataError, RunFolderError, SekronError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.kron.layer import KroneckerLayer
+from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import Inputs, kronecker_layers, layer_like, output_tensors, replace_layers
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def save_artefact(folder: Path, model: nn.Module, factory: Factory | None) -> No
     layers = {
         name: {
             "structure": str(layer.structure),
-            "order": list(layer.plan.order),
+            "schedule": str(layer.plan.schedule),
             "execution": layer.execution,
         }
         for name, layer in kronecker_layers(model).items()
@@ -191,7 +192,8 @@ def _is_there(model: nn.Module, name: str, spec: dict[str, Any]) -> bool:
 
 def _layer(model: nn.Module, name: str, spec: dict[str, Any]) -> KroneckerLayer:
     structure = Structure.parse(spec["structure"])
-    return layer_like(model, name, structure, order=tuple(spec["order"]), execution=spec["execution"])
+    schedule = Schedule.parse(spec["schedule"])
+    return layer_like(model, name, structure, schedule=schedule, execution=spec["execution"])
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from sekron_search.files import digest, read_json, write_json, write_text
 from sekron_search.inspection import Inspection, inspect_model
 from sekron_search.job import Job
 from sekron_search.kron.refine import InputMetric
+from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import LayerInfo, layer_weight
 from sekron_search.progress import Reporter
@@ -212,7 +213,8 @@ def _with_latencies(
     for info, table in pairs:
         options = []
         for o in table.options:
-            found = profile.latencies[layer_key(info, Structure.parse(o.structure), o.order, o.execution, job.batch)]
+            structure, schedule = Structure.parse(o.structure), Schedule.parse(o.schedule)
+            found = profile.latencies[layer_key(info, structure, schedule, o.execution, job.batch)]
             options.append(dataclasses.replace(o, latency_ms=found.median_ms, latency_noise_ms=found.noise_ms))
         timed.append(dataclasses.replace(table, options=tuple(options)))
     return timed
@@ -231,7 +233,11 @@ def _measure(
     else:
         profile = DeviceProfile(here)
     profile.check_usable(here)
-    jobs = [(i, Structure.parse(o.structure), o.order, o.execution) for i, table in tables for o in table.options]
+    jobs = [
+        (info, Structure.parse(o.structure), Schedule.parse(o.schedule), o.execution)
+        for info, table in tables
+        for o in table.options
+    ]
     missing = profile.missing(jobs, job.batch)
     if missing:
         profile.check_same_machine(here, len(missing))

@@ -28,7 +28,7 @@ from sekron_search.search.pareto import non_dominated
 from sekron_search.search.space import SearchSpace
 
 #: Raised whenever a change makes earlier tables wrong.
-TABLE_VERSION = 4
+TABLE_VERSION = 5
 
 #: Least-squares sweeps and starts of an option of three factors and more, before it is refined on calibration data.
 FIT_SWEEPS, FIT_STARTS = 30, 3
@@ -189,7 +189,7 @@ def _dense_option(info: LayerInfo, bytes_per_sample: int) -> Option:
     cost = layer_cost(dense(info.weight_shape), info)
     peak = cost.peak_elements * bytes_per_sample
     text = str(dense(info.weight_shape))
-    return Option(text, "dense", (0,), "factored", cost.flops, cost.params, peak, weight_error=0.0, error=0.0)
+    return Option(text, "dense", "0", "factored", cost.flops, cost.params, peak, weight_error=0.0, error=0.0)
 
 
 def _options(
@@ -212,7 +212,7 @@ def _options(
             Option(
                 str(candidate.structure),
                 family(candidate.structure),
-                cost.order,
+                str(cost.schedule),
                 execution,
                 cost.flops,
                 cost.params,

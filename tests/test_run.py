@@ -152,7 +152,7 @@ def test_damaged_artefacts_are_refused(finished: Path, tmp_path: Path, damage: s
         "truncated": "truncated or damaged",
         "exchanged": "not those that model.json was written for",
         "json": "damaged or unreadable",
-        "version": "expected format 1, got 77",
+        "version": "expected format 2, got 77",
         "foreign": "of your own, got 'os:system'",
     }
     with pytest.raises((RunFolderError, ConfigError), match=says[damage]):

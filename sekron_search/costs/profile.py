@@ -20,6 +20,7 @@ from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
 from sekron_search.kron.dense import AXES, KINDS
 from sekron_search.kron.layer import Execution
+from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import REPLACEMENTS, LayerInfo
 from sekron_search.runtimes.base import threads
@@ -27,8 +28,8 @@ from sekron_search.runtimes.base import threads
 FORMAT = 1
 RUNTIME = "pytorch-eager"
 
-#: What a latency is of: layer, structure, order of the factors, execution.
-Measurement = tuple[LayerInfo, Structure, tuple[int, ...], Execution]
+#: What a latency is of: layer, structure, schedule of the factors, execution.
+Measurement = tuple[LayerInfo, Structure, Schedule, Execution]
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class DeviceProfile:
         """Measure layers; those of equal geometry are timed one beside the other.
 
         Args:
-            jobs: (layer, structure, order, execution) to have latencies of.
+            jobs: (layer, structure, schedule, execution) to have latencies of.
             samples_per_batch: Batch size.
             rounds: Interleaved samples of each.
             progress: Called with (measured, total).
@@ -186,10 +187,10 @@ def geometry_key(info: LayerInfo, samples_per_batch: int) -> str:
 
 
 def layer_key(
-    info: LayerInfo, structure: Structure, order: tuple[int, ...], execution: Execution, samples_per_batch: int
+    info: LayerInfo, structure: Structure, schedule: Schedule, execution: Execution, samples_per_batch: int
 ) -> str:
     """Key of a latency in a profile."""
-    how = "dense" if structure.is_dense or execution == "dense" else f"{structure} order={','.join(map(str, order))}"
+    how = "dense" if structure.is_dense or execution == "dense" else f"{structure} schedule={schedule}"
     return f"{geometry_key(info, samples_per_batch)} | {how}"
 
 
@@ -206,11 +207,11 @@ def _random_input(info: LayerInfo, samples: int, device: torch.device) -> Tensor
     return torch.randn(shape, generator=generator).to(device)
 
 
-def _random_layer(info: LayerInfo, structure: Structure, order: tuple[int, ...], execution: Execution) -> nn.Module:
+def _random_layer(info: LayerInfo, structure: Structure, schedule: Schedule, execution: Execution) -> nn.Module:
     if structure.is_dense:
         return _dense_layer(info, "cpu").eval()
     dense: Any = _dense_layer(info, "meta")
-    return REPLACEMENTS[type(dense)](dense, structure, order=order, execution=execution).eval()
+    return REPLACEMENTS[type(dense)](dense, structure, schedule=schedule, execution=execution).eval()
 
 
 def _dense_layer(info: LayerInfo, device: str) -> nn.Module:

@@ -28,16 +28,18 @@ from sekron_search.kron.execute import (
     execute,
     execute_transposed,
     load_factor,
+    ready_weights,
     store_weight,
 )
 from sekron_search.kron.geometry import ConvGeometry, Size
 from sekron_search.kron.plan import best_plan, make_plan
 from sekron_search.kron.projection import check_shape, project, reconstruct_batch
+from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 
 Execution = Literal["factored", "dense"]
 
-#: Size of every axis for which the order of the factors is chosen when the caller gives none; it hardly matters.
+#: Size of every axis for which the schedule is chosen when the caller gives none; it hardly matters.
 NOMINAL_SIZE = 32
 
 
@@ -45,13 +47,13 @@ class HowToRun(TypedDict, total=False):
     """How a structure runs.
 
     Args:
-        order: Of the factors; by default the one of fewest flops for `input_size`.
+        schedule: Of the factors; by default one of fewest flops for `input_size`.
         execution: "factored", the default, runs the factors; "dense" rebuilds the weight: small on disk, dense in
             speed.
-        input_size: Spatial size for which the order is chosen; a transposed convolution's is that of its output.
+        input_size: Spatial size for which the schedule is chosen; a transposed convolution's is that of its output.
     """
 
-    order: Sequence[int] | None
+    schedule: Schedule | None
     execution: Execution
     input_size: Size | None
 
@@ -91,15 +93,15 @@ class KroneckerLayer(nn.Module):
             setattr(self, name, value)  # networks may read the attributes of the layer that stood here
         self.out_channels, self.in_channels = groups * f, groups * c
         self.execution = execution
-        order, geometry = how.get("order"), dense_geometry(dense)
-        if order is None:
+        schedule, geometry = how.get("schedule"), dense_geometry(dense)
+        if schedule is None:
             size = filled(tuple(how.get("input_size") or (NOMINAL_SIZE,) * AXES[self.kind]), self.kind, 1)
             self.plan = best_plan(structure, geometry, size)
         else:
-            self.plan = make_plan(structure, geometry, order)
+            self.plan = make_plan(structure, geometry, schedule)
         self.weights = nn.ParameterList([nn.Parameter(torch.zeros(s.stored_shape)) for s in self.plan.steps])
         self.bias = nn.Parameter(torch.zeros(self.out_channels)) if dense.bias is not None else None
-        self._dense_cache: tuple[tuple[int, ...], Tensor] | None = None
+        self._ready_cache: tuple[tuple[int, ...], list[Tensor]] | None = None
 
     @classmethod
     def like(cls, dense: DenseLayer, structure: Structure, **how: Unpack[HowToRun]) -> Self:
@@ -167,14 +169,15 @@ class KroneckerLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The structure and how it runs."""
-        return f"{self.structure}, order={self.plan.order}, execution={self.execution!r}, groups={self.geometry.groups}"
+        how = f"schedule={self.plan.schedule}, execution={self.execution!r}, groups={self.geometry.groups}"
+        return f"{self.structure}, {how}"
 
     def _run(self, x: Tensor, output_padding: Size = ()) -> Tensor:
         """From (N, in-channels, *size) to (N, out-channels, *output size), two spatial axes or three."""
         geometry = self.geometry
         groups, axes = geometry.groups, len(geometry.stride)
         if self.execution == "dense":
-            native = self._dense_weight()
+            (native,) = self._ready_weights()
             weight = native[(..., *[None] * (2 + axes - native.dim()))]
             if geometry.transposed:
                 return convolve_transposed(x, weight, self.bias, geometry, output_padding)
@@ -187,16 +190,22 @@ class KroneckerLayer(nn.Module):
         if bias is not None and own_f < f:
             bias = F.pad(bias.reshape(groups, own_f), (0, f - own_f)).flatten()
         if geometry.transposed:
-            out = execute_transposed(self.plan, list(self.weights), x, bias, output_padding)
+            out = execute_transposed(self.plan, self._ready_weights(), x, bias, output_padding)
         else:
-            out = execute(self.plan, list(self.weights), x, bias)
+            out = execute(self.plan, self._ready_weights(), x, bias, pointwise=self.kind == "linear")
         return out.unflatten(1, (groups, f))[:, :, :own_f].flatten(1, 2) if own_f < f else out
 
-    def _dense_weight(self) -> Tensor:
-        """The reconstructed weight; kept between calls without gradients until a factor changes."""
+    def _ready_weights(self) -> list[Tensor]:
+        """The weights that run: those of the steps, or the reconstructed one where the execution is dense.
+
+        Kept between calls without gradients until a factor changes.
+        """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
-            return self.weight
+            return self._made_ready()
         versions = tuple(item for stored in self.weights for item in (id(stored), stored._version, stored.data_ptr()))
-        if self._dense_cache is None or self._dense_cache[0] != versions:
-            self._dense_cache = (versions, self.weight)
-        return self._dense_cache[1]
+        if self._ready_cache is None or self._ready_cache[0] != versions:
+            self._ready_cache = (versions, self._made_ready())
+        return self._ready_cache[1]
+
+    def _made_ready(self) -> list[Tensor]:
+        return [self.weight] if self.execution == "dense" else ready_weights(self.plan, list(self.weights))

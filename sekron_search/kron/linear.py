@@ -46,5 +46,6 @@ class KroneckerLinear(KroneckerLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x of shape (..., C)."""
         if self.execution == "dense":
-            return F.linear(x, self._dense_weight(), self.bias)
+            (weight,) = self._ready_weights()
+            return F.linear(x, weight, self.bias)
         return self._run(as_images(x, self.kind)).reshape(*x.shape[:-1], self.out_channels)

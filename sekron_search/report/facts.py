@@ -112,7 +112,7 @@ def _layer(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> dict[
         "name": table.name,
         "structure": option.structure,
         "family": option.family,
-        "order": list(option.order),
+        "schedule": option.schedule,
         "execution": option.execution,
         "before": _costs(original),
         "after": _costs(option),

@@ -22,7 +22,7 @@ class Option:
     Args:
         structure: Text form of the structure of one group's weight.
         family: Its usual name.
-        order: In which the factors run.
+        schedule: How the factors run, as text.
         execution: "factored" or "dense".
         flops: Per sample.
         params: Of the weight, all groups; the bias is not part of an option.
@@ -35,7 +35,7 @@ class Option:
 
     structure: str
     family: str
-    order: tuple[int, ...]
+    schedule: str
     execution: Execution
     flops: int
     params: int
@@ -66,7 +66,7 @@ class Option:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Option:
         """Inverse of `dataclasses.asdict`."""
-        return cls(**{**data, "order": tuple(data["order"])})
+        return cls(**data)
 
 
 @dataclass(frozen=True)

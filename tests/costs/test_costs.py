@@ -18,6 +18,7 @@ from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.linear import KroneckerLinear
+from sekron_search.kron.steps import Schedule
 from sekron_search.model import layer_like, replace_layers
 from sekron_search.runtimes.base import threads
 from sekron_search.scoring import candidates
@@ -36,7 +37,7 @@ def test_plan_counts_what_fvcore_counts(name: str, groups: int) -> None:
     x = torch.randn(3, conv.in_channels, 12, 10)
     analysis = FlopCountAnalysis(layer, x)
     assert analysis.total() == 3 * layer.plan.cost((12, 10)).flops
-    assert not analysis.unsupported_ops()
+    assert set(analysis.unsupported_ops()) <= {"aten::add_"}  # the bias of a folded last step
     weights = sum(p.numel() for n, p in layer.named_parameters() if n != "bias")
     assert weights == structure.num_params * groups
 
@@ -55,7 +56,7 @@ def test_costs_of_every_kind_of_layer_are_fvcores(name: str) -> None:
     assert traced_flops(network, x).total == whole.flops
     found = candidates(info, SPACE)
     for candidate in found[:: max(1, len(found) // 20)]:
-        layer = layer_like(network, "0", candidate.structure, order=candidate.cost.order)
+        layer = layer_like(network, "0", candidate.structure, schedule=candidate.cost.schedule)
         replaced = replace_layers(network, {"0": layer})
         assert traced_flops(replaced, x).total == candidate.cost.flops < whole.flops
         assert sum(p.numel() for p in layer.weights) == candidate.cost.params < whole.params
@@ -83,7 +84,7 @@ def test_plan_counts_linear_layers_as_fvcore_does() -> None:
     layer = KroneckerLinear.from_linear(nn.Linear(12, 10), structure)
     analysis = FlopCountAnalysis(layer, torch.randn(3, 7, 12))
     assert analysis.total() == 21 * layer.plan.cost((1, 1)).flops
-    assert not analysis.unsupported_ops()
+    assert set(analysis.unsupported_ops()) <= {"aten::add_"}
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -154,13 +155,13 @@ def test_profile_round_trip(tmp_path: Path) -> None:
     info = inspect_model(small_net(), torch.randn(2, 3, 8, 8)).layers[1]
     structures = [fam.dense(info.weight_shape), fam.spatial_svd(info.weight_shape, 2)]
     profile = DeviceProfile(Provenance.here())
-    profile.measure([(info, s, tuple(range(s.num_factors)), "factored") for s in structures], 4, rounds=3)
+    profile.measure([(info, s, Schedule(tuple(range(s.num_factors))), "factored") for s in structures], 4, rounds=3)
     assert len(profile.latencies) == 2
     path = tmp_path / "profile.yaml"
     path.write_text(profile.to_yaml())
     again = DeviceProfile.load(path)
     assert again.provenance == profile.provenance
-    key = layer_key(info, structures[1], (0, 1), "factored", 4)
+    key = layer_key(info, structures[1], Schedule((0, 1)), "factored", 4)
     assert again.latencies[key].median_ms == pytest.approx(profile.latencies[key].median_ms, rel=1e-3)
 
 
@@ -172,9 +173,9 @@ def test_layers_of_every_kind_are_measured(name: str) -> None:
     info = inspect_model(nn.Sequential(dense), x).layers[0]
     found = candidates(info, SPACE)[0]
     jobs: list[Measurement] = [
-        (info, fam.dense(info.weight_shape), (0,), "factored"),
-        (info, found.structure, found.cost.order, "factored"),
-        (info, found.structure, found.cost.order, "dense"),
+        (info, fam.dense(info.weight_shape), Schedule((0,)), "factored"),
+        (info, found.structure, found.cost.schedule, "factored"),
+        (info, found.structure, found.cost.schedule, "dense"),
     ]
     sample = profiles._random_input(info, len(x), torch.device("cpu"))
     for job in jobs:

@@ -24,7 +24,7 @@ NUMBERS = st.one_of(st.integers(0, 4).map(float), st.just(math.inf))
 
 
 def option(flops: int, params: int, error: float, *, peak: int = 10, family: str = "Kronecker") -> Option:
-    return Option(f"{flops}x1x1x1", family, (0,), "factored", flops, params, peak, error, error, latency_ms=flops / 10)
+    return Option(f"{flops}x1x1x1", family, "0", "factored", flops, params, peak, error, error, latency_ms=flops / 10)
 
 
 def tables(rows: Sequence[Sequence[tuple[int, int, float]]]) -> Network:
