@@ -14,6 +14,9 @@ from torch import nn
 from sekron_search.model import as_inputs
 from sekron_search.runtimes.base import threads
 
+#: Larger blocks are always given back (DEFAULT_MMAP_THRESHOLD_MAX of glibc, less a page for its own use).
+_LARGEST_POOLED_BYTES = 32 * 2**20 - 4096
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -49,6 +52,7 @@ def measure_callables(
         device: Synchronised before the clock is read, if it is a GPU.
         progress: Called after every round with the number of rounds done.
     """
+    settle_allocator()
     inner = {}
     with torch.inference_mode():
         for name, call in calls.items():
@@ -84,15 +88,26 @@ def measure_networks(
             network.train(modes[name])
 
 
+def settle_allocator() -> None:
+    """Bring glibc's allocator into the state that it has in any process that has worked for a while.
+
+    Until a block of nearly 32 MB was freed once, it gives the memory of large outputs back to the system and faults
+    its pages in anew in the next call. That was measured to take up to ten times as long as the operation itself, and
+    whether it happens would depend on what else the process did before.
+    """
+    torch.empty(_LARGEST_POOLED_BYTES, dtype=torch.uint8).fill_(0)
+
+
 def _seconds(call: Callable[[], object], repeats: int, device: torch.device | None) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / repeats
 
 
-def _synchronize(device: torch.device | None) -> None:
+def synchronize(device: torch.device | None) -> None:
+    """Wait for a GPU."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,13 @@ RuntimeName = Literal["pytorch-eager", "torch-compile", "onnxruntime", "openvino
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 CPU = torch.device("cpu")
+
+
+class NodeTime(NamedTuple):
+    """A node of a runtime's graph, named after the operation of the module that it came from, and its time."""
+
+    name: str
+    time_ms: float
 
 
 class Compiled(Protocol):
@@ -48,6 +55,8 @@ class Runtime(ABC):
     name: ClassVar[RuntimeName]
     #: Whether elementwise operations and batch-norms after a convolution cost next to nothing.
     fuses_elementwise: ClassVar[bool]
+    #: Whether it has a clock of its own: `node_times`.
+    times_nodes: ClassVar[bool] = False
     #: Types of devices that it runs on.
     device_types: ClassVar[tuple[str, ...]] = ("cpu",)
     #: Memory formats that inputs and weights can be given in.
@@ -64,6 +73,17 @@ class Runtime(ABC):
         Raises:
             DataError: If the runtime cannot run the module.
         """
+
+    def node_times(self, module: nn.Module, inputs: Inputs, runs: int) -> list[list[NodeTime]]:
+        """What the runtime itself says of every node that it executed: per run, in order; where `times_nodes`.
+
+        Runs that warm up come before and are not among them.
+
+        Args:
+            module, inputs: As of `compile`.
+            runs: How many.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def version(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs
-from sekron_search.runtimes.base import Compiled, Runtime, RuntimeName
+from sekron_search.runtimes.base import Compiled, NodeTime, Runtime, RuntimeName
 from sekron_search.runtimes.exported import exported_program, quiet
 
 
@@ -28,6 +29,7 @@ class OnnxRuntime(Runtime):
 
     name: ClassVar[RuntimeName] = "onnxruntime"
     fuses_elementwise: ClassVar[bool] = True
+    times_nodes: ClassVar[bool] = True
 
     def compile(self, module: nn.Module, inputs: Inputs) -> Compiled:
         """A session with inputs and outputs bound to memory; see `Runtime.compile`."""
@@ -36,6 +38,23 @@ class OnnxRuntime(Runtime):
     def bind(self, model: bytes, inputs: Inputs) -> Compiled:
         """An ONNX model made ready to run on these inputs; errors as of `compile`."""
         return _Session(make_session(model, self.thread_count), inputs)
+
+    def node_times(self, module: nn.Module, inputs: Inputs, runs: int) -> list[list[NodeTime]]:
+        """By ONNX Runtime's profiler; see `Runtime.node_times`."""
+        model = to_onnx_quickly(module, inputs)
+        with tempfile.TemporaryDirectory() as folder:
+            session = _Session(make_session(model, self.thread_count, profile=Path(folder) / "nodes"), inputs)
+            for _ in range(runs + 1):  # the session has run once before
+                session()
+            events = json.loads(Path(session.session.end_profiling()).read_text(encoding="utf-8"))
+        suffix = "_kernel_time"
+        nodes = [
+            NodeTime(event["name"].removesuffix(suffix), event["dur"] / 1e3)
+            for event in events
+            if event["cat"] == "Node" and event["name"].endswith(suffix)
+        ]
+        count = len(nodes) // (runs + 2)  # every run executes the same nodes
+        return [nodes[count * (run + 2) : count * (run + 3)] for run in range(runs)]
 
     def version(self) -> str:
         """Of onnxruntime."""
@@ -81,7 +100,7 @@ def to_onnx_quickly(module: nn.Module, inputs: Inputs) -> bytes:
     return data
 
 
-def make_session(model: bytes, num_threads: int) -> onnxruntime.InferenceSession:
+def make_session(model: bytes, num_threads: int, *, profile: Path | None = None) -> onnxruntime.InferenceSession:
     """A session on the CPU, one operator after the other.
 
     Raises:
@@ -93,6 +112,9 @@ def make_session(model: bytes, num_threads: int) -> onnxruntime.InferenceSession
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # each kind of failure has a class of its own
