@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sekron_search.data import DataBundle
     from sekron_search.deployment import deploy
     from sekron_search.errors import InfeasibleBudgetError, SekronError
+    from sekron_search.exchange import export_network
     from sekron_search.export import load
     from sekron_search.kron.conv import KroneckerConv, KroneckerConvTranspose
     from sekron_search.kron.linear import KroneckerLinear
@@ -38,6 +39,7 @@ _HOMES = {
     "Structure": "kron.structure",
     "compress": "api",
     "deploy": "deployment",
+    "export_network": "exchange",
     "load": "export",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "Structure",
     "compress",
     "deploy",
+    "export_network",
     "load",
 ]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sekron_search.costs.traced import reestimate_batch_norm
 from sekron_search.errors import InfeasibleBudgetError
+from sekron_search.export import save_artefact
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.job import Job
 from sekron_search.kron.layer import KroneckerLayer
@@ -147,6 +148,7 @@ class Finder:
                     # Training can hurt where there is little data: then the network stays as it was fitted.
                     network = self.load(candidate)
                 metric = max(metric, curve[-1]["metric"])
+            save_artefact(self._home(candidate.assignment), network, self.job.factory)
             finished.append(Finished(candidate, curve, metric, network))
 
         def worth(found: Finished) -> float:

@@ -162,6 +162,47 @@ def profile(
 
 
 @app.command()
+def export(
+    run_folder: RunArgument,
+    format: Annotated[str, typer.Option(help="onnx, pt2 (torch.export), or safetensors (a folder for load).")],
+    candidate: Annotated[
+        str | None, typer.Option(help="Name of a folder in RUN/candidates; by default the network that was chosen.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; by default in RUN/exports.")] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="ONNX: quantize as well, and measure the original quantized beside it.")
+    ] = False,
+) -> None:
+    """Write a finished run's network to a file for other programs, checked against PyTorch on real inputs.
+
+    Example: sekron-search export runs/demo --format onnx --int8
+    """
+    from sekron_search.progress import ConsoleReporter
+    from sekron_search.run_export import export_run
+    from sekron_search.rundir import RunFolder
+
+    folder = RunFolder(run_folder)
+    record = export_run(
+        folder,
+        ConsoleReporter(),
+        format=format,  # type: ignore[arg-type]  # checked there
+        candidate=candidate,
+        out=out,
+        int8=int8,
+    )
+    print(
+        f"{record['file']}: {record['num_bytes']:,} bytes, within {record['rel_difference']:.1e} of PyTorch's outputs"
+    )
+    for network in record["networks"]:
+        metric = "" if network["metric"] is None else f"{record['metric_name']} {network['metric']:.4f}, "
+        print(
+            f"{network['name']}, {network['precision']}: {metric}{network['num_bytes']:,} bytes, "
+            f"{network['latency_ms']:.3f} ms"
+        )
+    print(f"report: {folder.markdown}")
+
+
+@app.command()
 def report(run_folder: RunArgument) -> None:
     """Write the report and the plots of a finished run again, and print the verdict."""
     from sekron_search.files import read_json

@@ -38,7 +38,7 @@ class ExportedFile:
     """
 
     path: Path
-    format: FileFormat
+    format: str
     num_bytes: int
     rel_difference: float
     batch_sizes: tuple[int, ...]
@@ -80,7 +80,7 @@ def export_network(
     with atomic(Path(path)) as temporary:
         temporary.write_bytes(data)
         opened = decode(temporary.read_bytes(), outputs[0])
-        difference = max(_compare(opened, *pair, format) for pair in zip(checks, outputs, strict=True))
+        difference = max(compare(opened, *pair, format) for pair in zip(checks, outputs, strict=True))
     return ExportedFile(Path(path), format, len(data), difference, tuple(batch_size(check) for check in checks))
 
 
@@ -119,20 +119,12 @@ def on_cpu(inputs: Inputs) -> Inputs:
     return moved
 
 
-def _to_pt2(network: nn.Module, inputs: Inputs) -> bytes:
-    program, buffer = exported_program(network, inputs, dynamic_batch=True), io.BytesIO()
-    with quiet():
-        torch.export.save(program, buffer)
-    return buffer.getvalue()
+def compare(opened: Callable[..., Any], inputs: Inputs, output: Any, format: str) -> float:
+    """How far the output of what a file holds is from the network's, relative to the largest entry.
 
-
-def _from_pt2(data: bytes, output: Any) -> Callable[..., Any]:
-    with quiet():
-        return torch.export.load(io.BytesIO(data)).module()
-
-
-def _compare(opened: Callable[..., Any], inputs: Inputs, output: Any, format: FileFormat) -> float:
-    """How far an opened file's output is from the network's; a `DataError` if that is too far."""
+    Raises:
+        DataError: If it does not run, or is too far.
+    """
     size = batch_size(inputs)
     try:
         with torch.no_grad():
@@ -148,3 +140,15 @@ def _compare(opened: Callable[..., Any], inputs: Inputs, output: Any, format: Fi
             f"batch of {size}, more than {TOLERANCE:.0e}; nothing was written"
         )
     return difference
+
+
+def _to_pt2(network: nn.Module, inputs: Inputs) -> bytes:
+    program, buffer = exported_program(network, inputs, dynamic_batch=True), io.BytesIO()
+    with quiet():
+        torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def _from_pt2(data: bytes, output: Any) -> Callable[..., Any]:
+    with quiet():
+        return torch.export.load(io.BytesIO(data)).module()

@@ -36,6 +36,7 @@ class RunFolder:
         self.search = self.path / "search.json"
         self.candidates = self.path / "candidates"
         self.compressed = self.path / "compressed"
+        self.exports = self.path / "exports"
         self.report = self.path / "report.json"
         self.markdown = self.path / "report.md"
         self.plots = self.path / "plots"

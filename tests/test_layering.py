@@ -13,6 +13,7 @@ PACKAGE = Path(sekron_search.__file__).parent
 LAYERS = [
     ["cli"],
     ["demo"],
+    ["run_export"],
     ["api"],
     ["run"],
     ["report"],
@@ -22,6 +23,7 @@ LAYERS = [
     ["selection"],
     ["finetune", "sequential", "tables"],
     ["scoring", "export"],
+    ["exchange"],
     ["deployment"],
     ["data"],
     ["config"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sekron_search.errors import RunFolderError
@@ -37,7 +38,7 @@ def write_report(folder: RunFolder) -> None:
         raise RunFolderError(f"{folder.report}: format {version!r}, this version reads {FORMAT}")
     try:
         plots = make_plots(report)
-        text = markdown(report, list(plots))
+        text = markdown(report, list(plots), [read_json(path) for path in sorted(folder.exports.glob("*.json"))])
     except (KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{folder.report}: damaged: {type(error).__name__}: {error}") from None
     for name, figure in plots.items():
@@ -48,8 +49,14 @@ def write_report(folder: RunFolder) -> None:
     write_text(folder.markdown, text)
 
 
-def markdown(report: dict[str, Any], plots: list[str]) -> str:
-    """The report as Markdown."""
+def markdown(report: dict[str, Any], plots: list[str], exports: Sequence[dict[str, Any]] = ()) -> str:
+    """The report as Markdown.
+
+    Args:
+        report: The contents of `report.json`.
+        plots: Names of the plots.
+        exports: What was exported, as `export_run` records it.
+    """
     sections = [
         "# Compression report",
         _verdict(report),
@@ -57,6 +64,7 @@ def markdown(report: dict[str, Any], plots: list[str]) -> str:
         _front(report, [p for p in plots if p.startswith("front_")]),
         _layers(report),
         _training(report),
+        _exports(exports),
         _provenance(report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -158,6 +166,35 @@ def _training(report: dict[str, Any]) -> str:
     rows = ["| epoch | loss | validation |", "| ---: | ---: | ---: |"]
     rows += [f"| {row['epoch']:.0f} | {row['loss']:.4f} | {row['metric']:.4f} |" for row in report["curve"]]
     return "## Fine-tuning\n\n![Fine-tuning](plots/finetuning.png)\n\n" + "\n".join(rows)
+
+
+def _exports(exports: Sequence[dict[str, Any]]) -> str:
+    if not exports:
+        return ""
+    parts = ["## Exports"]
+    for record in exports:
+        sizes = " and ".join(map(str, record["batch_sizes"]))
+        parts.append(
+            f"`{_cell(record['file'])}`: {record['num_bytes']:,} bytes; opened again, its outputs are within "
+            f"{record['rel_difference']:.1e} of the network's (relative to the largest), with batches of {sizes}."
+        )
+        if record["networks"]:
+            parts.append(_exported_networks(record))
+    return "\n\n".join(parts)
+
+
+def _exported_networks(record: dict[str, Any]) -> str:
+    """The exported networks side by side, as their runtime runs them."""
+    rows = [
+        f"| in {record['runtime']} | {record['metric_name']} | bytes | "
+        f"latency, ms per batch of {record['latency_batch_size']} |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for network in record["networks"]:
+        metric = "" if network["metric"] is None else f"{network['metric']:.4f}"
+        latency = f"{network['latency_ms']:.3f} ± {network['latency_noise_ms']:.3f}"
+        rows.append(f"| {network['name']}, {network['precision']} | {metric} | {network['num_bytes']:,} | {latency} |")
+    return "\n".join(rows)
 
 
 def _provenance(report: dict[str, Any]) -> str:

@@ -170,9 +170,11 @@ class OnnxNetwork(nn.Module):
         self.structure = tree_structure(output)
 
     def forward(self, *inputs: Any) -> Any:
-        """Run the model."""
-        found = [torch.from_numpy(array) for array in self.session.run(None, _named(self.session, inputs))]
-        return tree_unflatten(found, self.structure)
+        """Run the model: outputs lie where the first input does, in a list if some of the network's are no tensors."""
+        device = next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
+        arrays = self.session.run(None, _named(self.session, inputs))
+        found = [torch.from_numpy(array).to(device) for array in arrays]
+        return tree_unflatten(found, self.structure) if len(found) == self.structure.num_leaves else found
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
