@@ -19,6 +19,7 @@ from sekron_search.errors import ConfigError, DataError, RunFolderError
 from sekron_search.exchange import FileFormat, export_network
 from sekron_search.files import read_json
 from sekron_search.progress import Reporter
+from sekron_search.report.write import write_report
 from sekron_search.run import run
 from sekron_search.run_export import export_run
 from sekron_search.rundir import RunFolder
@@ -139,6 +140,7 @@ def test_onnx_and_int8_of_a_run(finished: RunFolder) -> None:
     report = read_json(finished.report)
     for name in ("original", "compressed"):
         assert networks[name, "float32"]["metric"] == pytest.approx(report[name]["metric"], abs=0.02)
+        assert networks[name, "int8"]["metric"] >= networks[name, "float32"]["metric"] - 0.1
         assert networks[name, "int8"]["num_bytes"] < networks[name, "float32"]["num_bytes"]
     int8 = opened(Path(record["int8_file"]))
     assert accuracy(int8) == pytest.approx(networks["compressed", "int8"]["metric"])
@@ -204,3 +206,13 @@ def test_command(finished: RunFolder) -> None:
     assert result.exit_code == 0, result.output
     assert "compressed, float32: accuracy" in result.output
     assert "int8" not in result.output
+
+
+def test_damaged_records_are_named(finished: RunFolder) -> None:
+    path = finished.exports / "other.json"
+    path.write_text("{}")
+    try:
+        with pytest.raises(RunFolderError, match=r"report.json, or a file in .*exports, is damaged"):
+            write_report(finished)
+    finally:
+        path.unlink()

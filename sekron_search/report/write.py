@@ -40,7 +40,9 @@ def write_report(folder: RunFolder) -> None:
         plots = make_plots(report)
         text = markdown(report, list(plots), [read_json(path) for path in sorted(folder.exports.glob("*.json"))])
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunFolderError(f"{folder.report}: damaged: {type(error).__name__}: {error}") from None
+        raise RunFolderError(
+            f"{folder.report}, or a file in {folder.exports}, is damaged: {type(error).__name__}: {error}"
+        ) from None
     for name, figure in plots.items():
         for ending in ("png", "svg"):
             with atomic(folder.plots / f"{name}.{ending}") as path:

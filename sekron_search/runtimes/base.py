@@ -10,11 +10,14 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from sekron_search.model import Inputs
+from sekron_search.model import Inputs, copy_model
 
 RuntimeName = Literal["pytorch-eager", "torch-compile", "onnxruntime", "openvino"]
 MemoryFormat = Literal["contiguous", "channels_last"]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 CPU = torch.device("cpu")
 
@@ -99,6 +102,23 @@ class Runtime(ABC):
         """Compile and time within this: torch has the runtime's threads, and its own again afterwards."""
         with threads(self.num_threads):
             yield
+
+
+def laid_out(module: nn.Module, inputs: Inputs, runtime: Runtime) -> tuple[nn.Module, Inputs]:
+    """Module and inputs on a runtime's device and in its memory format; a copy of the module if it has to change."""
+    elsewhere = any(p.device != runtime.device for p in module.parameters())
+    if elsewhere or runtime.memory_format == "channels_last":
+        module = copy_model(module).to(runtime.device)
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = _formatted(tensor.data, runtime)
+    return module, tree_map_only(Tensor, lambda tensor: _formatted(tensor, runtime), inputs)
+
+
+def _formatted(tensor: Tensor, runtime: Runtime) -> Tensor:
+    tensor = tensor.to(runtime.device)
+    if runtime.memory_format == "channels_last" and tensor.dim() in _CHANNELS_LAST:
+        return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
+    return tensor
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs, output_tensors
-from sekron_search.runtimes.base import Compiled, MemoryFormat, Runtime, RuntimeName
-from sekron_search.runtimes.eager import laid_out
+from sekron_search.runtimes.base import Compiled, MemoryFormat, Runtime, RuntimeName, laid_out
 
 
 class CompileRuntime(Runtime):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs
-from sekron_search.runtimes.base import Compiled, NodeTime, Runtime, RuntimeName
+from sekron_search.runtimes.base import Compiled, NodeTime, Runtime, RuntimeName, laid_out
 from sekron_search.runtimes.exported import exported_program, quiet
 
 
@@ -33,6 +33,7 @@ class OnnxRuntime(Runtime):
 
     def compile(self, module: nn.Module, inputs: Inputs) -> Compiled:
         """A session with inputs and outputs bound to memory; see `Runtime.compile`."""
+        module, inputs = laid_out(module, inputs, self)
         return self.bind(to_onnx_quickly(module, inputs), inputs)
 
     def bind(self, model: bytes, inputs: Inputs) -> Compiled:

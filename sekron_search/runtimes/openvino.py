@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs
-from sekron_search.runtimes.base import Compiled, Runtime, RuntimeName
+from sekron_search.runtimes.base import Compiled, Runtime, RuntimeName, laid_out
 from sekron_search.runtimes.onnx import to_onnx_quickly
 
 
@@ -30,6 +30,7 @@ class OpenVinoRuntime(Runtime):
             hint.performance_mode: hint.PerformanceMode.LATENCY,
             hint.inference_precision: openvino.Type.f32,
         }
+        module, inputs = laid_out(module, inputs, self)
         model = to_onnx_quickly(module, inputs)
         try:
             core = openvino.Core()
