@@ -48,16 +48,24 @@ class FittedLayer:
     factors: tuple[tuple[Tensor, ...], ...]
     shifts: tuple[Tensor | None, ...]
 
+    def kept(self, keep: Sequence[bool]) -> FittedLayer:
+        """Only some of the options; the first, the original, always stays."""
+        chosen = [i for i, wanted in enumerate(keep) if i == 0 or wanted]
+        return FittedLayer(
+            replace(self.table, options=tuple(self.table.options[i] for i in chosen)),
+            tuple(self.factors[i] for i in chosen),
+            tuple(self.shifts[i] for i in chosen),
+        )
+
     def pruned(self, costs: Sequence[CostName]) -> FittedLayer:
         """Only the options that no other one beats on these costs and the error; the first always stays."""
         options = self.table.options
-        mask = non_dominated([[o.error, *(o.cost(name) for name in costs)] for o in options])
-        kept = [i for i in range(len(options)) if i == 0 or mask[i]]
-        return FittedLayer(
-            replace(self.table, options=tuple(options[i] for i in kept)),
-            tuple(self.factors[i] for i in kept),
-            tuple(self.shifts[i] for i in kept),
-        )
+        return self.kept(non_dominated([[o.error, *(o.cost(name) for name in costs)] for o in options]).tolist())
+
+    def faster(self) -> FittedLayer:
+        """Only the options that are faster than the original, beyond the noise of the measurements."""
+        original = self.table.options[0]
+        return self.kept([o.is_faster(original) for o in self.table.options])
 
 
 def cheapest_table(info: LayerInfo, space: SearchSpace, bytes_per_sample: int) -> LayerTable:

@@ -21,6 +21,7 @@ LAYERS = [
     ["prepare"],
     ["job"],
     ["selection"],
+    ["variants"],
     ["finetune", "sequential", "tables"],
     ["scoring", "export"],
     ["exchange"],

@@ -50,6 +50,11 @@ class Option:
         """Whether the layer is left as it is."""
         return self.family == "dense"
 
+    def is_faster(self, other: Option) -> bool:
+        """Whether it takes less time than another option, beyond the noise of both."""
+        noise = (self.latency_noise_ms or 0.0) + (other.latency_noise_ms or 0.0)
+        return self.cost("latency_ms") + noise < other.cost("latency_ms")
+
     def cost(self, name: CostName) -> float:
         """The layer's cost of that name."""
         values = {
@@ -95,19 +100,23 @@ class Network:
         tables: One per replaceable layer.
         original: Costs of the original network.
         peak_floor_bytes: Peak of the parts of the network that no option changes.
+        latency_scale: What the network gains for a millisecond that its layers gain each on its own, as calibrated
+            against whole networks.
     """
 
     tables: tuple[LayerTable, ...]
     original: Mapping[str, float]
     peak_floor_bytes: float = 0.0
+    latency_scale: float = 1.0
 
     def fixed(self, name: CostName) -> float:
         """Cost of everything but the layers' weights: the original's total less its dense layers."""
-        return self.original[name] - sum(table.options[0].cost(name) for table in self.tables)
+        return self.original[name] - sum(float(values[0]) for values in self.values(name))
 
     def values(self, name: CostName) -> list[NDArray[np.float64]]:
         """The cost of every option of every layer."""
-        return [np.array([o.cost(name) for o in t.options]) for t in self.tables]
+        scale = self.latency_scale if name == "latency_ms" else 1.0
+        return [scale * np.array([o.cost(name) for o in t.options]) for t in self.tables]
 
     def cost(self, assignment: Assignment, name: CostName) -> float:
         """A cost of the whole network: sums, but for the peak, which is the largest working set."""
@@ -115,7 +124,12 @@ class Network:
         if name == "peak_activation_bytes":
             peaks = (t.outside_bytes + o.peak_bytes for t, o in zip(self.tables, options, strict=True))
             return max(self.peak_floor_bytes, *peaks)
-        return self.fixed(name) + sum(option.cost(name) for option in options)
+        return self.fixed(name) + sum(float(v[i]) for v, i in zip(self.values(name), assignment, strict=True))
+
+    def latency_noise_ms(self, assignment: Assignment) -> float:
+        """Uncertainty of the whole network's latency, if the layers' latencies are off independently."""
+        noises = [o.latency_noise_ms or 0.0 for o in self.chosen(assignment) if not o.is_original]
+        return self.latency_scale * float(np.linalg.norm(noises))
 
     def costs(self, assignment: Assignment) -> dict[CostName, float]:
         """Every cost of the whole network that is known."""
