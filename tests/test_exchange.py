@@ -18,12 +18,13 @@ from sekron_search.config import Config
 from sekron_search.errors import ConfigError, DataError, RunFolderError
 from sekron_search.exchange import FileFormat, export_network
 from sekron_search.files import read_json
+from sekron_search.model import REPLACEMENTS
 from sekron_search.progress import Reporter
 from sekron_search.report.write import write_report
 from sekron_search.run import run
 from sekron_search.run_export import export_run
 from sekron_search.rundir import RunFolder
-from tests.cases import ImageToImage, SignalNet, VolumeNet, blobs, small_net, write_config
+from tests.cases import STRUCTURES, ImageToImage, SignalNet, VolumeNet, blobs, random_factors, small_net, write_config
 from tests.test_deployment import compressed
 
 #: fvcore and torch.jit warn of themselves while a run is made.
@@ -64,6 +65,23 @@ def test_any_batch_size_gives_the_networks_outputs(
         with torch.no_grad():
             expected = model(x)
             assert (network(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_family(format: FileFormat, tmp_path: Path) -> None:
+    class SideBySide(nn.ModuleList):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [layer(x) for layer in self]
+
+    dense = nn.Conv2d(6, 8, 3, stride=(2, 1), padding=1)
+    layers = []
+    for structure in STRUCTURES.values():
+        layer = REPLACEMENTS[nn.Conv2d].like(dense, structure)
+        layer.set_factors(random_factors(structure, groups=1))
+        layers.append(layer)
+    model, x = SideBySide(layers).eval(), torch.randn(2, 6, 9, 8)
+    written = export_network(model, x, tmp_path / "network", format=format, more_inputs=[torch.randn(5, 6, 9, 8)])
+    assert written.rel_difference <= 1e-4
 
 
 @pytest.mark.parametrize("format", FORMATS)
