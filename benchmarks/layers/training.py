@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +36,11 @@ def compare(shape: Shape, threads: int) -> dict[str, Any]:
             layers[f"{family}|{i}"] = layer
     x = torch.randn(BATCH, shape.in_channels, shape.size, shape.size)
     calls = {}
-    for name, layer in layers.items():
-        calls[f"{name}|contiguous"] = _step(layer, x.clone())
-        copy = _copied(layer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        calls[f"{name}|channels_last"] = _step(copy, x.contiguous(memory_format=torch.channels_last))
+    for name, dense_or_not in layers.items():
+        calls[f"{name}|contiguous"] = _step(dense_or_not, x.clone())
+        other: Any = copy.deepcopy(dense_or_not)
+        other = other.to(memory_format=torch.channels_last)
+        calls[f"{name}|channels_last"] = _step(other, x.contiguous(memory_format=torch.channels_last))
     with with_threads(threads):
         timed = measure_callables(calls, rounds=5)
 
@@ -70,13 +72,3 @@ def _step(layer: nn.Module, x: Tensor) -> Callable[[], object]:
         layer.zero_grad()
 
     return step
-
-
-def _copied(layer: Any) -> Any:
-    if isinstance(layer, nn.Conv2d):
-        copy = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding, bias=False)
-        copy.load_state_dict(layer.state_dict())
-        return copy
-    copied = KroneckerConv.like(layer.to_conv(), layer.structure, schedule=layer.plan.schedule)
-    copied.load_state_dict(layer.state_dict())
-    return copied
