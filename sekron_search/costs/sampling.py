@@ -6,8 +6,9 @@ operation within a network; one call of each in turn, its input written just bef
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 from sekron_search.costs.anchored import node_samples
 from sekron_search.costs.build import build
 from sekron_search.costs.measure import Latency, settle_allocator, synchronize
-from sekron_search.costs.operations import ELEMENT_BYTES, Operation
+from sekron_search.costs.operations import Operation
 from sekron_search.runtimes.base import Compiled, Runtime
 
-#: Operations that take turns: enough to cool caches, few enough to fit in memory and in the libraries' own caches.
-CHUNK, CHUNK_BYTES = 48, 5e8
+#: Operations that take turns, as many as a network has, and the bytes that they move at most.
+CHUNK, CHUNK_BYTES = 32, 4e8
 
 #: Samples of each operation by the runtime's clock.
 NODE_SAMPLES = 9
@@ -59,12 +60,12 @@ def measure_operations(
     """Measure operations, a chunk at a time: by the runtime's own clock where it has one, else by ours.
 
     Args:
-        operations: In an order that mixes them, so that drifts of the machine hit all kinds alike.
+        operations: What to measure.
         runtime: What runs them.
         after_chunk: Called with the latencies of every chunk.
     """
     settle_allocator()
-    for chunk in _chunks(operations):
+    for chunk in turns(operations):
         with runtime.active(), torch.inference_mode():
             samples = node_samples(chunk, runtime, NODE_SAMPLES) or _samples(chunk, runtime)
         after_chunk({o: Latency.of(values) for o, values in zip(chunk, samples, strict=True)})
@@ -80,18 +81,22 @@ def _samples(operations: Sequence[Operation], runtime: Runtime) -> list[list[flo
     return [one.samples_ms for one in timed]
 
 
-def _chunks(operations: Sequence[Operation]) -> Iterator[list[Operation]]:
-    chunk: list[Operation] = []
+def turns(operations: Sequence[Operation]) -> list[list[Operation]]:
+    """The operations that take turns, in an order that mixes sizes, so that drifts of the machine hit all alike.
+
+    Those that take turns move about as many bytes each, as in a network: small ones between large ones were measured
+    at twice the time that they take among their like, for nothing that they need was in any cache.
+    """
+    chunks: list[list[Operation]] = []
     held = 0.0
-    for operation in operations:
-        size = operation.moved_bytes + ELEMENT_BYTES * operation.weights
-        if chunk and (len(chunk) == CHUNK or held + size > CHUNK_BYTES):
-            yield chunk
-            chunk, held = [], 0.0
-        chunk.append(operation)
-        held += size
-    if chunk:
-        yield chunk
+    for operation in sorted(operations, key=lambda operation: (operation.moved_bytes, str(operation))):
+        if not chunks or len(chunks[-1]) == CHUNK or held + operation.moved_bytes > CHUNK_BYTES:
+            chunks.append([])
+            held = 0.0
+        chunks[-1].append(operation)
+        held += operation.moved_bytes
+    random.Random(0).shuffle(chunks)
+    return chunks
 
 
 def _input(shape: tuple[int, ...], pool: Tensor, runtime: Runtime) -> Tensor:
