@@ -10,6 +10,7 @@ from typing import Any
 
 from sekron_search.costs.profile import Provenance
 from sekron_search.files import write_json
+from sekron_search.runtimes.registry import make_runtime
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,7 +36,7 @@ def write_results(name: str, targets: list[Target], samples: Any, *, command: st
         "benchmark": name,
         "command": command,
         "provenance": {
-            **dataclasses.asdict(Provenance.here()),
+            **dataclasses.asdict(Provenance.here(make_runtime("pytorch-eager"))),
             "commit": _commit(),
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },

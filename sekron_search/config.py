@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
 from sekron_search.proxies import DivergenceName
+from sekron_search.runtimes.base import MemoryFormat, RuntimeName
 from sekron_search.search.budget import Budget
 from sekron_search.search.space import SearchSpace, explain
 from sekron_search.search.study import SamplerName
@@ -104,19 +105,25 @@ class SearchConfig(_Section):
 
 
 class LatencyConfig(_Section):
-    """How latency is measured.
+    """How latency is measured: of networks as they are deployed, through the runtime that will run them.
 
     Args:
         batch_size: Samples of the example batch, on which latency and peak memory are meant.
+        runtime: "pytorch-eager", "torch-compile", "onnxruntime" or "openvino".
         num_threads: Intra-operator threads; as torch has it if not given.
+        memory_format: "contiguous", "channels_last", or "auto": whichever makes the network's options fastest.
         rounds: Interleaved samples of every measurement of a whole network.
-        profile: A device profile to use; what it lacks is measured here.
+        profile: A device profile to use; what it lacks is measured here, or predicted where it is of another device.
+        any_profile: Use the profile even if it is of another runtime, memory format or number of threads.
     """
 
     batch_size: Positive = 1
+    runtime: RuntimeName = "pytorch-eager"
     num_threads: Positive | None = None
+    memory_format: Literal["auto"] | MemoryFormat = "auto"
     rounds: Positive = 21
     profile: Path | None = None
+    any_profile: bool = False
 
 
 class FinetuneConfig(_Section):

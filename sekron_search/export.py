@@ -21,6 +21,7 @@ from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import Inputs, kronecker_layers, layer_like, output_tensors, replace_layers
+from sekron_search.runtimes.base import MemoryFormat, with_memory_format
 
 FORMAT = 2
 
@@ -100,8 +101,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise DataError(f"model.weights {path}: cannot be loaded into the network: {what}") from None
 
 
-def save_artefact(folder: Path, model: nn.Module, factory: Factory | None) -> None:
-    """Write a compressed network: `model.safetensors`, then `model.json` with the hash of it."""
+def save_artefact(
+    folder: Path, model: nn.Module, factory: Factory | None, memory_format: MemoryFormat = "contiguous"
+) -> None:
+    """Write a compressed network: `model.safetensors`, then `model.json` with the hash of it.
+
+    Args:
+        folder: Where to.
+        model: The network.
+        factory: What builds its architecture.
+        memory_format: In which it was measured to be fastest; it is opened in it.
+    """
     tensors = _state(model)
     write_tensors(folder / "model.safetensors", tensors)
     layers = {
@@ -115,6 +125,7 @@ def save_artefact(folder: Path, model: nn.Module, factory: Factory | None) -> No
     data = {
         "format": FORMAT,
         "factory": factory_json(factory),
+        "memory_format": memory_format,
         "layers": layers,
         "weights_sha256": _sha256(folder / "model.safetensors"),
     }
@@ -144,6 +155,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         layers: dict[str, Any] = data["layers"]
         factory = None if data["factory"] is None else Factory(**data["factory"])
         digest = data["weights_sha256"]
+        memory_format: MemoryFormat = data["memory_format"]
     except (KeyError, TypeError) as error:
         raise RunFolderError(f"{folder / 'model.json'}: damaged: {error}") from None
     tensors = read_tensors(folder / "model.safetensors")
@@ -166,7 +178,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         compressed.load_state_dict({**tensors, **aliases})
     except (SekronError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise RunFolderError(f"{folder}: the artefact does not fit the architecture: {error}") from None
-    return compressed.eval()
+    return with_memory_format(compressed.eval(), memory_format)
 
 
 def factory_json(factory: Factory | None) -> dict[str, Any] | None:

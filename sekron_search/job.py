@@ -20,6 +20,8 @@ from sekron_search.finetune import Distillation, TrainingData
 from sekron_search.inspection import inspect_model
 from sekron_search.model import Inputs, batch_size
 from sekron_search.proxies import reference_outputs
+from sekron_search.runtimes.base import MemoryFormat, Runtime
+from sekron_search.runtimes.registry import make_runtime, runtime_class
 
 Metric = Callable[[nn.Module], float]
 
@@ -56,6 +58,19 @@ class Job:
     def device(self) -> torch.device:
         """Where the network runs."""
         return torch.device(self.settings.device)
+
+    @property
+    def memory_formats(self) -> tuple[MemoryFormat, ...]:
+        """What is asked for, or all that the runtime takes, where that is left open."""
+        asked = self.settings.latency.memory_format
+        return runtime_class(self.settings.latency.runtime).memory_formats if asked == "auto" else (asked,)
+
+    def runtime(self, memory_format: MemoryFormat) -> Runtime:
+        """What runs the network in the end, and measures it."""
+        latency = self.settings.latency
+        return make_runtime(
+            latency.runtime, num_threads=latency.num_threads, device=self.device, memory_format=memory_format
+        )
 
     @property
     def batch(self) -> int:

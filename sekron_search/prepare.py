@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,10 +11,11 @@ import numpy as np
 from torch import nn
 
 from sekron_search.calibration import collect_metrics
-from sekron_search.costs.measure import measure_networks
+from sekron_search.costs.measure import Latency, measure_networks
 from sekron_search.costs.memory import PeakMemory, peak_memory
-from sekron_search.costs.profile import DeviceProfile, Provenance, layer_key
+from sekron_search.costs.profile import DeviceProfile, Measurement, Provenance, layer_key
 from sekron_search.costs.traced import traced_flops
+from sekron_search.deployment import deploy
 from sekron_search.errors import DataError
 from sekron_search.files import digest, read_json, write_json, write_text
 from sekron_search.inspection import Inspection, inspect_model
@@ -26,12 +27,13 @@ from sekron_search.model import LayerInfo, layer_weight
 from sekron_search.progress import Reporter
 from sekron_search.proxies import check_divergence, reference_outputs
 from sekron_search.rundir import RunFolder
-from sekron_search.runtimes.base import threads
+from sekron_search.runtimes.base import MemoryFormat, Runtime, threads
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import best_reachable, infeasible, solve_knapsack
-from sekron_search.search.options import LayerTable, Network, Option
+from sekron_search.search.options import LayerTable, Network
 from sekron_search.selection import worthwhile
 from sekron_search.tables import FittedLayer, build_layer_table, build_tables, cheapest_table, table_key
+from sekron_search.variants import with_variants
 
 #: A latency budget is refused before the long work if even the fastest options tried miss it by this factor: few are
 #: tried then, and clocks are noisy.
@@ -39,6 +41,13 @@ LATENCY_DOUBT = 1.25
 
 #: Options per layer that are timed for that.
 EARLY_OPTIONS = 4
+
+#: How far the outputs of a network that is only timed may be from the original's: deep networks in float32 round.
+DEPLOYED_TOLERANCE = 1e-3
+
+
+#: Schedules of an option that are timed where latency is budgeted.
+TIMED_SCHEDULES = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Tables:
     layers: tuple[LayerInfo, ...]
     original: dict[str, float]
     memory: PeakMemory
+    memory_format: MemoryFormat
     fitted: tuple[FittedLayer, ...]
 
     @cached_property
@@ -59,22 +69,38 @@ class Tables:
 
 
 def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
-    """The tables, with the latencies of their options where latency is budgeted, less what the budget never picks."""
+    """The tables, with the latencies of their options where latency is budgeted, less what the budget never picks.
+
+    Raises:
+        InfeasibleBudgetError: If a latency budget cannot be met with the options that are faster than the original.
+    """
     tables = fit_tables(job, folder, reporter)
-    fitted = tables.fitted
-    if "latency_ms" in job.settings.bounds.names:
-        jobs = zip(tables.layers, [f.table for f in fitted], strict=True)
-        measured = _with_latencies(jobs, job, folder, reporter)
-        fitted = tuple(dataclasses.replace(f, table=t) for f, t in zip(fitted, measured, strict=True))
-    fitted = tuple(f.pruned(job.settings.bounds.names) for f in fitted)
-    return dataclasses.replace(tables, fitted=fitted)
+    bounds = job.settings.bounds
+    timed = "latency_ms" in bounds.names
+    schedules = TIMED_SCHEDULES if timed else 1
+    fitted = [
+        with_variants(f, info, bytes_per_sample=job.bytes_per_sample, schedules=schedules)
+        for info, f in zip(tables.layers, tables.fitted, strict=True)
+    ]
+    if timed:
+        pairs = list(zip(tables.layers, [f.table for f in fitted], strict=True))
+        measured = _with_latencies(pairs, job, folder, reporter, tables.memory_format)
+        # What is slower than the original helps no latency budget, whatever its flops.
+        fitted = [dataclasses.replace(f, table=t).faster() for f, t in zip(fitted, measured, strict=True)]
+    fitted = [f.pruned(bounds.names) for f in fitted]
+    return dataclasses.replace(tables, fitted=tuple(fitted))
 
 
 def measure_profile(job: Job, folder: RunFolder, reporter: Reporter) -> DeviceProfile:
     """A device profile of every option of the job's network, measured here."""
     with threads(job.settings.latency.num_threads):
         tables = fit_tables(job, folder, reporter)
-        return _measure(list(zip(tables.layers, [f.table for f in tables.fitted], strict=True)), job, folder, reporter)
+        fitted = (
+            with_variants(f, info, bytes_per_sample=job.bytes_per_sample, schedules=TIMED_SCHEDULES)
+            for info, f in zip(tables.layers, tables.fitted, strict=True)
+        )
+        pairs = list(zip(tables.layers, [f.table for f in fitted], strict=True))
+        return _measure(pairs, job, folder, reporter, tables.memory_format)
 
 
 def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
@@ -94,9 +120,10 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     check_divergence(settings.search.divergence, job.references[0])
     if job.distillation is not None:
         job.distillation.check()
-    original = _original_costs(job, folder, reporter)
+    memory_format = _memory_format(job, folder, reporter, layers)
+    original = _original_costs(job, folder, reporter, memory_format)
     memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
-    _check_reachable(job, folder, reporter, layers, original, memory)
+    _check_reachable(job, folder, reporter, Tables(inspection, layers, original, memory, memory_format, ()))
     metrics = _Metrics(job, layers, reporter)
     weighting = [settings.calibration.curvature, settings.search.divergence]
     context = digest([job.model_digest, list(job.calibration), settings.seed, weighting])
@@ -113,7 +140,7 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
         for table in build_tables(layers, fit, key, settings.tables or folder.tables):
             fitted.append(table)
             task.update(len(fitted), f"{table.table.name}: {len(table.table.options)} options")
-    return Tables(inspection, layers, original, memory, tuple(fitted))
+    return Tables(inspection, layers, original, memory, memory_format, tuple(fitted))
 
 
 class _Metrics:
@@ -139,11 +166,42 @@ class _Metrics:
         return self.found[name]
 
 
-def _original_costs(job: Job, folder: RunFolder, reporter: Reporter) -> dict[str, float]:
+def _memory_format(job: Job, folder: RunFolder, reporter: Reporter, layers: Sequence[LayerInfo]) -> MemoryFormat:
+    """The memory format of the run: as asked, as the given profile has it, or the fastest; decided once per folder.
+
+    Where latency is budgeted that is the one in which the network becomes fastest, by some options of every layer;
+    else the one that is best for the original.
+    """
+    formats, latency = job.memory_formats, job.settings.latency
+    if len(formats) == 1:
+        return formats[0]
+    if not folder.layout.exists():
+        if latency.profile is not None:
+            found = {DeviceProfile.load(latency.profile).provenance.memory_format: 0.0}
+        elif "latency_ms" in job.settings.bounds.names:
+            reporter.say("choosing the memory format")
+            few = [_few(cheapest_table(i, job.settings.space, job.bytes_per_sample)) for i in layers]
+            found = {f: _fastest_sum(list(zip(layers, few, strict=True)), job, job.runtime(f)) for f in formats}
+        else:
+            found = {f: network_latencies(job, {"original": job.model}, f)["original"].median_ms for f in formats}
+        write_json(folder.layout, {"milliseconds": found, "memory_format": min(found, key=lambda f: found[f])})
+    chosen: MemoryFormat = read_json(folder.layout)["memory_format"]
+    return chosen
+
+
+def _fastest_sum(pairs: Sequence[tuple[LayerInfo, LayerTable]], job: Job, runtime: Runtime) -> float:
+    """Milliseconds of the fastest option of every layer together, the layers as they are among them."""
+    profile = DeviceProfile(Provenance.here(runtime))
+    profile.measure(profile.missing(_measurements(pairs), job.batch), job.batch, runtime, rounds=5)
+    keys = [[layer_key(*m, job.batch) for m in _measurements([pair])] for pair in pairs]
+    return sum(min(profile.layers[key].median_ms for key in own) for own in keys)
+
+
+def _original_costs(job: Job, folder: RunFolder, reporter: Reporter, memory_format: MemoryFormat) -> dict[str, float]:
     """Costs of the original, measured once per run folder so that budgets mean the same after a resume."""
     if not folder.original.exists():
         reporter.say("measuring the original network")
-        costs = network_costs(job, {"original": job.model})["original"]
+        costs = network_costs(job, {"original": job.model}, memory_format)["original"]
         # The metric is asked for now, not only at the end: a metric that fails would waste everything in between.
         metric = job.validate(job.model) if job.validate is not None else None
         write_json(folder.original, {"costs": costs, "validation_metric": metric})
@@ -151,10 +209,11 @@ def _original_costs(job: Job, folder: RunFolder, reporter: Reporter) -> dict[str
     return {name: float(value) for name, value in costs.items()}
 
 
-def network_costs(job: Job, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
+def network_costs(
+    job: Job, networks: Mapping[str, nn.Module], memory_format: MemoryFormat
+) -> dict[str, dict[str, float]]:
     """Every cost of whole networks: counted, traced and measured, the latencies interleaved."""
-    latency = job.settings.latency
-    measured = measure_networks(networks, job.example_inputs, rounds=latency.rounds, num_threads=latency.num_threads)
+    measured = network_latencies(job, networks, memory_format)
     return {
         name: {
             "flops": traced_flops(network, job.example_inputs).total,
@@ -167,15 +226,17 @@ def network_costs(job: Job, networks: Mapping[str, nn.Module]) -> dict[str, dict
     }
 
 
-def _check_reachable(
-    job: Job,
-    folder: RunFolder,
-    reporter: Reporter,
-    layers: Sequence[LayerInfo],
-    original: Mapping[str, float],
-    memory: PeakMemory,
-) -> None:
+def network_latencies(job: Job, networks: Mapping[str, nn.Module], memory_format: MemoryFormat) -> dict[str, Latency]:
+    """Latency of whole networks as they are deployed, through the job's runtime, interleaved."""
+    runtime, inputs = job.runtime(memory_format), job.example_inputs
+    # Rounding is of no concern to a clock; `deploy` itself is checked where a network is exported.
+    deployed = {name: deploy(network, inputs, tolerance=DEPLOYED_TOLERANCE) for name, network in networks.items()}
+    return measure_networks(deployed, inputs, runtime, rounds=job.settings.latency.rounds)
+
+
+def _check_reachable(job: Job, folder: RunFolder, reporter: Reporter, known: Tables) -> None:
     """Refuse a budget that no choice of structures can meet, before anything is fitted."""
+    original, memory, layers = known.original, known.memory, known.layers
     bounds = job.settings.bounds.resolve(original)
     tables = [
         dataclasses.replace(
@@ -188,63 +249,74 @@ def _check_reachable(
     if counted:
         solve_knapsack(network, counted, network.values("flops"), relative_gap=1.0)
     if "latency_ms" in bounds:
-        few = [dataclasses.replace(t, options=_few(t)) for t in tables]
-        timed = _with_latencies(zip(layers, few, strict=True), job, folder, reporter)
+        pairs = [(info, _few(table)) for info, table in zip(layers, tables, strict=True)]
+        timed = _with_latencies(pairs, job, folder, reporter, known.memory_format)
         network = dataclasses.replace(network, tables=tuple(timed))
         if best_reachable(network, ["latency_ms"])["latency_ms"] > LATENCY_DOUBT * bounds["latency_ms"]:
             raise infeasible(network, {"latency_ms": bounds["latency_ms"]})
 
 
-def _few(table: LayerTable) -> tuple[Option, ...]:
+def _few(table: LayerTable) -> LayerTable:
     """The layer as it is, and some options spread over their flops, the cheapest among them."""
     first, *others = table.options
     others.sort(key=lambda o: o.flops)
     chosen = {int(i) for i in np.linspace(0, len(others) - 1, EARLY_OPTIONS).round()} if others else set()
-    return (first, *(others[i] for i in sorted(chosen)))
+    return dataclasses.replace(table, options=(first, *(others[i] for i in sorted(chosen))))
 
 
 def _with_latencies(
-    tables: Iterable[tuple[LayerInfo, LayerTable]], job: Job, folder: RunFolder, reporter: Reporter
+    pairs: Sequence[tuple[LayerInfo, LayerTable]],
+    job: Job,
+    folder: RunFolder,
+    reporter: Reporter,
+    memory_format: MemoryFormat,
 ) -> list[LayerTable]:
     """The tables with their options' latencies, measured where the device profile lacks them."""
-    pairs = list(tables)
-    profile = _measure(pairs, job, folder, reporter)
+    profile = _measure(pairs, job, folder, reporter, memory_format)
     timed = []
     for info, table in pairs:
-        options = []
-        for o in table.options:
-            structure, schedule = Structure.parse(o.structure), Schedule.parse(o.schedule)
-            found = profile.latencies[layer_key(info, structure, schedule, o.execution, job.batch)]
-            options.append(dataclasses.replace(o, latency_ms=found.median_ms, latency_noise_ms=found.noise_ms))
-        timed.append(dataclasses.replace(table, options=tuple(options)))
+        found = [profile.layers[layer_key(*m, job.batch)] for m in _measurements([(info, table)])]
+        options = tuple(
+            dataclasses.replace(o, latency_ms=latency.median_ms, latency_noise_ms=latency.noise_ms)
+            for o, latency in zip(table.options, found, strict=True)
+        )
+        timed.append(dataclasses.replace(table, options=options))
     return timed
 
 
+def _measurements(pairs: Sequence[tuple[LayerInfo, LayerTable]]) -> list[Measurement]:
+    return [
+        (info, Structure.parse(o.structure), Schedule.parse(o.schedule), o.execution)
+        for info, table in pairs
+        for o in table.options
+    ]
+
+
 def _measure(
-    tables: Sequence[tuple[LayerInfo, LayerTable]], job: Job, folder: RunFolder, reporter: Reporter
+    pairs: Sequence[tuple[LayerInfo, LayerTable]],
+    job: Job,
+    folder: RunFolder,
+    reporter: Reporter,
+    memory_format: MemoryFormat,
 ) -> DeviceProfile:
     """The device profile with the latency of every option; kept in the run folder."""
-    latency = job.settings.latency
-    here = Provenance.here(job.device, latency.num_threads)
+    latency, runtime = job.settings.latency, job.runtime(memory_format)
+    here = Provenance.here(runtime)
     if folder.profile.exists():
         profile = DeviceProfile.load(folder.profile)
     elif latency.profile is not None:
         profile = DeviceProfile.load(latency.profile)
     else:
         profile = DeviceProfile(here)
-    profile.check_usable(here)
-    jobs = [
-        (info, Structure.parse(o.structure), Schedule.parse(o.schedule), o.execution)
-        for info, table in tables
-        for o in table.options
-    ]
-    missing = profile.missing(jobs, job.batch)
+    profile.check_usable(here, force=latency.any_profile)
+    missing = profile.missing(_measurements(pairs), job.batch)
     if missing:
         profile.check_same_machine(here, len(missing))
     with reporter.task("measuring options", len(missing)) as task:
         profile.measure(
             missing,
             job.batch,
+            runtime,
             progress=lambda done, total: task.update(done),
             after_group=lambda: write_text(folder.profile, profile.to_yaml()),
         )

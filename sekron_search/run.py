@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from sekron_search.candidates import Finder
+from sekron_search.candidates import Finder, Searched
 from sekron_search.costs.profile import Provenance
 from sekron_search.costs.traced import traced_flops
 from sekron_search.errors import RunFolderError
@@ -25,7 +25,7 @@ from sekron_search.progress import Reporter
 from sekron_search.report.facts import RunFacts
 from sekron_search.report.write import write_report
 from sekron_search.rundir import RunFolder
-from sekron_search.runtimes.base import threads
+from sekron_search.runtimes.base import MemoryFormat, threads, with_memory_format
 
 
 def run(job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool) -> dict[str, Any]:
@@ -41,22 +41,23 @@ def run(job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool) -> dic
             write_report(folder)
             finished: dict[str, Any] = read_json(folder.report)
             return finished
-        _write_environment(job, folder)
         write_text(folder.config, yaml.safe_dump({**fingerprint["settings"], **job.source}, sort_keys=False))
         tables = prepare(job, folder, reporter)
+        _write_environment(job, folder, tables.memory_format)
         finder = Finder(job, tables, folder, reporter)
         searched = finder.search()
         chosen = finder.finish(searched)
         reporter.say("measuring the saved and re-loaded network beside the original")
-        networks = {"original": job.model, "compressed": _saved(job, folder, chosen.network)}
+        compressed = _saved(job, folder, chosen.network, tables.memory_format)
+        networks = {"original": job.model, "compressed": compressed}
         facts = RunFacts(
             settings=job.settings,
             inspection=tables.inspection,
-            network=tables.network,
-            bounds=searched.bounds,
+            network=searched.network,
+            latency=_latency_facts(job, folder, tables.memory_format, searched),
             trials=searched.trials,
             chosen=chosen,
-            costs=network_costs(job, networks),
+            costs=network_costs(job, networks, tables.memory_format),
             metrics=_metrics(job, {**networks, "untrained": finder.load(chosen.candidate)}),
             batch_size=job.batch,
             uncounted=traced_flops(networks["compressed"], job.example_inputs).uncounted,
@@ -68,9 +69,10 @@ def run(job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool) -> dic
         return report
 
 
-def _saved(job: Job, folder: RunFolder, network: nn.Module) -> nn.Module:
+def _saved(job: Job, folder: RunFolder, network: nn.Module, memory_format: MemoryFormat) -> nn.Module:
     """The network as users will get it: saved and loaded again, and checked to be the same."""
-    save_artefact(folder.compressed, network, job.factory)
+    save_artefact(folder.compressed, network, job.factory, memory_format)
+    network = with_memory_format(network, memory_format)
     loaded = load(folder.path, model=job.model if job.factory is None else None).to(job.device)
     with torch.no_grad():
         outputs = [output_tensors(n.eval()(*job.example_inputs)) for n in (network, loaded)]
@@ -82,13 +84,38 @@ def _saved(job: Job, folder: RunFolder, network: nn.Module) -> nn.Module:
     return loaded
 
 
+def _latency_facts(
+    job: Job, folder: RunFolder, memory_format: MemoryFormat, searched: Searched
+) -> dict[str, Any] | None:
+    """How latency was measured, and how well sums over layers predict it; None where it was not budgeted."""
+    if "latency_ms" not in job.settings.bounds.names:
+        return None
+    runtime = job.runtime(memory_format)
+    return {
+        "runtime": runtime.name,
+        "version": runtime.version(),
+        "num_threads": runtime.thread_count,
+        "memory_format": memory_format,
+        "calibration": read_json(folder.calibration)["networks"],
+        "scale": searched.network.latency_scale,
+        "candidates": [
+            {
+                "predicted": c.predicted["latency_ms"] / searched.network.original["latency_ms"],
+                "measured": c.costs["latency_ms"] / c.original["latency_ms"],
+                "noise": c.costs["latency_noise_ms"] / c.original["latency_ms"],
+            }
+            for c in searched.candidates
+        ],
+    }
+
+
 def _metrics(job: Job, networks: dict[str, nn.Module]) -> dict[str, float | None]:
     """The metric of the report, on data that nothing before has seen where there is such data."""
     metric = job.test or job.validate
     return {name: None if metric is None else metric(network) for name, network in networks.items()}
 
 
-def _write_environment(job: Job, folder: RunFolder) -> None:
+def _write_environment(job: Job, folder: RunFolder, memory_format: MemoryFormat) -> None:
     """What the run ran on; written once."""
     if folder.environment.exists():
         return
@@ -96,7 +123,7 @@ def _write_environment(job: Job, folder: RunFolder) -> None:
     write_json(
         folder.environment,
         {
-            **dataclasses.asdict(Provenance.here(job.device, job.settings.latency.num_threads)),
+            **dataclasses.asdict(Provenance.here(job.runtime(memory_format))),
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "packages": {name: metadata.version(name) for name in packages},

@@ -31,6 +31,8 @@ class RunFolder:
         self.environment = self.path / "environment.json"
         self.original = self.path / "original.json"
         self.profile = self.path / "profile.yaml"
+        self.layout = self.path / "layout.json"
+        self.calibration = self.path / "calibration.json"
         self.tables = self.path / "tables"
         self.study = self.path / "study.sqlite3"
         self.search = self.path / "search.json"

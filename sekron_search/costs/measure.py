@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sekron_search.model import as_inputs
-from sekron_search.runtimes.base import threads
+from sekron_search.runtimes.base import Runtime
 
 #: Larger blocks are always given back (DEFAULT_MMAP_THRESHOLD_MAX of glibc, less a page for its own use).
 _LARGEST_POOLED_BYTES = 32 * 2**20 - 4096
@@ -68,24 +68,20 @@ def measure_callables(
 
 
 def measure_networks(
-    networks: Mapping[str, nn.Module], example_inputs: Any, *, rounds: int = 21, num_threads: int | None = None
+    networks: Mapping[str, nn.Module], example_inputs: Any, runtime: Runtime, *, rounds: int = 21
 ) -> dict[str, Latency]:
-    """Latency of whole networks on the same inputs, interleaved, in evaluation mode."""
+    """Latency of whole networks, in evaluation mode, on the same inputs, interleaved.
+
+    Args:
+        networks: By name; as they are deployed, for nothing is folded here.
+        example_inputs: What they take.
+        runtime: What runs them.
+        rounds: Samples of each.
+    """
     inputs = as_inputs(example_inputs)
-    device = next((i.device for i in inputs if isinstance(i, torch.Tensor)), None)
-    modes = {name: network.training for name, network in networks.items()}
-
-    def call(network: nn.Module) -> Callable[[], object]:
-        return lambda: network(*inputs)
-
-    try:
-        with threads(num_threads):
-            return measure_callables(
-                {name: call(network.eval()) for name, network in networks.items()}, rounds=rounds, device=device
-            )
-    finally:
-        for name, network in networks.items():
-            network.train(modes[name])
+    with runtime.active():
+        calls = {name: runtime.compile(network, inputs) for name, network in networks.items()}
+        return measure_callables(calls, rounds=rounds, device=runtime.device)
 
 
 def settle_allocator() -> None:

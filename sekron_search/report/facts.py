@@ -24,7 +24,7 @@ class RunFacts:
         settings: What was asked for.
         inspection: Of the original network.
         network: Tables and original costs.
-        bounds: Absolute bounds of the budgeted costs.
+        latency: How latency was measured, and how well sums over layers predict it; None where it was not budgeted.
         trials: All trials of the search.
         chosen: The candidate that was saved, its curve and its validation metric.
         costs: Of "original" and "compressed", measured on the saved and re-loaded network.
@@ -37,7 +37,7 @@ class RunFacts:
     settings: Settings
     inspection: Inspection
     network: Network
-    bounds: Mapping[CostName, float]
+    latency: Mapping[str, Any] | None
     trials: Sequence[Trial]
     chosen: Finished
     costs: Mapping[str, Mapping[str, float]]
@@ -61,6 +61,7 @@ class RunFacts:
             "validation_metric": self.chosen.metric,
             "batch_size": self.batch_size,
             "budgets": self._budgets(),
+            "latency": None if self.latency is None else dict(self.latency),
             "front": [_candidate(t, self.network, chosen=t.assignment == candidate.assignment) for t in front],
             "num_trials": len(self.trials),
             "num_distinct_networks": len({t.assignment for t in self.trials}),
@@ -78,14 +79,14 @@ class RunFacts:
         }
 
     def _budgets(self) -> list[dict[str, Any]]:
-        values = self.costs["compressed"]
+        values, bounds = self.costs["compressed"], self.settings.bounds.resolve(self.costs["original"])
         return [
             {
                 "name": name,
                 "asked": str(asked),
-                "bound": self.bounds[name],
+                "bound": bounds[name],
                 "value": values[name],
-                "met": bool(values[name] <= self.bounds[name]),
+                "met": bool(values[name] <= bounds[name]),
             }
             for name, asked in self.settings.bounds.items()
         ]
@@ -129,6 +130,7 @@ def _costs(option: Option) -> dict[str, float | None]:
         "flops": option.flops,
         "params": option.params,
         "latency_ms": option.latency_ms,
+        "latency_noise_ms": option.latency_noise_ms,
         "peak_activation_bytes": option.peak_bytes,
     }
 

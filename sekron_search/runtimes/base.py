@@ -108,15 +108,23 @@ def laid_out(module: nn.Module, inputs: Inputs, runtime: Runtime) -> tuple[nn.Mo
     """Module and inputs on a runtime's device and in its memory format; a copy of the module if it has to change."""
     elsewhere = any(p.device != runtime.device for p in module.parameters())
     if elsewhere or runtime.memory_format == "channels_last":
-        module = copy_model(module).to(runtime.device)
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = _formatted(tensor.data, runtime)
-    return module, tree_map_only(Tensor, lambda tensor: _formatted(tensor, runtime), inputs)
+        module = with_memory_format(copy_model(module).to(runtime.device), runtime.memory_format)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return _formatted(tensor.to(runtime.device), runtime.memory_format)
+
+    return module, tree_map_only(Tensor, moved, inputs)
 
 
-def _formatted(tensor: Tensor, runtime: Runtime) -> Tensor:
-    tensor = tensor.to(runtime.device)
-    if runtime.memory_format == "channels_last" and tensor.dim() in _CHANNELS_LAST:
+def with_memory_format(module: nn.Module, memory_format: MemoryFormat) -> nn.Module:
+    """The module itself, its weights laid out so; what it computes then has that layout as well."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = _formatted(tensor.data, memory_format)
+    return module
+
+
+def _formatted(tensor: Tensor, memory_format: MemoryFormat) -> Tensor:
+    if memory_format == "channels_last" and tensor.dim() in _CHANNELS_LAST:
         return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
     return tensor
 

@@ -41,7 +41,7 @@ def make_runtime(
         raise ConfigError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {name!r}")
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"runtime {name}: expected at least one thread, got {num_threads}")
-    kind, device = _runtime_class(name), torch.device(device)
+    kind, device = runtime_class(name), torch.device(device)
     if device.type not in kind.device_types:
         raise ConfigError(
             f"runtime {name}: it runs on {' or '.join(kind.device_types)}, got device '{device}'; "
@@ -55,7 +55,8 @@ def make_runtime(
     return kind(num_threads, device, memory_format)
 
 
-def _runtime_class(name: RuntimeName) -> type[Runtime]:
+def runtime_class(name: RuntimeName) -> type[Runtime]:
+    """The class of a runtime; errors as of `make_runtime` where what it needs is not installed."""
     module, _, attribute = RUNTIMES[name].partition(":")
     try:
         found: type[Runtime] = getattr(import_module(f"sekron_search.runtimes.{module}"), attribute)
