@@ -137,28 +137,65 @@ def inspect(config: ConfigArgument) -> None:
 
 @app.command()
 def profile(
-    config: ConfigArgument,
-    out: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("profile.yaml"),
+    out: Annotated[Path, typer.Option(help="YAML file to write; one that is there is completed.")] = Path(
+        "profile.yaml"
+    ),
+    runtime: Annotated[
+        str, typer.Option(help="pytorch-eager, torch-compile, onnxruntime or openvino.")
+    ] = "pytorch-eager",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of an operator.")] = 1,
+    memory_format: Annotated[str, typer.Option(help="contiguous or channels_last.")] = "contiguous",
+    device: Annotated[str, typer.Option(help="Device of torch that runs the operations.")] = "cpu",
+    network: Annotated[
+        Path | None,
+        typer.Option("--for", metavar="CONFIG", help="Measure exactly what this config's tables need, as it says."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the operations: about a minute.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of operations.")] = 0,
+    merge: Annotated[Path | None, typer.Option(help="Another profile of this device, to take in.")] = None,
 ) -> None:
-    """Measure on this machine the latency of every layer of a config's network and of its options.
+    """Measure this device: a designed set of operations, and a model that predicts all others; some minutes.
 
-    The profile can be given to later runs as `latency.profile`.
+    Nothing of any network is needed, unless --for asks for the exact latencies of one. Ctrl-C leaves a file that the
+    same command goes on with. Runs use the profile with `latency.profile`, on any machine.
+
+    Example: sekron-search profile --runtime onnxruntime --threads 1 --out phone.yaml
     """
+    from sekron_search.costs.profile import DeviceProfile
+    from sekron_search.costs.profiling import measure_device, summary_rows, with_merged
+    from sekron_search.files import write_text
+    from sekron_search.progress import ConsoleReporter
+    from sekron_search.runtimes.registry import make_runtime
+
+    reporter = ConsoleReporter()
+    found = _exact_profile(network, reporter) if network is not None else None
+    if found is None:
+        used = make_runtime(runtime, num_threads=threads, device=device, memory_format=memory_format)  # type: ignore[arg-type]
+        found = DeviceProfile.empty(used)
+    if out.exists():
+        found = with_merged(DeviceProfile.load(out), found, reporter)
+    if merge is not None:
+        found = with_merged(found, DeviceProfile.load(merge), reporter)
+    if network is None:
+        measure_device(found, used, reporter, lambda: write_text(out, found.to_yaml()), seed=seed, quick=quick)
+        for name, value in summary_rows(found):
+            print(f"{name:<28} {value}")
+    write_text(out, found.to_yaml())
+    print(f"{len(found.operations)} operations and {len(found.layers)} exact latencies written to {out}")
+
+
+def _exact_profile(config: Path, reporter: Any) -> Any:
+    """The exact latencies of everything that a config's tables hold."""
     import tempfile
 
     from sekron_search.api import job_from_config
     from sekron_search.config import Config
     from sekron_search.prepare import measure_profile
-    from sekron_search.progress import ConsoleReporter
     from sekron_search.rundir import RunFolder
 
     job = job_from_config(Config.load(config))
     with tempfile.TemporaryDirectory(prefix="sekron-profile-") as scratch:
-        measured = measure_profile(job, RunFolder(scratch), ConsoleReporter())
-    from sekron_search.files import write_text
-
-    write_text(out, measured.to_yaml())
-    print(f"{len(measured.latencies)} latencies written to {out}")
+        return measure_profile(job, RunFolder(scratch), reporter)
 
 
 @app.command()

@@ -173,7 +173,7 @@ def digits(seed: int = 0) -> DataBundle:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise DataError("the digits need scikit-learn: pip install 'sekron-search[demo]'") from None
+        raise DataError("the digits need scikit-learn: pip install scikit-learn") from None
     raw = load_digits()
     images = torch.from_numpy(raw.images).float()[:, None] / 16
     dataset = TensorDataset((images - 0.305) / 0.376, torch.from_numpy(raw.target).long())

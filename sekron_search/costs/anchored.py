@@ -8,7 +8,6 @@ nodes that the runtime executes between those two are the operation's: itself an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 import torch.nn.functional as F

@@ -51,7 +51,7 @@ class _Draw:
 
     def log(self, low: float, high: float) -> int:
         """A whole number, uniform in its logarithm."""
-        return round(low * (high / low) ** next(self.values))
+        return round(float(low * (high / low) ** next(self.values)))
 
     def pick(self, *choices: int) -> int:
         """One of the choices."""

@@ -62,7 +62,7 @@ def _of_convolution(op: Convolution, granularity: int) -> list[float]:
     logs = _logs(*ours, op.groups, op.batch, prod(op.output_size), op.output_size[-1], prod(op.stride))
     padded = [log2(_rounded_up(n, granularity) / n) for n in ours]
     # Kernels for blocks of channels ask for whole blocks, of a group or of all groups together.
-    whole = [n % block == 0 for n in (*ours, op.out_channels) for block in (granularity // 2, granularity)]
+    whole = [n % block == 0 for n in (*ours, op.out_channels) for block in (max(1, granularity // 2), granularity)]
     flags = [op.batch >= LARGE_BATCH, max(op.dilation) > 1, *whole]
     return [*logs, *_logs(*op.kernel), *padded, *map(float, flags)]
 

@@ -64,11 +64,11 @@ class Operation:
         Raises:
             ConfigError: If the text is not one.
         """
-        kind, *pairs = text.split()
+        kind, _, rest = text.partition(" ")
         try:
             cls = KINDS[kind]
             tuples = {f.name for f in fields(cls) if f.type == "Size"}
-            given = dict(pair.split("=") for pair in pairs)
+            given = dict(pair.split("=") for pair in rest.split())
             return cls(**{n: _size(v) if n in tuples else int(v) for n, v in given.items()})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
@@ -214,7 +214,7 @@ class Elementwise(Operation):
 
 @dataclass(frozen=True)
 class Pool(Operation):
-    """A maximum or mean over `window` positions for each of batch x channels x positions outputs; `inputs` a channel."""
+    """A maximum or mean over `window` of a channel's `inputs`, for each of its `positions`, per channel and sample."""
 
     kind = "pool"
     batch: int

@@ -86,7 +86,7 @@ class LatencyModel:
         measured: Latencies of operations; needed of every regime that will be asked for.
         granularity: Multiple of channels at which time steps.
         known: Hyper-parameters; fitted if None.
-        call_ms: What every operation costs besides, on top of what was measured.
+        node_ms: What every operation costs besides, on top of what was measured.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class LatencyModel:
         granularity: int,
         *,
         known: Hyperparameters | None = None,
-        call_ms: float = 0.0,
+        node_ms: float = 0.0,
     ) -> None:
         groups: dict[str, list[tuple[Operation, float]]] = {}
         for operation, latency in measured.items():
             groups.setdefault(regime(operation), []).append((operation, latency.median_ms))
         self._regimes = {name: _Regime(pairs, granularity) for name, pairs in groups.items()}
         self.hyperparameters = self._fitted() if known is None else known
-        self.call_ms = call_ms
+        self.node_ms = node_ms
         self._cache: dict[Operation, Prediction] = {}
 
     def _fitted(self) -> Hyperparameters:
@@ -133,7 +133,7 @@ class LatencyModel:
             log_ms, std = self._regimes[name].predict(group, self._theta(name))
             spread = std * self.hyperparameters.inflation.get(name, 1.0)
             for operation, mean, deviation in zip(group, np.exp(log_ms), spread, strict=True):
-                self._cache[operation] = Prediction(float(mean) + self.call_ms, float(mean * deviation))
+                self._cache[operation] = Prediction(float(mean) + self.node_ms, float(mean * deviation))
         return [self._cache[operation] for operation in operations]
 
     def predict_sum(self, operations: Sequence[Operation]) -> Prediction:
@@ -146,7 +146,7 @@ class LatencyModel:
         variance = 0.0
         for name, own in counts.items():
             covariance = self._regimes[name].covariance(list(own), self._theta(name))
-            weights = np.array([n * (self._cache[o].ms - self.call_ms) for o, n in own.items()])
+            weights = np.array([n * (self._cache[o].ms - self.node_ms) for o, n in own.items()])
             variance += float(weights @ covariance @ weights) * self.hyperparameters.inflation.get(name, 1.0) ** 2
         return Prediction(total, variance**0.5)
 

@@ -1,76 +1,76 @@
-"""Device profiles: measured latencies of layers with their noise, and where they come from. YAML on disk."""
+"""Device profiles: what was measured on a device, and the latency model that predicts the rest. YAML on disk."""
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 import yaml
-from torch import Tensor, nn
-from torch import device as TorchDevice
 
-from sekron_search.costs.measure import Latency, measure_callables
+from sekron_search.costs.layers import Measurement, layer_key, measure_layers, traced_layer
+from sekron_search.costs.measure import Latency
+from sekron_search.costs.operations import Elementwise, Operation
+from sekron_search.costs.predict import Hyperparameters, LatencyModel, Validation
+from sekron_search.costs.provenance import Provenance
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
-from sekron_search.kron.dense import AXES, KINDS
-from sekron_search.kron.layer import Execution
-from sekron_search.kron.steps import Schedule
-from sekron_search.kron.structure import Structure
-from sekron_search.model import REPLACEMENTS, LayerInfo
-from sekron_search.runtimes.base import threads
+from sekron_search.runtimes.base import MemoryFormat, Runtime
 
-FORMAT = 1
-RUNTIME = "pytorch-eager"
+__all__ = ["DeviceProfile", "Fitted", "Measurement", "Provenance", "layer_key"]
 
-#: What a latency is of: layer, structure, schedule of the factors, execution.
-Measurement = tuple[LayerInfo, Structure, Schedule, Execution]
+FORMAT = 2
+
+#: What has to be the same for latencies to be comparable.
+SETTINGS = ("runtime", "device", "memory_format", "num_threads")
+
+#: Latencies of two profiles differ beyond noise where they are further apart than so many times their noise together.
+CONFLICT = 3.0
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """Where a profile was measured."""
+class Fitted:
+    """What was computed from a profile's operations once, and is not computed again when it is loaded.
 
-    machine: str
-    processor: str
-    device: str
-    runtime: str
-    num_threads: int
-    torch: str
-    date: str
+    Args:
+        granularity: Multiple of channels at which time steps.
+        node_ms: What every operation costs besides its own measured time.
+        hyperparameters: Of the latency model.
+        errors: Cross-validated, of every regime and of "all".
+    """
 
-    @classmethod
-    def here(cls, device: TorchDevice | str = "cpu", num_threads: int | None = None) -> Provenance:
-        """This machine, now."""
-        kind = torch.device(device)
-        name = torch.cuda.get_device_name(kind) if kind.type == "cuda" else _processor()
-        return cls(
-            machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            processor=name,
-            device=kind.type,
-            runtime=RUNTIME,
-            num_threads=num_threads or torch.get_num_threads(),
-            torch=str(torch.__version__),
-            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        )
+    granularity: int
+    node_ms: float
+    hyperparameters: Hyperparameters
+    errors: dict[str, Validation]
 
 
 @dataclass
 class DeviceProfile:
-    """Latencies measured on one device, through one runtime, with one number of threads.
+    """Latencies measured on one device, through one runtime, with one memory format and number of threads.
 
     Args:
         provenance: Where they were measured.
-        latencies: By the key that `layer_key` gives.
+        operations: Of operations.
+        layers: Exact ones of options of layers, by the key that `layer_key` gives.
+        fuses_elementwise: Whether elementwise operations cost nothing in the runtime.
+        fitted: The latency model's parameters; None as long as there is no model.
     """
 
     provenance: Provenance
-    latencies: dict[str, Latency] = field(default_factory=dict)
+    operations: dict[Operation, Latency] = field(default_factory=dict)
+    layers: dict[str, Latency] = field(default_factory=dict)
+    fuses_elementwise: bool = False
+    fitted: Fitted | None = None
+    _model: LatencyModel | None = field(default=None, repr=False, compare=False)
+    _predicted: dict[str, Latency] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def empty(cls, runtime: Runtime) -> DeviceProfile:
+        """A profile of this machine that holds nothing yet."""
+        return cls(Provenance.here(runtime), fuses_elementwise=runtime.fuses_elementwise)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DeviceProfile:
@@ -87,33 +87,54 @@ class DeviceProfile:
                 f"device profile {path}: expected key 'format' to be {FORMAT}, got {found!r}; measure it anew"
             )
         try:
-            provenance = Provenance(**data["provenance"])
-            latencies = {str(key): Latency(**value) for key, value in dict(data["latencies"] or {}).items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"device profile {path}: {error}; expected keys 'provenance' and 'latencies'") from None
-        medians = {key: latency.median_ms for key, latency in latencies.items()}
-        if bad := [k for k, v in medians.items() if not (isinstance(v, int | float) and 0 < v < 1e9)]:
-            raise ConfigError(f"device profile {path}: latencies[{bad[0]!r}].median_ms must be a positive number")
-        return cls(provenance, latencies)
+            profile = cls(
+                Provenance(**data["provenance"]),
+                {Operation.parse(key): Latency(**value) for key, value in (data["operations"] or {}).items()},
+                {str(key): Latency(**value) for key, value in (data["layers"] or {}).items()},
+                bool(data["fuses_elementwise"]),
+                None if data["model"] is None else _fitted(data["model"]),
+            )
+        except (AttributeError, ConfigError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"device profile {path}: {error}; expected keys 'provenance', 'fuses_elementwise', 'model', "
+                "'operations' and 'layers', as `sekron-search profile` writes them"
+            ) from None
+        for name, held in (("operations", profile.operations), ("layers", profile.layers)):
+            for key, latency in cast(dict[Any, Latency], held).items():
+                if not (isinstance(latency.median_ms, int | float) and 0 < latency.median_ms < 1e9):
+                    raise ConfigError(
+                        f"device profile {path}: {name}[{str(key)!r}].median_ms must be a positive number"
+                    )
+        return profile
 
     def to_yaml(self) -> str:
         """The profile as YAML text, what it is in a comment on top."""
         data = {
             "format": FORMAT,
             "provenance": asdict(self.provenance),
-            "latencies": {key: _rounded(value) for key, value in sorted(self.latencies.items())},
+            "fuses_elementwise": self.fuses_elementwise,
+            "model": None if self.fitted is None else asdict(self.fitted),
+            "operations": {str(o): _rounded(latency) for o, latency in self.operations.items()},
+            "layers": {key: _rounded(latency) for key, latency in sorted(self.layers.items())},
         }
         head = "# Device profile: milliseconds per call; noise is half the interquartile range of the samples.\n"
-        return head + yaml.safe_dump(data, sort_keys=False, width=1000)
+        return head + yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=1000)
 
-    def check_usable(self, here: Provenance) -> None:
-        """Raise a `ConfigError` if the profile is of another runtime, device kind or number of threads."""
-        for key in ("runtime", "device", "num_threads"):
+    def check_usable(self, here: Provenance, *, force: bool = False) -> None:
+        """Raise a `ConfigError` if the profile is of another runtime, device kind, memory format or thread count.
+
+        Another machine is no reason: using the profile of a slower device is what profiles are for.
+
+        Args:
+            here: What latencies are wanted of.
+            force: Use it all the same.
+        """
+        for key in SETTINGS:
             mine, wanted = getattr(self.provenance, key), getattr(here, key)
-            if mine != wanted:
+            if mine != wanted and not force:
                 raise ConfigError(
                     f"device profile: it was measured with {key} = {mine!r}, this run uses {wanted!r}; "
-                    f"measure one with `sekron-search profile`, or set latency.{key} to match"
+                    f"measure one with `sekron-search profile`, set latency.{key} to match, or force its use"
                 )
 
     def check_same_machine(self, here: Provenance, missing: int) -> None:
@@ -127,110 +148,141 @@ class DeviceProfile:
                 )
 
     def missing(self, jobs: Sequence[Measurement], samples_per_batch: int) -> list[Measurement]:
-        """The jobs whose latency the profile does not hold yet, each geometry once."""
+        """The jobs whose exact latency the profile does not hold, each geometry once."""
         found = {layer_key(*job, samples_per_batch): job for job in jobs}
-        return [job for key, job in found.items() if key not in self.latencies]
+        return [job for key, job in found.items() if key not in self.layers]
 
     def measure(
         self,
         jobs: Sequence[Measurement],
         samples_per_batch: int,
+        runtime: Runtime,
         *,
         rounds: int = 7,
         progress: Callable[[int, int], None] | None = None,
         after_group: Callable[[], None] | None = None,
     ) -> None:
-        """Measure layers; those of equal geometry are timed one beside the other.
+        """Measure options of layers exactly.
 
         Args:
             jobs: (layer, structure, schedule, execution) to have latencies of.
             samples_per_batch: Batch size.
+            runtime: That of the profile.
             rounds: Interleaved samples of each.
             progress: Called with (measured, total).
             after_group: Called whenever a group of jobs is measured, to save the profile.
         """
-        device = torch.device(self.provenance.device)
-        groups: dict[str, dict[str, Measurement]] = {}
-        for job in jobs:
-            groups.setdefault(geometry_key(job[0], samples_per_batch), {})[layer_key(*job, samples_per_batch)] = job
-        total = sum(len(group) for group in groups.values())
         done = 0
-        for group in groups.values():
-            info = next(iter(group.values()))[0]
-            x = _random_input(info, samples_per_batch, device)
-            # A handful at a time: interleaving needs neighbours in time, not all of them in memory.
-            keys = list(group)
-            for start in range(0, len(keys), 16):
-                chunk = keys[start : start + 16]
-                calls = {key: _call(_random_layer(*group[key]).to(device), x) for key in chunk}
-                with threads(self.provenance.num_threads):
-                    self.latencies.update(measure_callables(calls, rounds=rounds, device=device))
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, total)
+
+        def keep(found: dict[str, Latency]) -> None:
+            nonlocal done
+            self.layers.update(found)
+            done += len(found)
+            if progress is not None:
+                progress(done, len(jobs))
             if after_group is not None:
                 after_group()
 
+        measure_layers(jobs, samples_per_batch, runtime, rounds=rounds, after_chunk=keep)
 
-def geometry_key(info: LayerInfo, samples_per_batch: int) -> str:
-    """Text that is equal for layers that take the same time with the same structure."""
-    geometry = info.geometry
-    batch = samples_per_batch * info.positions_per_sample
-    if info.kind == "linear":
-        return f"linear rows={batch} {info.in_channels}->{info.out_channels}"
-    kernel = "x".join(map(str, info.weight_shape[2:]))
-    size = "x".join(map(str, info.input_size))
-    return (
-        f"{info.kind} batch={batch} {info.in_channels}->{info.out_channels} at {size} kernel={kernel} "
-        f"stride={geometry.stride} padding={geometry.padding} dilation={geometry.dilation} groups={geometry.groups}"
-    )
+    def fit(self, granularity: int, node_ms: float) -> None:
+        """Fit the latency model to the operations, and keep its parameters and errors."""
+        self._model = LatencyModel(self.operations, granularity, node_ms=node_ms)
+        self._predicted.clear()
+        self.fitted = Fitted(granularity, node_ms, self._model.hyperparameters, self._model.validations)
+
+    @property
+    def model(self) -> LatencyModel:
+        """The latency model.
+
+        Raises:
+            ConfigError: If the profile has none, for its operations were not measured, or not to the end.
+        """
+        if self.fitted is None:
+            raise ConfigError(
+                "device profile: it has no latency model, so it knows nothing but what was measured for a network; "
+                "run `sekron-search profile` on the device, to the end"
+            )
+        if self._model is None:
+            fitted = self.fitted
+            known, node_ms = fitted.hyperparameters, fitted.node_ms
+            self._model = LatencyModel(self.operations, fitted.granularity, known=known, node_ms=node_ms)
+        return self._model
+
+    def latency(self, job: Measurement, samples_per_batch: int) -> Latency:
+        """Latency of an option of a layer: as measured, else predicted, which its `samples` of 0 says.
+
+        Raises:
+            ConfigError: If it has to be predicted and the profile has no model, or none of one of its operations.
+        """
+        return self.latencies([job], samples_per_batch)[0]
+
+    def latencies(self, jobs: Sequence[Measurement], samples_per_batch: int) -> list[Latency]:
+        """Latencies of many options; see `latency`."""
+        keys = [layer_key(*job, samples_per_batch) for job in jobs]
+        for key, job in dict(zip(keys, jobs, strict=True)).items():
+            if key not in self.layers and key not in self._predicted:
+                self._predicted[key] = self._prediction(job, samples_per_batch)
+        return [self.layers.get(key) or self._predicted[key] for key in keys]
+
+    def _prediction(self, job: Measurement, samples_per_batch: int) -> Latency:
+        traced = traced_layer(job, samples_per_batch, cast(MemoryFormat, self.provenance.memory_format))
+        if traced.unknown:
+            raise ConfigError(
+                f"device profile: layer '{job[0].name}' with {job[1]} executes {', '.join(traced.unknown)}, which no "
+                "latency model knows; measure it with `sekron-search profile --for`"
+            )
+        found = self.model.predict_sum(self.costly(traced.operations))
+        return Latency(found.ms, found.std_ms, 0)
+
+    def costly(self, operations: Sequence[Operation]) -> list[Operation]:
+        """Those that take time in the profile's runtime."""
+        return [o for o in operations if not (self.fuses_elementwise and isinstance(o, Elementwise))]
+
+    def merge(self, other: DeviceProfile) -> tuple[DeviceProfile, list[str]]:
+        """Both profiles in one, the newer one's latencies where both have them.
+
+        The latency model is dropped where the other one brings operations: it is to be fitted anew.
+
+        Returns:
+            The profile, and a line for every latency that differs beyond its noise.
+
+        Raises:
+            ConfigError: If they are of different devices or settings.
+        """
+        for key in ("machine", "processor", *SETTINGS):
+            mine, theirs = getattr(self.provenance, key), getattr(other.provenance, key)
+            if mine != theirs:
+                raise ConfigError(
+                    f"device profiles: they cannot be merged, one has {key} = {mine!r}, the other {theirs!r}"
+                )
+        old, new = sorted((self, other), key=lambda profile: profile.provenance.date)
+        conflicts = _conflicts(old.operations, new.operations) + _conflicts(old.layers, new.layers)
+        operations, layers = {**old.operations, **new.operations}, {**old.layers, **new.layers}
+        # Exact latencies of layers leave a model as it is; other operations make another one.
+        fitted = next((p.fitted for p in (new, old) if p.operations == operations), None)
+        fuses = self.fuses_elementwise or other.fuses_elementwise
+        merged = DeviceProfile(new.provenance, operations, layers, fuses, fitted)
+        return merged, conflicts
 
 
-def layer_key(
-    info: LayerInfo, structure: Structure, schedule: Schedule, execution: Execution, samples_per_batch: int
-) -> str:
-    """Key of a latency in a profile."""
-    how = "dense" if structure.is_dense or execution == "dense" else f"{structure} schedule={schedule}"
-    return f"{geometry_key(info, samples_per_batch)} | {how}"
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
-def _call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
-    return lambda: layer(x)
+def _conflicts(old: dict[Any, Latency], new: dict[Any, Latency]) -> list[str]:
+    return [
+        f"{key}: {old[key].median_ms:.4g} ms before, {new[key].median_ms:.4g} ms now"
+        for key in old.keys() & new.keys()
+        if abs(old[key].median_ms - new[key].median_ms) > CONFLICT * (old[key].noise_ms + new[key].noise_ms)
+    ]
 
 
-def _random_input(info: LayerInfo, samples: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    size = info.input_size
-    if info.geometry.transposed:
-        size = info.geometry.output_size(size, info.weight_shape[2:])
-    shape = (samples * info.positions_per_sample, info.in_channels, *size[: AXES[info.kind]])
-    return torch.randn(shape, generator=generator).to(device)
-
-
-def _random_layer(info: LayerInfo, structure: Structure, schedule: Schedule, execution: Execution) -> nn.Module:
-    if structure.is_dense:
-        return _dense_layer(info, "cpu").eval()
-    dense: Any = _dense_layer(info, "meta")
-    return REPLACEMENTS[type(dense)](dense, structure, schedule=schedule, execution=execution).eval()
-
-
-def _dense_layer(info: LayerInfo, device: str) -> nn.Module:
-    """A dense layer of that geometry, without a bias."""
-    geometry, kernel = info.geometry, info.weight_shape[2:]
-    options: dict[str, Any] = {"bias": False, "device": device}
-    if info.kind != "linear":
-        axes = slice(AXES[info.kind])
-        even = all(before == after for before, after in geometry.padding)
-        options |= {
-            "kernel_size": kernel[axes],
-            "stride": geometry.stride[axes],
-            "padding": tuple(before for before, _ in geometry.padding)[axes] if even else "same",
-            "dilation": geometry.dilation[axes],
-            "groups": geometry.groups,
-        }
-        if geometry.transposed:
-            options["output_padding"] = geometry.unread(info.input_size, kernel)[axes]
-    return KINDS[info.kind](info.in_channels, info.out_channels, **options)
+def _fitted(data: dict[str, Any]) -> Fitted:
+    errors = {str(name): Validation(**values) for name, values in data["errors"].items()}
+    known = Hyperparameters(**data["hyperparameters"])
+    return Fitted(int(data["granularity"]), float(data["node_ms"]), known, errors)
 
 
 def _rounded(latency: Latency) -> dict[str, Any]:
@@ -239,11 +291,3 @@ def _rounded(latency: Latency) -> dict[str, Any]:
         "noise_ms": float(f"{latency.noise_ms:.3g}"),
         "samples": latency.samples,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

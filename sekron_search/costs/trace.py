@@ -1,4 +1,4 @@
-"""What a module executes, as operations: followed through PyTorch's dispatcher, so nothing is guessed from its source."""
+"""What a module executes, as operations: followed through PyTorch's dispatcher, so nothing is guessed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,135 @@
+"""Options of a network's layers: their keys in a profile, their plain modules, their exact latencies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sekron_search.costs.measure import Latency, measure_callables
+from sekron_search.costs.trace import Traced, traced_operations
+from sekron_search.kron.dense import AXES, KINDS
+from sekron_search.kron.layer import Execution
+from sekron_search.kron.plain import plain_layer
+from sekron_search.kron.steps import Schedule
+from sekron_search.kron.structure import Structure
+from sekron_search.model import REPLACEMENTS, LayerInfo
+from sekron_search.runtimes.base import MemoryFormat, Runtime
+
+#: What a latency is of: layer, structure, schedule of the factors, execution.
+Measurement = tuple[LayerInfo, Structure, Schedule, Execution]
+
+#: Options that take turns: interleaving needs neighbours in time, not all of them in memory.
+CHUNK = 16
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def geometry_key(info: LayerInfo, samples_per_batch: int) -> str:
+    """Text that is equal for layers that take the same time with the same structure."""
+    geometry = info.geometry
+    batch = samples_per_batch * info.positions_per_sample
+    if info.kind == "linear":
+        return f"linear rows={batch} {info.in_channels}->{info.out_channels}"
+    kernel = "x".join(map(str, info.weight_shape[2:]))
+    size = "x".join(map(str, info.input_size))
+    return (
+        f"{info.kind} batch={batch} {info.in_channels}->{info.out_channels} at {size} kernel={kernel} "
+        f"stride={geometry.stride} padding={geometry.padding} dilation={geometry.dilation} groups={geometry.groups}"
+    )
+
+
+def layer_key(
+    info: LayerInfo, structure: Structure, schedule: Schedule, execution: Execution, samples_per_batch: int
+) -> str:
+    """Key of a latency in a profile."""
+    how = "dense" if structure.is_dense or execution == "dense" else f"{structure} schedule={schedule}"
+    return f"{geometry_key(info, samples_per_batch)} | {how}"
+
+
+def measure_layers(
+    jobs: Sequence[Measurement],
+    samples_per_batch: int,
+    runtime: Runtime,
+    *,
+    rounds: int,
+    after_chunk: Callable[[dict[str, Latency]], None],
+) -> None:
+    """Measure options of layers; those of equal geometry are timed one beside the other.
+
+    Args:
+        jobs: What to measure.
+        samples_per_batch: Batch size.
+        runtime: What runs them.
+        rounds: Interleaved samples of each.
+        after_chunk: Called with the latencies of every chunk, by their keys.
+    """
+    groups: dict[str, dict[str, Measurement]] = {}
+    for job in jobs:
+        groups.setdefault(geometry_key(job[0], samples_per_batch), {})[layer_key(*job, samples_per_batch)] = job
+    for group in groups.values():
+        x = random_input(next(iter(group.values()))[0], samples_per_batch)
+        keys = list(group)
+        for start in range(0, len(keys), CHUNK):
+            with runtime.active():
+                calls = {k: runtime.compile(random_layer(*group[k]), (x,)) for k in keys[start : start + CHUNK]}
+                after_chunk(measure_callables(calls, rounds=rounds, device=runtime.device))
+
+
+def traced_layer(job: Measurement, samples_per_batch: int, memory_format: MemoryFormat) -> Traced:
+    """What the plain module of an option executes; nothing is computed."""
+    with torch.device("meta"):
+        module = random_layer(*job)
+        x = random_input(job[0], samples_per_batch)
+    if memory_format == "channels_last":
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = _channels_last(tensor.data)
+        x = _channels_last(x)
+    return traced_operations(module, (x,))
+
+
+def random_input(info: LayerInfo, samples: int) -> Tensor:
+    """An input of a layer."""
+    size = info.input_size
+    if info.geometry.transposed:
+        size = info.geometry.output_size(size, info.weight_shape[2:])
+    shape = (samples * info.positions_per_sample, info.in_channels, *size[: AXES[info.kind]])
+    return torch.randn(shape)
+
+
+def random_layer(info: LayerInfo, structure: Structure, schedule: Schedule, execution: Execution) -> nn.Module:
+    """The plain module of an option, with random weights: of zeros, some operations take another time."""
+    if structure.is_dense or execution == "dense":
+        return _dense_layer(info, None).eval()
+    dense: Any = _dense_layer(info, "meta")
+    layer = REPLACEMENTS[type(dense)](dense, structure, schedule=schedule, execution=execution).eval()
+    with torch.no_grad():
+        for weight in layer.weights:
+            weight.normal_()
+    return plain_layer(layer).eval()
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    wanted = _CHANNELS_LAST.get(tensor.dim())
+    return tensor if wanted is None else tensor.contiguous(memory_format=wanted)
+
+
+def _dense_layer(info: LayerInfo, device: str | None) -> nn.Module:
+    """A dense layer of that geometry, without a bias."""
+    geometry, kernel = info.geometry, info.weight_shape[2:]
+    options: dict[str, Any] = {"bias": False, "device": device}
+    if info.kind != "linear":
+        axes = slice(AXES[info.kind])
+        even = all(before == after for before, after in geometry.padding)
+        options |= {
+            "kernel_size": kernel[axes],
+            "stride": geometry.stride[axes],
+            "padding": tuple(before for before, _ in geometry.padding)[axes] if even else "same",
+            "dilation": geometry.dilation[axes],
+            "groups": geometry.groups,
+        }
+        if geometry.transposed:
+            options["output_padding"] = geometry.unread(info.input_size, kernel)[axes]
+    return KINDS[info.kind](info.in_channels, info.out_channels, **options)
