@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import prod
+from math import log2, prod
 from typing import Literal
 
 from sekron_search.kron.families import GRAPHS, Graph, GraphName, channel_svd, mode_shapes, spatial_svd, tucker2
@@ -171,12 +171,22 @@ def padded_shapes(weight_shape: Shape, multiple: int) -> list[Shape]:
 
 
 def rank_ladder(largest: int, levels: int, multiple: int = 1) -> list[int]:
-    """Up to `levels` multiples of `multiple`, from it to `largest`, evenly spread on a logarithmic scale."""
-    largest = max(largest - largest % multiple, multiple)
+    """Up to `levels` ranks from 1 to `largest`, evenly spread on a logarithmic scale.
+
+    From `multiple` on they are multiples of it; below it, powers of two, for a small rank of a large Kronecker factor
+    makes channels that are multiples all the same.
+    """
+    if largest < multiple:
+        return rank_ladder(largest, levels)
+    top = largest - largest % multiple
     if levels == 1:
-        return [largest]
-    ratio = (largest / multiple) ** (1 / (levels - 1))
-    return sorted({max(round(multiple * ratio**i / multiple), 1) * multiple for i in range(levels)})
+        return [top]
+
+    def rounded(rank: float) -> int:
+        small = 1 << round(log2(rank))
+        return small if small < multiple else max(round(rank / multiple), 1) * multiple
+
+    return sorted({top, *(min(rounded(top ** (i / (levels - 1))), top) for i in range(levels - 1))})
 
 
 def rank_choices(
@@ -191,7 +201,7 @@ def rank_choices(
         skeleton: Shapes and graph.
         fits: Whether a structure is cheap enough to be an option.
         levels: Number of ladder steps.
-        multiple: Rank sizes are multiples of this where their largest useful size allows it.
+        multiple: Rank sizes that are larger are multiples of this.
     """
     largest = skeleton.max_ranks()
     if len(largest) == 1:

@@ -56,8 +56,13 @@ def test_rank_ladder_climbs_within_its_bounds(largest: int, levels: int, multipl
     ladder = rank_ladder(largest, levels, multiple)
     assert ladder == sorted(set(ladder))
     assert len(ladder) <= levels
-    assert all(rank % multiple == 0 for rank in ladder)
-    assert ladder[-1] == max(largest - largest % multiple, multiple)
+    assert all(rank % multiple == 0 for rank in ladder if rank >= multiple)
+    assert 1 <= ladder[0] <= ladder[-1] == (largest if largest < multiple else largest - largest % multiple)
+
+
+def test_rank_ladder_has_small_ranks_too() -> None:
+    assert rank_ladder(96, 8, 16) == [1, 2, 4, 8, 16, 32, 48, 96]
+    assert rank_ladder(5, 3, 16) == [1, 2, 5]
 
 
 def test_channels_are_padded_to_a_multiple_where_that_is_cheap() -> None:
