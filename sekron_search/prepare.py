@@ -13,7 +13,8 @@ from torch import nn
 from sekron_search.calibration import collect_metrics
 from sekron_search.costs.measure import Latency, measure_networks
 from sekron_search.costs.memory import PeakMemory, peak_memory
-from sekron_search.costs.profile import DeviceProfile, Measurement, Provenance, layer_key
+from sekron_search.costs.profile import DeviceProfile, Measurement, Provenance
+from sekron_search.costs.profiling import granularity_of
 from sekron_search.costs.traced import traced_flops
 from sekron_search.deployment import deploy
 from sekron_search.errors import DataError
@@ -31,6 +32,7 @@ from sekron_search.runtimes.base import MemoryFormat, Runtime, threads
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import best_reachable, infeasible, solve_knapsack
 from sekron_search.search.options import LayerTable, Network
+from sekron_search.search.space import SearchSpace
 from sekron_search.selection import worthwhile
 from sekron_search.tables import FittedLayer, build_layer_table, build_tables, cheapest_table, table_key
 from sekron_search.variants import with_variants
@@ -48,6 +50,14 @@ DEPLOYED_TOLERANCE = 1e-3
 
 #: Schedules of an option that are timed where latency is budgeted.
 TIMED_SCHEDULES = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Memory format of the network, and the multiple of channels that the device prefers (1 where nothing is timed)."""
+
+    memory_format: MemoryFormat
+    granularity: int
 
 
 @dataclass(frozen=True)
@@ -120,27 +130,29 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     check_divergence(settings.search.divergence, job.references[0])
     if job.distillation is not None:
         job.distillation.check()
-    memory_format = _memory_format(job, folder, reporter, layers)
-    original = _original_costs(job, folder, reporter, memory_format)
+    layout = _layout(job, folder, reporter, layers)
+    space = settings.space.with_granularity(layout.granularity)
+    original = _original_costs(job, folder, reporter, layout.memory_format)
     memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
-    _check_reachable(job, folder, reporter, Tables(inspection, layers, original, memory, memory_format, ()))
+    known = Tables(inspection, layers, original, memory, layout.memory_format, ())
+    _check_reachable(job, folder, reporter, known, space)
     metrics = _Metrics(job, layers, reporter)
     weighting = [settings.calibration.curvature, settings.search.divergence]
     context = digest([job.model_digest, list(job.calibration), settings.seed, weighting])
     sizes = {"bytes_per_sample": job.bytes_per_sample, "steps": settings.calibration.refine_steps}
 
     def fit(info: LayerInfo) -> FittedLayer:
-        return build_layer_table(info, layer_weight(job.model, info), metrics[info.name], settings.space, **sizes)
+        return build_layer_table(info, layer_weight(job.model, info), metrics[info.name], space, **sizes)
 
     def key(info: LayerInfo) -> str:
-        return table_key(info, settings.space, context, **sizes)
+        return table_key(info, space, context, **sizes)
 
     fitted: list[FittedLayer] = []
     with reporter.task("fitting options", len(layers)) as task:
         for table in build_tables(layers, fit, key, settings.tables or folder.tables):
             fitted.append(table)
             task.update(len(fitted), f"{table.table.name}: {len(table.table.options)} options")
-    return Tables(inspection, layers, original, memory, memory_format, tuple(fitted))
+    return dataclasses.replace(known, fitted=tuple(fitted))
 
 
 class _Metrics:
@@ -166,35 +178,50 @@ class _Metrics:
         return self.found[name]
 
 
-def _memory_format(job: Job, folder: RunFolder, reporter: Reporter, layers: Sequence[LayerInfo]) -> MemoryFormat:
-    """The memory format of the run: as asked, as the given profile has it, or the fastest; decided once per folder.
+def _layout(job: Job, folder: RunFolder, reporter: Reporter, layers: Sequence[LayerInfo]) -> Layout:
+    """How the network is laid out on the device; decided once per folder."""
+    if not folder.layout.exists():
+        given = job.settings.latency.profile
+        known = DeviceProfile.load(given) if given is not None else None
+        memory_format = _memory_format(job, reporter, layers, known)
+        multiple = 1
+        if "latency_ms" in job.settings.bounds.names:
+            reporter.say("measuring at which multiples of channels time steps")
+            multiple = (
+                known.fitted.granularity if known and known.fitted else granularity_of(job.runtime(memory_format))
+            )
+        write_json(folder.layout, {"memory_format": memory_format, "granularity": multiple})
+    return Layout(**read_json(folder.layout))
 
-    Where latency is budgeted that is the one in which the network becomes fastest, by some options of every layer;
-    else the one that is best for the original.
+
+def _memory_format(
+    job: Job, reporter: Reporter, layers: Sequence[LayerInfo], known: DeviceProfile | None
+) -> MemoryFormat:
+    """As asked, as the given profile has it, or the fastest.
+
+    Where latency is budgeted the fastest is that in which the network becomes fastest, by some options of every layer;
+    else that which is best for the original.
     """
-    formats, latency = job.memory_formats, job.settings.latency
+    formats = job.memory_formats
+    if known is not None:
+        formats = tuple(f for f in formats if f == known.provenance.memory_format) or formats
     if len(formats) == 1:
         return formats[0]
-    if not folder.layout.exists():
-        if latency.profile is not None:
-            found = {DeviceProfile.load(latency.profile).provenance.memory_format: 0.0}
-        elif "latency_ms" in job.settings.bounds.names:
-            reporter.say("choosing the memory format")
-            few = [_few(cheapest_table(i, job.settings.space, job.bytes_per_sample)) for i in layers]
-            found = {f: _fastest_sum(list(zip(layers, few, strict=True)), job, job.runtime(f)) for f in formats}
-        else:
-            found = {f: network_latencies(job, {"original": job.model}, f)["original"].median_ms for f in formats}
-        write_json(folder.layout, {"milliseconds": found, "memory_format": min(found, key=lambda f: found[f])})
-    chosen: MemoryFormat = read_json(folder.layout)["memory_format"]
-    return chosen
+    reporter.say("choosing the memory format")
+    if "latency_ms" in job.settings.bounds.names:
+        few = [_few(cheapest_table(i, job.settings.space, job.bytes_per_sample)) for i in layers]
+        found = {f: _fastest_sum(list(zip(layers, few, strict=True)), job, job.runtime(f)) for f in formats}
+    else:
+        found = {f: network_latencies(job, {"original": job.model}, f)["original"].median_ms for f in formats}
+    return min(found, key=lambda f: found[f])
 
 
 def _fastest_sum(pairs: Sequence[tuple[LayerInfo, LayerTable]], job: Job, runtime: Runtime) -> float:
     """Milliseconds of the fastest option of every layer together, the layers as they are among them."""
-    profile = DeviceProfile(Provenance.here(runtime))
+    profile = DeviceProfile.empty(runtime)
     profile.measure(profile.missing(_measurements(pairs), job.batch), job.batch, runtime, rounds=5)
-    keys = [[layer_key(*m, job.batch) for m in _measurements([pair])] for pair in pairs]
-    return sum(min(profile.layers[key].median_ms for key in own) for own in keys)
+    found = (profile.latencies(_measurements([pair]), job.batch) for pair in pairs)
+    return sum(min(latency.median_ms for latency in own) for own in found)
 
 
 def _original_costs(job: Job, folder: RunFolder, reporter: Reporter, memory_format: MemoryFormat) -> dict[str, float]:
@@ -234,14 +261,12 @@ def network_latencies(job: Job, networks: Mapping[str, nn.Module], memory_format
     return measure_networks(deployed, inputs, runtime, rounds=job.settings.latency.rounds)
 
 
-def _check_reachable(job: Job, folder: RunFolder, reporter: Reporter, known: Tables) -> None:
+def _check_reachable(job: Job, folder: RunFolder, reporter: Reporter, known: Tables, space: SearchSpace) -> None:
     """Refuse a budget that no choice of structures can meet, before anything is fitted."""
     original, memory, layers = known.original, known.memory, known.layers
     bounds = job.settings.bounds.resolve(original)
     tables = [
-        dataclasses.replace(
-            cheapest_table(i, job.settings.space, job.bytes_per_sample), outside_bytes=memory.outside[i.name]
-        )
+        dataclasses.replace(cheapest_table(i, space, job.bytes_per_sample), outside_bytes=memory.outside[i.name])
         for i in layers
     ]
     counted: dict[CostName, float] = {name: bound for name, bound in bounds.items() if name != "latency_ms"}
@@ -275,7 +300,7 @@ def _with_latencies(
     profile = _measure(pairs, job, folder, reporter, memory_format)
     timed = []
     for info, table in pairs:
-        found = [profile.layers[layer_key(*m, job.batch)] for m in _measurements([(info, table)])]
+        found = profile.latencies(_measurements([(info, table)]), job.batch)
         options = tuple(
             dataclasses.replace(o, latency_ms=latency.median_ms, latency_noise_ms=latency.noise_ms)
             for o, latency in zip(table.options, found, strict=True)
@@ -299,7 +324,10 @@ def _measure(
     reporter: Reporter,
     memory_format: MemoryFormat,
 ) -> DeviceProfile:
-    """The device profile with the latency of every option; kept in the run folder."""
+    """The device profile with the latency of every option, but for those that it predicts; kept in the run folder.
+
+    What a profile of this machine lacks is measured. One of another machine predicts it, which it was made for.
+    """
     latency, runtime = job.settings.latency, job.runtime(memory_format)
     here = Provenance.here(runtime)
     if folder.profile.exists():
@@ -307,10 +335,12 @@ def _measure(
     elif latency.profile is not None:
         profile = DeviceProfile.load(latency.profile)
     else:
-        profile = DeviceProfile(here)
+        profile = DeviceProfile.empty(runtime)
     profile.check_usable(here, force=latency.any_profile)
     missing = profile.missing(_measurements(pairs), job.batch)
-    if missing:
+    if profile.fitted is not None and not profile.is_of(here):
+        missing = []
+    elif missing:
         profile.check_same_machine(here, len(missing))
     with reporter.task("measuring options", len(missing)) as task:
         profile.measure(

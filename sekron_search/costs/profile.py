@@ -23,6 +23,9 @@ __all__ = ["DeviceProfile", "Fitted", "Measurement", "Provenance", "layer_key"]
 
 FORMAT = 2
 
+#: What tells one machine from another.
+MACHINE = ("machine", "processor")
+
 #: What has to be the same for latencies to be comparable.
 SETTINGS = ("runtime", "device", "memory_format", "num_threads")
 
@@ -137,9 +140,13 @@ class DeviceProfile:
                     f"measure one with `sekron-search profile`, set latency.{key} to match, or force its use"
                 )
 
+    def is_of(self, here: Provenance) -> bool:
+        """Whether it is of this machine."""
+        return all(getattr(self.provenance, key) == getattr(here, key) for key in MACHINE)
+
     def check_same_machine(self, here: Provenance, missing: int) -> None:
         """Raise a `ConfigError` if what the profile lacks would be measured on another machine than the rest."""
-        for key in ("machine", "processor"):
+        for key in MACHINE:
             mine, wanted = getattr(self.provenance, key), getattr(here, key)
             if mine != wanted:
                 raise ConfigError(
@@ -250,7 +257,7 @@ class DeviceProfile:
         Raises:
             ConfigError: If they are of different devices or settings.
         """
-        for key in ("machine", "processor", *SETTINGS):
+        for key in (*MACHINE, *SETTINGS):
             mine, theirs = getattr(self.provenance, key), getattr(other.provenance, key)
             if mine != theirs:
                 raise ConfigError(

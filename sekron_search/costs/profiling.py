@@ -92,6 +92,13 @@ def granularity(profile: DeviceProfile) -> int:
     return best
 
 
+def granularity_of(runtime: Runtime) -> int:
+    """The multiple of channels at which a runtime's time steps here, measured in some seconds."""
+    profile = DeviceProfile.empty(runtime)
+    measure_operations(granularity_sweep(), runtime, after_chunk=profile.operations.update)
+    return granularity(profile)
+
+
 def node_overhead(runtime: Runtime) -> float:
     """Milliseconds that a runtime needs between two nodes, where operations were timed by its own clock; else 0."""
     small = Convolution(1, 16, 16, (1, 1), (1, 1), (1, 1), (1, 1), (0, 0), 1)

@@ -21,7 +21,8 @@ class SearchSpace(BaseModel):
         families: Families to enumerate; leaving a layer as it is is always an option.
         max_factors: Longest sequence for the families with free factor shapes.
         rank_levels: Ranks per skeleton, spread on a logarithmic scale.
-        rank_multiple: Ranks are multiples of this.
+        rank_multiple: Ranks that are larger are multiples of this; under a latency budget, of the multiple of channels
+            at which the device's time steps, if that is larger.
         channel_multiple: The families with free factor shapes also see the channels padded with zeros to multiples of
             this, where that adds a quarter at most: prime numbers of channels have no divisors. 1: never.
         max_fits: At most so many structures of three factors and more are fitted per layer, spread over the
@@ -44,6 +45,10 @@ class SearchSpace(BaseModel):
     dense_execution: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+
+    def with_granularity(self, multiple: int) -> SearchSpace:
+        """The space for a device whose time steps at multiples of so many channels."""
+        return self.model_copy(update={"rank_multiple": max(self.rank_multiple, multiple)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SearchSpace:
