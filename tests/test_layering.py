@@ -51,6 +51,7 @@ ADAPTERS: dict[str, str | tuple[str, ...]] = {
     "scipy": ("search/knapsack.py", "costs/design.py", "costs/predict.py"),
     "safetensors": "files.py",
     "typer": "cli.py",
+    "threadpoolctl": "costs/predict.py",
     "sklearn": ("data.py", "costs/predict.py"),
     "onnx": "runtimes/onnx.py",
     "onnxruntime": "runtimes/onnx.py",

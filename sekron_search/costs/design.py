@@ -18,6 +18,8 @@ from sekron_search.costs.operations import Convolution, Copy, Elementwise, Linea
 #: Bounds of one operation: multiply-adds, and bytes moved.
 MAX_FLOPS, MAX_BYTES = 4e8, 6.4e7
 
+MAX_BATCH = 2048
+
 #: Two operations of three have at least so many multiply-adds or bytes: they make up most of any network's time.
 LARGE = 1e6
 
@@ -123,8 +125,8 @@ def _conv(
 
 
 def _batch(draw: _Draw) -> int:
-    """One sample, as often as a batch."""
-    return 1 if draw.pick(0, 1) else draw.log(1, 256)
+    """One sample, as often as a batch; large ones, for channels that share a weight may be folded into the batch."""
+    return 1 if draw.pick(0, 1) else draw.log(1, MAX_BATCH)
 
 
 def _square(draw: _Draw, largest: int = 224) -> tuple[int, int]:

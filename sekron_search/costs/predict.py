@@ -7,18 +7,19 @@ each prediction an uncertainty, and sums one that knows how much the errors of a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import nnls
+from scipy.optimize import minimize, nnls
 from scipy.stats import spearmanr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+from threadpoolctl import threadpool_limits
 
 from sekron_search.costs.features import features, regime, roofline
 from sekron_search.costs.measure import Latency
@@ -26,8 +27,12 @@ from sekron_search.costs.operations import Operation
 
 Array = npt.NDArray[np.float64]
 
-#: Hyper-parameters are fitted to so many operations of a regime; their likelihood costs the cube of that.
-FITTED = 300
+#: Hyper-parameters are fitted to so many operations of a regime; their likelihood costs the cube of that. More, or more
+#: steps, were not measured to lower the cross-validated error.
+FITTED, STEPS = 300, 60
+
+#: Of the linear algebra. The matrices are small: on a busy machine, several threads were measured ten times slower.
+THREADS = 1
 
 #: Folds of the cross-validation.
 FOLDS = 5
@@ -107,11 +112,12 @@ class LatencyModel:
 
     def _fitted(self) -> Hyperparameters:
         found = Hyperparameters()
-        for name, data in self._regimes.items():
-            if len(data.log_measured) >= FEWEST:
-                theta = data.fit_kernel()
-                found.log_kernel[name] = theta.tolist()
-                found.inflation[name] = data.cross_validated(theta).inflation
+        with threadpool_limits(THREADS):
+            for name, data in self._regimes.items():
+                if len(data.log_measured) >= FEWEST:
+                    theta = data.fit_kernel()
+                    found.log_kernel[name] = theta.tolist()
+                    found.inflation[name] = data.cross_validated(theta).inflation
         return found
 
     @property
@@ -156,7 +162,8 @@ class LatencyModel:
         found, predicted, measured = {}, [], []
         for name, theta in self.hyperparameters.log_kernel.items():
             data = self._regimes[name]
-            held_out = data.cross_validated(np.array(theta)).log_predicted
+            with threadpool_limits(THREADS):
+                held_out = data.cross_validated(np.array(theta)).log_predicted
             predicted.append(np.exp(held_out))
             measured.append(np.exp(data.log_measured))
             found[name] = Validation.of(predicted[-1], measured[-1])
@@ -255,11 +262,17 @@ class _Regime:
         kernel = ConstantKernel(0.3, (1e-3, 10)) * Matern(scales, (0.2, 100), nu=1.5) + WhiteKernel(0.02, (1e-4, 1))
         if theta is not None:
             kernel = kernel.clone_with_theta(theta)
-        process = GaussianProcessRegressor(kernel, optimizer="fmin_l_bfgs_b" if theta is None else None)
+        process = GaussianProcessRegressor(kernel, optimizer=_optimum if theta is None else None)
         with warnings.catch_warnings():
             # A parameter at its bound says that a feature does not matter, which is as good an answer as any.
             warnings.simplefilter("ignore", ConvergenceWarning)
             return process.fit(self.inputs[rows], left)
+
+
+def _optimum(objective: Callable[..., Any], start: Array, bounds: Array) -> tuple[Array, float]:
+    """In the form in which scikit-learn asks for an optimizer."""
+    found = minimize(objective, start, method="L-BFGS-B", jac=True, bounds=bounds, options={"maxiter": STEPS})
+    return found.x, found.fun
 
 
 def _roofline_weights(columns: Array, log_measured: Array) -> Array:
