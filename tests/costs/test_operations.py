@@ -98,7 +98,8 @@ def test_conversions_of_memory_formats_are_operations() -> None:
 def test_permutes_are_copies_and_views_are_free() -> None:
     class Shuffle(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.unflatten(1, (2, 3)).transpose(1, 2).reshape(x.shape).flatten(2)
+            moved: Tensor = x.unflatten(1, (2, 3)).transpose(1, 2).reshape(x.shape)
+            return moved.flatten(2)
 
     assert traced_operations(Shuffle(), (torch.randn(4, 6, 5, 7),)).operations == (Copy(4, 2, 3, 35),)
 
