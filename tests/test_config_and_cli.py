@@ -114,14 +114,14 @@ def test_profile_command_writes_a_profile_that_a_run_uses(tmp_path: Path) -> Non
     text = text.replace("trials: 8", "trials: 2")
     config = write_config(tmp_path, text)
     runner = CliRunner()
-    measured = runner.invoke(app, ["profile", str(config), "--out", str(tmp_path / "device.yaml")])
+    measured = runner.invoke(app, ["profile", "--for", str(config), "--out", str(tmp_path / "device.yaml")])
     assert measured.exit_code == 0, measured.output
-    known = yaml.safe_load((tmp_path / "device.yaml").read_text())["latencies"]
+    known = yaml.safe_load((tmp_path / "device.yaml").read_text())["layers"]
     assert len(known) > 10
     second = write_config(tmp_path, text.replace("rounds: 3}", "rounds: 3, profile: device.yaml}"))
     done = runner.invoke(app, ["run", str(second), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert yaml.safe_load((tmp_path / "out" / "profile.yaml").read_text())["latencies"] == known
+    assert yaml.safe_load((tmp_path / "out" / "profile.yaml").read_text())["layers"] == known
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda p: p.stem)
@@ -266,6 +266,6 @@ def test_broken_data_factories_are_named(
 
 def test_damaged_profiles_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.yaml"
-    path.write_text("format: 1\nprovenance: {}\nlatencies: [1]")
-    with pytest.raises(ConfigError, match=r"profile.yaml: .*expected keys 'provenance' and 'latencies'"):
+    path.write_text("format: 2\nprovenance: {}\noperations: [1]")
+    with pytest.raises(ConfigError, match=r"profile.yaml: .*expected keys 'provenance', 'fuses_elementwise'"):
         DeviceProfile.load(path)
