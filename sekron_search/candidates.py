@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sekron_search.candidate import Candidate, Finished, Searched
 from sekron_search.costs.traced import reestimate_batch_norm
 from sekron_search.errors import InfeasibleBudgetError
 from sekron_search.export import save_artefact
@@ -19,15 +20,16 @@ from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import layer_like, replace_layers
-from sekron_search.prepare import Tables, network_costs, network_latencies
+from sekron_search.prepare import Tables
 from sekron_search.progress import Reporter
 from sekron_search.proxies import mean_divergence
 from sekron_search.rundir import RunFolder
-from sekron_search.search.budget import Budget, CostName
+from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, infeasible, solve_knapsack
-from sekron_search.search.options import Assignment, Network
+from sekron_search.search.options import Assignment
 from sekron_search.search.study import Halving, Trial, best_feasible, run_study
 from sekron_search.sequential import fit_sequentially
+from sekron_search.timing import network_costs, network_latencies
 
 #: How often the search is repeated with corrected costs when its networks miss the budget as measured.
 MAX_ROUNDS = 4
@@ -40,72 +42,6 @@ CALIBRATION_LEVELS = (0.35, 0.65, 0.9)
 
 #: However badly layers predict the network, less than this is noise.
 LEAST_SCALE = 0.05
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A network of the search, fitted and measured; its weights lie in its folder.
-
-    Args:
-        assignment: Option of every layer.
-        trial: Index of the trial it comes from.
-        divergence: Of its outputs from the original's.
-        divergence_before_sequential_fit: As the search saw it.
-        predicted: Costs of the whole network from the tables.
-        costs: Costs of the whole network, measured.
-        original: Those of the original, measured beside it: relative budgets are relative to these, for clocks drift.
-        metric: For choosing, on the validation data.
-    """
-
-    assignment: Assignment
-    trial: int
-    divergence: float
-    divergence_before_sequential_fit: float
-    predicted: Mapping[str, float]
-    costs: Mapping[str, float]
-    original: Mapping[str, float]
-    metric: float | None
-
-    def excess(self, budget: Budget) -> float:
-        """The largest ratio of a cost, as measured, to its bound: the budget is met if it is at most 1."""
-        return max(self.ratio(name, budget) for name in budget.names)
-
-    def ratio(self, name: CostName, budget: Budget) -> float:
-        """Of a cost to its bound."""
-        return self.costs[name] / budget.resolve(self.original)[name]
-
-    @classmethod
-    def load(cls, folder: Path) -> Candidate:
-        """Read its record."""
-        data = read_json(folder / "candidate.json")
-        return cls(**{**data, "assignment": tuple(data["assignment"])})
-
-
-@dataclass(frozen=True)
-class Searched:
-    """What the search gave.
-
-    Args:
-        trials: All of the round.
-        candidates: The best, measured.
-        network: The tables with the calibration that was in force.
-        excess: Of the candidate that is nearest to the budget; see `Candidate.excess`.
-    """
-
-    trials: list[Trial]
-    candidates: list[Candidate]
-    network: Network
-    excess: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The chosen candidate, its training curve, its validation metric in the end, and the network itself."""
-
-    candidate: Candidate
-    curve: list[dict[str, float]]
-    metric: float | None
-    network: nn.Module
 
 
 class Finder:
@@ -161,7 +97,7 @@ class Finder:
         if "latency_ms" in self.bounds and min(c.ratio("latency_ms", self.budget) for c in candidates) > 1:
             whole, scale = self.network.original["latency_ms"], self.network.latency_scale
             savings = (
-                (1 - c.costs["latency_ms"] / c.original["latency_ms"], 1 - c.predicted["latency_ms"] / whole)
+                (1 - c.costs["latency_ms"] / c.base_latency_ms, 1 - c.predicted["latency_ms"] / whole)
                 for c in candidates
             )
             kept = max(measured / max(predicted, 1e-9) for measured, predicted in savings)
@@ -181,8 +117,9 @@ class Finder:
             for level in CALIBRATION_LEVELS:
                 bounds: dict[CostName, float] = {"latency_ms": original + level * (least - original)}
                 found[str(level)] = solve_knapsack(self.network, bounds, errors, relative_gap=0.01).assignment
-            networks = {name: self._with_factors(assignment) for name, assignment in found.items()}
-            timed = network_latencies(self.job, {"original": self.job.model, **networks}, self.tables.memory_format)
+            form = self.tables.layout.memory_format
+            networks = {name: (self._with_factors(assignment), form) for name, assignment in found.items()}
+            timed = network_latencies(self.job, {"original": (self.job.model, form), **networks})
             whole = timed["original"].median_ms
             rows = [
                 {
@@ -212,7 +149,7 @@ class Finder:
                     # Training can hurt where there is little data: then the network stays as it was fitted.
                     network = self.load(candidate)
                 metric = max(metric, curve[-1]["metric"])
-            save_artefact(self._home(candidate.assignment), network, self.job.factory, self.tables.memory_format)
+            save_artefact(self._home(candidate.assignment), network, self.job.factory, self.tables.layout.memory_format)
             finished.append(Finished(candidate, curve, metric, network))
 
         def worth(found: Finished) -> float:
@@ -303,8 +240,14 @@ class Finder:
             network = self.assemble(trial.assignment)
             divergence = self._fit_sequentially(network, trial.divergence)
             write_tensors(home / "weights.safetensors", dict(network.state_dict()))
+            layout = self.tables.layout
             costs = network_costs(
-                self.job, {"original": self.job.model, "candidate": network}, self.tables.memory_format
+                self.job,
+                {
+                    "original": (self.job.model, layout.original_format),
+                    "base": (self.job.model, layout.memory_format),
+                    "candidate": (network, layout.memory_format),
+                },
             )
             candidate = Candidate(
                 assignment=trial.assignment,
@@ -314,6 +257,7 @@ class Finder:
                 predicted=dict(trial.costs),
                 costs=costs["candidate"],
                 original=costs["original"],
+                base_latency_ms=costs["base"]["latency_ms"],
                 metric=self.job.validate(network) if self.job.validate is not None else None,
             )
             write_json(home / "candidate.json", asdict(candidate))

@@ -12,7 +12,8 @@ import torch
 import yaml
 from torch import nn
 
-from sekron_search.candidates import Finder, Searched
+from sekron_search.candidate import Searched
+from sekron_search.candidates import Finder
 from sekron_search.costs.profile import Provenance
 from sekron_search.costs.traced import traced_flops
 from sekron_search.errors import RunFolderError
@@ -20,12 +21,13 @@ from sekron_search.export import factory_json, load, save_artefact
 from sekron_search.files import read_json, write_json, write_text
 from sekron_search.job import Job
 from sekron_search.model import output_tensors
-from sekron_search.prepare import network_costs, prepare
+from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.report.facts import RunFacts
 from sekron_search.report.write import write_report
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import MemoryFormat, threads, with_memory_format
+from sekron_search.timing import Layout, network_costs
 
 
 def run(job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool) -> dict[str, Any]:
@@ -43,21 +45,22 @@ def run(job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool) -> dic
             return finished
         write_text(folder.config, yaml.safe_dump({**fingerprint["settings"], **job.source}, sort_keys=False))
         tables = prepare(job, folder, reporter)
-        _write_environment(job, folder, tables.memory_format)
+        _write_environment(job, folder, tables.layout.memory_format)
         finder = Finder(job, tables, folder, reporter)
         searched = finder.search()
         chosen = finder.finish(searched)
         reporter.say("measuring the saved and re-loaded network beside the original")
-        compressed = _saved(job, folder, chosen.network, tables.memory_format)
-        networks = {"original": job.model, "compressed": compressed}
+        layout = tables.layout
+        networks = {"original": job.model, "compressed": _saved(job, folder, chosen.network, layout.memory_format)}
+        formats = {"original": layout.original_format, "compressed": layout.memory_format}
         facts = RunFacts(
             settings=job.settings,
             inspection=tables.inspection,
             network=searched.network,
-            latency=_latency_facts(job, folder, tables.memory_format, searched),
+            latency=_latency_facts(job, folder, layout, searched),
             trials=searched.trials,
             chosen=chosen,
-            costs=network_costs(job, networks, tables.memory_format),
+            costs=network_costs(job, {name: (network, formats[name]) for name, network in networks.items()}),
             metrics=_metrics(job, {**networks, "untrained": finder.load(chosen.candidate)}),
             batch_size=job.batch,
             uncounted=traced_flops(networks["compressed"], job.example_inputs).uncounted,
@@ -84,25 +87,25 @@ def _saved(job: Job, folder: RunFolder, network: nn.Module, memory_format: Memor
     return loaded
 
 
-def _latency_facts(
-    job: Job, folder: RunFolder, memory_format: MemoryFormat, searched: Searched
-) -> dict[str, Any] | None:
+def _latency_facts(job: Job, folder: RunFolder, layout: Layout, searched: Searched) -> dict[str, Any] | None:
     """How latency was measured, and how well sums over layers predict it; None where it was not budgeted."""
     if "latency_ms" not in job.settings.bounds.names:
         return None
-    runtime = job.runtime(memory_format)
+    runtime = job.runtime(layout.memory_format)
     return {
         "runtime": runtime.name,
         "version": runtime.version(),
         "num_threads": runtime.thread_count,
-        "memory_format": memory_format,
+        "memory_format": layout.memory_format,
+        "original_memory_format": layout.original_format,
+        "granularity": layout.granularity,
         "calibration": read_json(folder.calibration)["networks"],
         "scale": searched.network.latency_scale,
         "candidates": [
             {
                 "predicted": c.predicted["latency_ms"] / searched.network.original["latency_ms"],
-                "measured": c.costs["latency_ms"] / c.original["latency_ms"],
-                "noise": c.costs["latency_noise_ms"] / c.original["latency_ms"],
+                "measured": c.costs["latency_ms"] / c.base_latency_ms,
+                "noise": c.costs["latency_noise_ms"] / c.base_latency_ms,
             }
             for c in searched.candidates
         ],

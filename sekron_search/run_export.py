@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from sekron_search.config import Config
 from sekron_search.costs.measure import measure_callables
 from sekron_search.errors import ConfigError, RunFolderError
 from sekron_search.exchange import TOLERANCE, ExportedFile, codec, compare, export_network
-from sekron_search.export import load, save_artefact
+from sekron_search.export import load
 from sekron_search.files import atomic, read_yaml, write_json
 from sekron_search.job import Job
 from sekron_search.model import Inputs, batch_size
@@ -68,7 +69,7 @@ def export_run(
     path = out or folder.exports / (stem if format == "safetensors" else f"{stem}.{format}")
     reporter.say(f"exporting to {path}")
     if format == "safetensors":
-        written = _save_artefact(job, network, path)
+        written = _copy_artefact(job, home, network, path)
     else:
         written = export_network(network, job.example_inputs, path, format=format, more_inputs=[_other_batch(job)])
     record = {
@@ -117,12 +118,13 @@ def _other_batch(job: Job) -> Inputs:
     return held_out if batch_size(held_out) != job.batch else doubled(job.example_inputs)
 
 
-def _save_artefact(job: Job, network: torch.nn.Module, path: Path) -> ExportedFile:
+def _copy_artefact(job: Job, home: Path, network: torch.nn.Module, path: Path) -> ExportedFile:
     """A copy of the artefact, opened again before it takes its place."""
     checks = [job.example_inputs, _other_batch(job)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        save_artefact(Path(scratch), network, job.factory)
+        for name in ("model.safetensors", "model.json"):
+            shutil.copy(home / name, scratch)
         opened = load(scratch, model=job.model).to(job.device)
         with torch.no_grad():
             difference = max(compare(opened, check, network(*check), "safetensors") for check in checks)

@@ -68,11 +68,17 @@ class FittedLayer:
         return self.kept([o.is_faster(original) for o in self.table.options])
 
 
-def cheapest_table(info: LayerInfo, space: SearchSpace, bytes_per_sample: int) -> LayerTable:
-    """A table of costs without errors, for asking what is reachable before anything is fitted."""
+def all_options(info: LayerInfo, space: SearchSpace, bytes_per_sample: int) -> list[Option]:
+    """The original and every option of the space, without errors: nothing is fitted."""
     rows = [_dense_option(info, bytes_per_sample)]
     for candidate in candidates(info, space):
         rows += _options(candidate, info, space, bytes_per_sample, float("nan"), float("nan"))
+    return rows
+
+
+def cheapest_table(info: LayerInfo, space: SearchSpace, bytes_per_sample: int) -> LayerTable:
+    """A table of costs without errors, for asking what is reachable before anything is fitted."""
+    rows = all_options(info, space, bytes_per_sample)
     values = np.array([[o.flops, o.params, o.peak_bytes] for o in rows], dtype=float)
     mask = non_dominated(values)
     return LayerTable(info.name, tuple(o for i, o in enumerate(rows) if i == 0 or mask[i]))

@@ -10,9 +10,10 @@ from sekron_search.api import job_from_config
 from sekron_search.candidates import Finder
 from sekron_search.config import Config
 from sekron_search.files import read_json
-from sekron_search.prepare import network_costs, prepare
+from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
+from sekron_search.timing import network_costs
 from tests.cases import CONFIG, write_config
 
 pytestmark = pytest.mark.filterwarnings(

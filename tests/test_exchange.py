@@ -183,7 +183,7 @@ def test_every_finished_candidate_can_be_exported(finished: RunFolder) -> None:
 
 def test_safetensors_open_with_load(finished: RunFolder, tmp_path: Path) -> None:
     record = export_run(finished, Reporter(), format="safetensors", out=tmp_path / "network")
-    assert record["rel_difference"] < 1e-6  # the memory format is another
+    assert record["rel_difference"] == 0
     copy, kept = sekron_search.load(tmp_path / "network"), sekron_search.load(finished.path)
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sekron_search.candidates import Finished
+from sekron_search.candidate import Finished
 from sekron_search.config import Settings
 from sekron_search.inspection import Inspection
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Network, Option
 from sekron_search.search.study import Trial, pareto_trials
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from sekron_search.costs import profile as profiles
 from sekron_search.costs.analytic import layer_cost
+from sekron_search.costs.layers import random_input, random_layer
 from sekron_search.costs.measure import Latency, measure_callables, measure_networks
 from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile, Measurement, Provenance, layer_key
@@ -21,11 +21,14 @@ from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.steps import Schedule
 from sekron_search.model import layer_like, replace_layers
 from sekron_search.runtimes.base import threads
+from sekron_search.runtimes.registry import make_runtime
 from sekron_search.scoring import candidates
 from sekron_search.search.space import SearchSpace
 from tests.cases import LAYERS, SHAPE, STRUCTURES, layer_of, small_net
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+EAGER = make_runtime("pytorch-eager")
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -141,11 +144,11 @@ def test_measurements_tell_slow_from_fast() -> None:
     assert found["fast"].samples == 5
 
 
-def test_measuring_keeps_modes_and_threads() -> None:
-    model = small_net().train()
+def test_measuring_keeps_threads() -> None:
+    model = small_net()
     before = torch.get_num_threads()
-    assert measure_networks({"net": model}, torch.randn(2, 3, 8, 8), rounds=2, num_threads=2)["net"].median_ms > 0
-    assert model.training
+    runtime = make_runtime("pytorch-eager", num_threads=2)
+    assert measure_networks({"net": model}, torch.randn(2, 3, 8, 8), runtime, rounds=2)["net"].median_ms > 0
     assert torch.get_num_threads() == before
     with threads(2):
         assert torch.get_num_threads() == 2
@@ -154,15 +157,17 @@ def test_measuring_keeps_modes_and_threads() -> None:
 def test_profile_round_trip(tmp_path: Path) -> None:
     info = inspect_model(small_net(), torch.randn(2, 3, 8, 8)).layers[1]
     structures = [fam.dense(info.weight_shape), fam.spatial_svd(info.weight_shape, 2)]
-    profile = DeviceProfile(Provenance.here())
-    profile.measure([(info, s, Schedule(tuple(range(s.num_factors))), "factored") for s in structures], 4, rounds=3)
-    assert len(profile.latencies) == 2
+    profile = DeviceProfile(Provenance.here(EAGER))
+    profile.measure(
+        [(info, s, Schedule(tuple(range(s.num_factors))), "factored") for s in structures], 4, EAGER, rounds=3
+    )
+    assert len(profile.layers) == 2
     path = tmp_path / "profile.yaml"
     path.write_text(profile.to_yaml())
     again = DeviceProfile.load(path)
     assert again.provenance == profile.provenance
     key = layer_key(info, structures[1], Schedule((0, 1)), "factored", 4)
-    assert again.latencies[key].median_ms == pytest.approx(profile.latencies[key].median_ms, rel=1e-3)
+    assert again.layers[key].median_ms == pytest.approx(profile.layers[key].median_ms, rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -177,22 +182,22 @@ def test_layers_of_every_kind_are_measured(name: str) -> None:
         (info, found.structure, found.cost.schedule, "factored"),
         (info, found.structure, found.cost.schedule, "dense"),
     ]
-    sample = profiles._random_input(info, len(x), torch.device("cpu"))
+    sample = random_input(info, len(x))
     for job in jobs:
         flops = layer_cost(job[1], info, job[3]).flops
-        assert traced_flops(profiles._random_layer(*job), sample).total * len(sample) == flops * len(x)
-    measured = DeviceProfile(Provenance.here())
-    measured.measure(jobs, len(x), rounds=1)
-    assert {key.split()[0] for key in measured.latencies} == {info.kind}
-    assert len(measured.latencies) == 2  # a rebuilt weight runs like the dense layer's
+        assert traced_flops(random_layer(*job), sample).total * len(sample) == flops * len(x)
+    measured = DeviceProfile(Provenance.here(EAGER))
+    measured.measure(jobs, len(x), EAGER, rounds=1)
+    assert {key.split()[0] for key in measured.layers} == {info.kind}
+    assert len(measured.layers) == 2  # a rebuilt weight runs like the dense layer's
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("format: 99", "expected key 'format' to be 1, got 99"),
+        ("format: 99", "expected key 'format' to be 2, got 99"),
         ("[1, 2", "not YAML"),
-        ("format: 1\nprovenance: {}\nlatencies: {}", "expected keys 'provenance' and 'latencies'"),
+        ("format: 2\nprovenance: {}\nlayers: {}", "expected keys 'provenance', 'fuses_elementwise'"),
     ],
 )
 def test_bad_profiles_say_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
@@ -203,9 +208,11 @@ def test_bad_profiles_say_what_is_wrong(tmp_path: Path, text: str, says: str) ->
 
 
 def test_profiles_of_other_thread_counts_are_refused() -> None:
-    profile = DeviceProfile(Provenance.here(num_threads=3), {"x": Latency(1.0, 0.1, 3)})
+    profile = DeviceProfile(
+        Provenance.here(make_runtime("pytorch-eager", num_threads=3)), layers={"x": Latency(1.0, 0.1, 3)}
+    )
     with pytest.raises(ConfigError, match="num_threads = 3, this run uses 1"):
-        profile.check_usable(Provenance.here(num_threads=1))
+        profile.check_usable(Provenance.here(make_runtime("pytorch-eager", num_threads=1)))
 
 
 def test_batch_norms_that_are_unused_or_reused_keep_their_statistics() -> None:

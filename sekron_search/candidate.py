@@ -1,0 +1,82 @@
+"""What the search finds: networks, fitted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from sekron_search.files import read_json
+from sekron_search.search.budget import Budget, CostName
+from sekron_search.search.options import Assignment, Network
+from sekron_search.search.study import Trial
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network of the search, fitted and measured; its weights lie in its folder.
+
+    Args:
+        assignment: Option of every layer.
+        trial: Index of the trial it comes from.
+        divergence: Of its outputs from the original's.
+        divergence_before_sequential_fit: As the search saw it.
+        predicted: Costs of the whole network from the tables.
+        costs: Costs of the whole network, measured.
+        original: Those of the original, measured beside it: relative budgets are relative to these, for clocks drift.
+        base_latency_ms: Of the original in the memory format of the candidate, measured beside it.
+        metric: For choosing, on the validation data.
+    """
+
+    assignment: Assignment
+    trial: int
+    divergence: float
+    divergence_before_sequential_fit: float
+    predicted: Mapping[str, float]
+    costs: Mapping[str, float]
+    original: Mapping[str, float]
+    base_latency_ms: float
+    metric: float | None
+
+    def excess(self, budget: Budget) -> float:
+        """The largest ratio of a cost, as measured, to its bound: the budget is met if it is at most 1."""
+        return max(self.ratio(name, budget) for name in budget.names)
+
+    def ratio(self, name: CostName, budget: Budget) -> float:
+        """Of a cost to its bound."""
+        return self.costs[name] / budget.resolve(self.original)[name]
+
+    @classmethod
+    def load(cls, folder: Path) -> Candidate:
+        """Read its record."""
+        data = read_json(folder / "candidate.json")
+        return cls(**{**data, "assignment": tuple(data["assignment"])})
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What the search gave.
+
+    Args:
+        trials: All of the round.
+        candidates: The best, measured.
+        network: The tables with the calibration that was in force.
+        excess: Of the candidate that is nearest to the budget; see `Candidate.excess`.
+    """
+
+    trials: list[Trial]
+    candidates: list[Candidate]
+    network: Network
+    excess: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The chosen candidate, its training curve, its validation metric in the end, and the network itself."""
+
+    candidate: Candidate
+    curve: list[dict[str, float]]
+    metric: float | None
+    network: nn.Module
