@@ -93,11 +93,11 @@ def main() -> None:
         case = CASES[name](args.data.resolve())
         for runtime in args.runtimes:
             print(f"--- {name} in {runtime}", flush=True)
-            samples[f"{name}, {runtime}"] = search(case, runtime, args.runs / f"{name}-{runtime}")
+            samples[f"{name}, {runtime}"] = search(case, runtime, args.runs / f"{name}-{runtime}", args.runs / "tables")
             write_results("networks", targets(samples), samples, command="make bench NAME=networks DATA=...")
 
 
-def search(case: Case, runtime: RuntimeName, out: Path) -> dict[str, Any]:
+def search(case: Case, runtime: RuntimeName, out: Path, tables: Path) -> dict[str, Any]:
     """The network found under the budget, or what can be reached; layers that were replaced, timed once more."""
     try:
         found = compress(
@@ -107,6 +107,7 @@ def search(case: Case, runtime: RuntimeName, out: Path) -> dict[str, Any]:
             calibration=torch.utils.data.TensorDataset(case.calibration),
             out=out,
             resume=True,
+            tables=tables,
             space=SearchSpace.load(SPACE),
             calibration_settings={
                 "batch_size": min(128, len(case.calibration)),

@@ -1,0 +1,158 @@
+"""Latency budgets: layouts, calibration, corrections. Clocks are replaced by arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import sekron_search.candidates
+import sekron_search.prepare
+import sekron_search.timing
+from sekron_search.api import job_from_config
+from sekron_search.candidates import Finder
+from sekron_search.config import Config
+from sekron_search.costs.layers import Measurement, layer_key
+from sekron_search.costs.measure import Latency
+from sekron_search.costs.profile import DeviceProfile
+from sekron_search.costs.traced import traced_flops
+from sekron_search.files import read_json
+from sekron_search.kron.plan import make_plan
+from sekron_search.model import kronecker_layers
+from sekron_search.prepare import prepare
+from sekron_search.progress import Reporter
+from sekron_search.rundir import RunFolder
+from sekron_search.timing import Placed
+from tests.cases import CONFIG, write_config
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+
+LATENCY = CONFIG.replace("{flops: 0.6x, params: 0.8x}", "{latency_ms: 0.7x}").replace("trials: 8", "trials: 4")
+
+#: Milliseconds of a network for each of its multiply-adds per sample.
+MS_PER_FLOP = 1e-5
+
+
+def layer_ms(job: Measurement) -> float:
+    info, structure, schedule, _ = job
+    flops = make_plan(structure, info.geometry, schedule).cost(info.input_size).flops
+    return MS_PER_FLOP * flops * info.positions_per_sample
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Layers take time by their flops; networks too, times a factor if anything in them was replaced."""
+
+    def install(*, slower: float = 1.0, channels_last: float = 1.0) -> None:
+        def latencies(job: Any, networks: Mapping[str, Placed]) -> dict[str, Latency]:
+            def of(network: nn.Module, form: str) -> float:
+                own = MS_PER_FLOP * traced_flops(network, job.example_inputs).total
+                return (
+                    own
+                    * (channels_last if form == "channels_last" else 1.0)
+                    * (slower if kronecker_layers(network) else 1.0)
+                )
+
+            return {name: Latency(of(*placed), 0.0, 3) for name, placed in networks.items()}
+
+        def measure(
+            self: DeviceProfile, jobs: Sequence[Measurement], samples: int, runtime: Any, **options: Any
+        ) -> None:
+            self.layers.update({layer_key(*job, samples): Latency(layer_ms(job), 0.0, 3) for job in jobs})
+
+        for module in (sekron_search.timing, sekron_search.candidates):
+            monkeypatch.setattr(module, "network_latencies", latencies)
+        monkeypatch.setattr(DeviceProfile, "measure", measure)
+        monkeypatch.setattr(sekron_search.timing, "granularity_of", lambda runtime: 4)
+
+    return install
+
+
+def finder_in(folder: Path, text: str = LATENCY) -> Finder:
+    job, out = job_from_config(Config.load(write_config(folder, text))), RunFolder(folder / "out")
+    return Finder(job, prepare(job, out, Reporter()), out, Reporter())
+
+
+def test_exact_clocks_need_no_correction(clocks: Callable[..., None], tmp_path: Path) -> None:
+    clocks()
+    searched = finder_in(tmp_path).search()
+    assert searched.excess <= 1
+    assert searched.network.latency_scale == pytest.approx(1.0, abs=0.05)
+    assert read_json(tmp_path / "out" / "search.json")["round"] == 1
+
+
+def test_networks_that_gain_less_than_their_layers_are_calibrated(clocks: Callable[..., None], tmp_path: Path) -> None:
+    clocks(slower=1.1)
+    searched = finder_in(tmp_path).search()
+    assert searched.excess <= 1
+    assert searched.network.latency_scale < 0.97
+    rows = read_json(tmp_path / "out" / "calibration.json")["networks"]
+    assert all(row["measured_saving"] < row["summed_saving"] for row in rows)
+
+
+def test_a_missed_latency_is_searched_again_with_a_corrected_sum(clocks: Callable[..., None], tmp_path: Path) -> None:
+    clocks()
+    finder = finder_in(tmp_path)
+    finder._calibration()  # while sums still agree with networks
+    clocks(slower=1.15)
+    searched = finder.search()
+    assert read_json(tmp_path / "out" / "search.json")["round"] > 1
+    assert searched.excess <= 1
+    assert searched.network.latency_scale < 0.98
+
+
+def test_a_latency_out_of_reach_is_told(clocks: Callable[..., None], tmp_path: Path) -> None:
+    clocks()
+    finder = finder_in(tmp_path)
+    finder._calibration()
+    clocks(slower=5.0)
+    assert finder.search().excess > 1
+
+
+def test_the_memory_format_is_the_fastest_and_the_original_has_its_own(
+    clocks: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks(channels_last=0.8)
+    finder = finder_in(tmp_path)
+    assert finder.tables.layout.memory_format == finder.tables.layout.original_format == "channels_last"
+    assert finder.tables.layout.granularity == 4
+    # Savings count from the original in the format of the tables, budgets from the original at its best.
+    other = replace(finder.tables.layout, memory_format="contiguous")
+    tables = replace(finder.tables, layout=other)
+    assert tables.network.original["latency_ms"] == pytest.approx(tables.original["latency_ms"] / 0.8)
+
+
+def test_ranks_follow_the_granularity_under_a_latency_budget(clocks: Callable[..., None], tmp_path: Path) -> None:
+    clocks()
+    finder = finder_in(tmp_path)
+    ranks = {
+        int(size)
+        for table in finder.network.tables
+        for option in table.options[1:]
+        for size in (item.partition("=")[2] for item in option.structure.partition(";")[2].split(","))
+    }
+    assert ranks
+    assert max(ranks) > 4
+    assert all(rank % 4 == 0 or rank < 4 for rank in ranks)
+
+
+def test_options_that_are_not_faster_are_left_out(
+    clocks: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks()
+
+    def measure(self: DeviceProfile, jobs: Sequence[Measurement], samples: int, runtime: Any, **options: Any) -> None:
+        for job in jobs:
+            slow = job[0].name == "conv2" and not job[1].is_dense
+            self.layers[layer_key(*job, samples)] = Latency(layer_ms(job) * (100 if slow else 1), 0.0, 3)
+
+    monkeypatch.setattr(DeviceProfile, "measure", measure)
+    found = {table.name: table.options for table in finder_in(tmp_path).network.tables}
+    assert len(found["conv2"]) == 1
+    assert len(found["conv3"]) > 1
