@@ -59,6 +59,9 @@ def measure_layers(
 ) -> None:
     """Measure options of layers; those of equal geometry are timed one beside the other.
 
+    Where they are too many for that, the first of them, as a rule the layer as it is, takes part in every chunk, and
+    the chunk's latencies are scaled by how far its own has drifted: options are compared with one another.
+
     Args:
         jobs: What to measure.
         samples_per_batch: Batch size.
@@ -71,11 +74,19 @@ def measure_layers(
         groups.setdefault(geometry_key(job[0], samples_per_batch), {})[layer_key(*job, samples_per_batch)] = job
     for group in groups.values():
         x = random_input(next(iter(group.values()))[0], samples_per_batch)
-        keys = list(group)
-        for start in range(0, len(keys), CHUNK):
+        first, *others = group
+        reference_ms = None
+        for start in range(0, max(len(others), 1), CHUNK):
+            keys = [first, *others[start : start + CHUNK]]
             with runtime.active():
-                calls = {k: runtime.compile(random_layer(*group[k]), (x,)) for k in keys[start : start + CHUNK]}
-                after_chunk(measure_callables(calls, rounds=rounds, device=runtime.device))
+                calls = {k: runtime.compile(random_layer(*group[k]), (x,)) for k in keys}
+                found = measure_callables(calls, rounds=rounds, device=runtime.device)
+            if reference_ms is None:
+                reference_ms = found[first].median_ms
+                after_chunk(found)
+            else:
+                drift = reference_ms / found.pop(first).median_ms
+                after_chunk({k: latency.scaled(drift) for k, latency in found.items()})
 
 
 def traced_layer(job: Measurement, samples_per_batch: int, memory_format: MemoryFormat) -> Traced:

@@ -35,6 +35,10 @@ class Latency:
         low, median, high = np.percentile(samples_ms, [25, 50, 75])
         return cls(float(median), float(high - low) / 2, len(samples_ms))
 
+    def scaled(self, factor: float) -> Latency:
+        """As it would be on a clock that much slower."""
+        return Latency(self.median_ms * factor, self.noise_ms * factor, self.samples)
+
 
 def measure_callables(
     calls: Mapping[str, Callable[[], object]],

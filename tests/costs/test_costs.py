@@ -7,6 +7,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
+from sekron_search.costs import layers
 from sekron_search.costs.analytic import layer_cost
 from sekron_search.costs.layers import random_input, random_layer
 from sekron_search.costs.measure import Latency, measure_callables, measure_networks
@@ -237,3 +238,24 @@ def test_batch_norms_that_are_unused_or_reused_keep_their_statistics() -> None:
     assert model.last.running_mean is not None
     assert not torch.equal(model.last.running_mean, fresh)
     assert not model.training
+
+
+def test_chunks_of_options_are_compared_through_the_layer_that_takes_part_in_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine that becomes slower from chunk to chunk does not make later options look slower."""
+    info = inspect_model(small_net(), torch.randn(2, 3, 8, 8)).layers[1]
+    structures = [fam.dense(info.weight_shape), *(fam.spatial_svd(info.weight_shape, r) for r in range(1, 6))]
+    jobs: list[Measurement] = [(info, s, Schedule(tuple(range(s.num_factors))), "factored") for s in structures]
+    slowness = iter([1.0, 2.0, 4.0])
+
+    def timed(calls: dict[str, object], **options: object) -> dict[str, Latency]:
+        factor = next(slowness)
+        return {key: Latency(factor * (1.0 if "schedule" not in key else 0.5), 0.1 * factor, 3) for key in calls}
+
+    monkeypatch.setattr(layers, "CHUNK", 2)
+    monkeypatch.setattr(layers, "measure_callables", timed)
+    profile = DeviceProfile(Provenance.here(EAGER))
+    profile.measure(jobs, 4, EAGER)
+    assert sorted(latency.median_ms for latency in profile.layers.values()) == [0.5] * 5 + [1.0]
+    assert {latency.noise_ms for latency in profile.layers.values()} == {0.1}
