@@ -24,6 +24,7 @@ from sekron_search.prepare import Tables
 from sekron_search.progress import Reporter
 from sekron_search.proxies import mean_divergence
 from sekron_search.rundir import RunFolder
+from sekron_search.runtimes.base import with_memory_format
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, infeasible, solve_knapsack
 from sekron_search.search.options import Assignment
@@ -293,7 +294,7 @@ class Finder:
         halving.start()
         with self.reporter.task(what, distillation.total_steps) as task:
             curve = distillation.train(
-                network,
+                with_memory_format(network, self.tables.layout.memory_format),  # fastest forward is fastest backward
                 checkpoint=home / "checkpoint.pt",
                 validate=job.validate,
                 after_epoch=halving.keep_on,

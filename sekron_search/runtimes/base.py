@@ -125,7 +125,8 @@ def with_memory_format(module: nn.Module, memory_format: MemoryFormat) -> nn.Mod
 
 def _formatted(tensor: Tensor, memory_format: MemoryFormat) -> Tensor:
     if memory_format == "channels_last" and tensor.dim() in _CHANNELS_LAST:
-        return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
+        # A clone, for strides of axes of size 1 are free otherwise, and choose among the kernels of a convolution.
+        return tensor.clone(memory_format=_CHANNELS_LAST[tensor.dim()])
     return tensor
 
 
