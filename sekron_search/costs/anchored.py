@@ -8,17 +8,23 @@ nodes that the runtime executes between those two are the operation's: itself an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sekron_search.costs.build import build
+from sekron_search.costs.measure import measure_callables
 from sekron_search.costs.operations import Convolution, Copy, Linear, Operation, Pool
 from sekron_search.runtimes.base import NodeTime, Runtime
 
 #: Channels on the outer sides of the two convolutions: one block of the largest blocked layout.
 OUTER_CHANNELS = 16
+
+#: Length of the chain of small convolutions from which the cost of a node is learnt.
+CHAIN = 32
 
 #: Larger permutations than these are not of channels, and are timed without neighbours.
 MAX_BATCH, MAX_CHANNELS = 1024, 16384
@@ -31,23 +37,65 @@ def node_samples(operations: Sequence[Operation], runtime: Runtime, runs: int) -
     """
     if not runtime.times_nodes:
         return None
-    branches = [_branch(operation) for operation in operations]
+    found = _node_times([_branch(operation) for operation in operations], runtime, runs)
+    return [[sum(node.time_ms for node in nodes) for nodes in own] for own in found]
+
+
+def layer_samples(
+    modules: Sequence[nn.Module], channels: tuple[int, int], size: Sequence[int], runtime: Runtime, runs: int
+) -> list[list[float]] | None:
+    """Milliseconds of modules in every run, as they stand in a network; None if the runtime has no clock of its own.
+
+    What the runtime needs from one node to the next is part of it.
+
+    Args:
+        modules: Each from (N, C, H, W) to (N, F, H', W').
+        channels: C and F.
+        size: N, H and W.
+        runtime: What runs them.
+        runs: How many.
+    """
+    if not runtime.times_nodes:
+        return None
+    batch, *spatial = size
+    branches = [_anchored(module, batch, channels, tuple(spatial)) for module in modules]
+    between = node_overhead(runtime)
+    found = _node_times(branches, runtime, runs)
+    return [[sum(node.time_ms + between for node in nodes) for nodes in own] for own in found]
+
+
+@cache
+def node_overhead(runtime: Runtime) -> float:
+    """Milliseconds that a runtime needs between two nodes, where operations were timed by its own clock; else 0."""
+    small = Convolution(1, 16, 16, (1, 1), (1, 1), (1, 1), (1, 1), (0, 0), 1)
+    with runtime.active(), torch.inference_mode():
+        own = node_samples([small] * CHAIN, runtime, 15)
+        if own is None:
+            return 0.0
+        x = torch.randn(1, 16, 1, 1)
+        chains = {n: nn.Sequential(*[nn.Conv2d(16, 16, 1) for _ in range(n)]).eval() for n in (CHAIN, 2 * CHAIN)}
+        times = measure_callables({str(n): runtime.compile(chain, (x,)) for n, chain in chains.items()})
+    each = (times[str(2 * CHAIN)].median_ms - times[str(CHAIN)].median_ms) / CHAIN
+    return max(0.0, each - float(np.median([np.median(samples) for samples in own])))
+
+
+def _node_times(
+    branches: Sequence[tuple[nn.Module, tuple[int, ...]]], runtime: Runtime, runs: int
+) -> list[list[list[NodeTime]]]:
+    """Of every branch, in every run, its own nodes."""
     module = _Branches([branch for branch, _ in branches]).eval().requires_grad_(False)
     inputs = tuple(torch.randn(shape) for _, shape in branches)
     found = runtime.node_times(module, inputs, runs)
-    per_run = [[_between(nodes, i, branch) for i, (branch, _) in enumerate(branches)] for nodes in found]
-    return [list(samples) for samples in zip(*per_run, strict=True)]
+    return [[_own_nodes(nodes, i, branch) for nodes in found] for i, (branch, _) in enumerate(branches)]
 
 
-def _between(nodes: Sequence[NodeTime], index: int, branch: nn.Module) -> float:
-    """Time of a branch's own nodes: those between its two convolutions, or those of its name."""
+def _own_nodes(nodes: Sequence[NodeTime], index: int, branch: nn.Module) -> list[NodeTime]:
+    """A branch's own nodes: those between its two convolutions, or those of its name."""
     prefix = f"/branches.{index}/"
     if isinstance(branch, _Anchored):
         ends = [i for i, node in enumerate(nodes) if node.name.startswith((f"{prefix}before/", f"{prefix}after/"))]
-        own = nodes[ends[0] + 1 : ends[-1]]
-    else:
-        own = [node for node in nodes if node.name.startswith(prefix)]
-    return sum(node.time_ms for node in own)
+        return list(nodes[ends[0] + 1 : ends[-1]])
+    return [node for node in nodes if node.name.startswith(prefix)]
 
 
 def _branch(operation: Operation) -> tuple[nn.Module, tuple[int, ...]]:

@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from torch import nn
 
-from sekron_search.costs.anchored import node_samples
+from sekron_search.costs.anchored import node_overhead
 from sekron_search.costs.design import design, granularity_sweep
-from sekron_search.costs.measure import Latency, measure_callables
+from sekron_search.costs.measure import Latency
 from sekron_search.costs.operations import Convolution, Elementwise, Operation
 from sekron_search.costs.profile import DeviceProfile
 from sekron_search.costs.sampling import measure_operations
@@ -23,9 +21,6 @@ GRANULARITIES = (1, 2, 4, 8, 16, 32)
 
 #: A coarser granularity has to explain the sweep so much better.
 BETTER = 0.8
-
-#: Length of the chain of small convolutions from which the cost of a node is learnt.
-CHAIN = 32
 
 #: The profile is saved after so many seconds of measuring.
 SAVE_EVERY_S = 5.0
@@ -97,20 +92,6 @@ def granularity_of(runtime: Runtime) -> int:
     profile = DeviceProfile.empty(runtime)
     measure_operations(granularity_sweep(), runtime, after_chunk=profile.operations.update)
     return granularity(profile)
-
-
-def node_overhead(runtime: Runtime) -> float:
-    """Milliseconds that a runtime needs between two nodes, where operations were timed by its own clock; else 0."""
-    small = Convolution(1, 16, 16, (1, 1), (1, 1), (1, 1), (1, 1), (0, 0), 1)
-    with runtime.active(), torch.inference_mode():
-        own = node_samples([small] * CHAIN, runtime, 15)
-        if own is None:
-            return 0.0
-        x = torch.randn(1, 16, 1, 1)
-        chains = {n: nn.Sequential(*[nn.Conv2d(16, 16, 1) for _ in range(n)]).eval() for n in (CHAIN, 2 * CHAIN)}
-        times = measure_callables({str(n): runtime.compile(chain, (x,)) for n, chain in chains.items()})
-    each = (times[str(2 * CHAIN)].median_ms - times[str(CHAIN)].median_ms) / CHAIN
-    return max(0.0, each - float(np.median([np.median(samples) for samples in own])))
 
 
 def with_merged(profile: DeviceProfile, other: DeviceProfile, reporter: Reporter) -> DeviceProfile:
