@@ -14,6 +14,10 @@ from sekron_search.search.options import Assignment, Network
 from sekron_search.search.study import Trial
 
 
+#: Uncertainty of a median of some twenty samples, as a share of half their interquartile range.
+MEDIAN_NOISE = 0.5
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A network of the search, fitted and measured; its weights lie in its folder.
@@ -45,8 +49,11 @@ class Candidate:
         return max(self.ratio(name, budget) for name in budget.names)
 
     def ratio(self, name: CostName, budget: Budget) -> float:
-        """Of a cost to its bound."""
-        return self.costs[name] / budget.resolve(self.original)[name]
+        """Of a cost to its bound; a latency counts with its uncertainty, for it will be measured again."""
+        cost = self.costs[name]
+        if name == "latency_ms":
+            cost += MEDIAN_NOISE * self.costs["latency_noise_ms"]
+        return cost / budget.resolve(self.original)[name]
 
     @classmethod
     def load(cls, folder: Path) -> Candidate:
