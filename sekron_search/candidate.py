@@ -13,7 +13,6 @@ from sekron_search.search.budget import Budget, CostName
 from sekron_search.search.options import Assignment, Network
 from sekron_search.search.study import Trial
 
-
 #: Uncertainty of a median of some twenty samples, as a share of half their interquartile range.
 MEDIAN_NOISE = 0.5
 
