@@ -13,8 +13,8 @@ from sekron_search.search.budget import Budget, CostName
 from sekron_search.search.options import Assignment, Network
 from sekron_search.search.study import Trial
 
-#: Uncertainty of a median of some twenty samples, as a share of half their interquartile range.
-MEDIAN_NOISE = 0.5
+#: Standard error of the median of n normal samples, in halves of their interquartile range over the root of n.
+MEDIAN_NOISE = 1.86
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Candidate:
         return max(self.ratio(name, budget) for name in budget.names)
 
     def ratio(self, name: CostName, budget: Budget) -> float:
-        """Of a cost to its bound; a latency counts with its uncertainty, for it will be measured again."""
+        """Of a cost to its bound; a measured latency counts with its uncertainty, for it will be measured again."""
         cost = self.costs[name]
-        if name == "latency_ms":
-            cost += MEDIAN_NOISE * self.costs["latency_noise_ms"]
+        if name == "latency_ms" and (samples := self.costs["latency_samples"]):
+            cost += MEDIAN_NOISE * self.costs["latency_noise_ms"] / samples**0.5
         return cost / budget.resolve(self.original)[name]
 
     @classmethod

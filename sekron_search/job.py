@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sekron_search.config import Settings
+from sekron_search.costs.profile import DeviceProfile, Provenance
 from sekron_search.curvature import output_curvature
 from sekron_search.errors import DataError, SekronError
 from sekron_search.export import Factory, factory_json
@@ -71,6 +72,24 @@ class Job:
         return make_runtime(
             latency.runtime, num_threads=latency.num_threads, device=self.device, memory_format=memory_format
         )
+
+    @cached_property
+    def profile(self) -> DeviceProfile | None:
+        """The device profile that the settings name."""
+        path = self.settings.latency.profile
+        return None if path is None else DeviceProfile.load(path)
+
+    @cached_property
+    def elsewhere(self) -> DeviceProfile | None:
+        """The profile if it is of another machine: latencies are then predicted for that one, and none measured here.
+
+        Raises:
+            ConfigError: If it has no latency model.
+        """
+        if self.profile is None or self.profile.is_of(Provenance.here(self.runtime(self.memory_formats[0]))):
+            return None
+        assert self.profile.model is not None
+        return self.profile
 
     @property
     def batch(self) -> int:

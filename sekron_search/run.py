@@ -93,6 +93,7 @@ def _latency_facts(job: Job, folder: RunFolder, layout: Layout, searched: Search
         return None
     runtime = job.runtime(layout.memory_format)
     return {
+        "predicted_for": None if job.elsewhere is None else job.elsewhere.provenance.processor,
         "runtime": runtime.name,
         "version": runtime.version(),
         "num_threads": runtime.thread_count,

@@ -22,7 +22,7 @@ from sekron_search.kron.structure import Structure
 from sekron_search.model import LayerInfo
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
-from sekron_search.runtimes.base import MemoryFormat, Runtime
+from sekron_search.runtimes.base import MemoryFormat, Runtime, laid_out
 from sekron_search.search.options import LayerTable
 from sekron_search.search.space import SearchSpace
 from sekron_search.tables import all_options
@@ -63,14 +63,13 @@ def find_layout(job: Job, folder: RunFolder, reporter: Reporter, layers: Sequenc
     """
     if folder.layout.exists():
         return Layout(**read_json(folder.layout))
-    given = job.settings.latency.profile
-    known = DeviceProfile.load(given) if given is not None else None
-    formats = job.memory_formats
+    known, formats = job.profile, job.memory_formats
     if known is not None:
         formats = tuple(f for f in formats if f == known.provenance.memory_format) or formats
     reporter.say("choosing the memory format and the granularity of ranks")
-    whole = network_latencies(job, {f: (job.model, f) for f in job.memory_formats})
-    originals: dict[MemoryFormat, float] = {f: whole[f].median_ms for f in job.memory_formats}
+    seen = job.memory_formats if job.elsewhere is None else formats
+    whole = network_latencies(job, {f: (job.model, f) for f in seen})
+    originals: dict[MemoryFormat, float] = {f: whole[f].median_ms for f in seen}
     best = min(originals, key=lambda f: originals[f])
     chosen, granularity = best, 1
     if "latency_ms" in job.settings.bounds.names:
@@ -120,6 +119,7 @@ def network_costs(job: Job, networks: Mapping[str, Placed]) -> dict[str, dict[st
             "params": float(sum(p.numel() for p in network.parameters())),
             "latency_ms": measured[name].median_ms,
             "latency_noise_ms": measured[name].noise_ms,
+            "latency_samples": float(measured[name].samples),
             "peak_activation_bytes": float(peak_memory(network, job.example_inputs).peak),
         }
         for name, (network, _) in networks.items()
@@ -127,14 +127,23 @@ def network_costs(job: Job, networks: Mapping[str, Placed]) -> dict[str, dict[st
 
 
 def network_latencies(job: Job, networks: Mapping[str, Placed]) -> dict[str, Latency]:
-    """Latency of whole networks as they are deployed, through the job's runtime, interleaved."""
+    """Latency of whole networks as they are deployed, through the job's runtime, interleaved.
+
+    Predicted, with `samples` of 0, where the job's profile is of another machine.
+
+    Raises:
+        ConfigError: If it has to be predicted and the network executes what no latency model knows.
+    """
     inputs = job.example_inputs
+    # Rounding is of no concern to a clock; `deploy` itself is checked where a network is exported.
+    deployed = {
+        name: (deploy(network, inputs, tolerance=DEPLOYED_TOLERANCE), job.runtime(form))
+        for name, (network, form) in networks.items()
+    }
+    if job.elsewhere is not None:
+        return {n: job.elsewhere.network_latency(*laid_out(net, inputs, r)) for n, (net, r) in deployed.items()}
     with job.runtime(job.memory_formats[0]).active():
-        calls = {
-            # Rounding is of no concern to a clock; `deploy` itself is checked where a network is exported.
-            name: job.runtime(form).compile(deploy(network, inputs, tolerance=DEPLOYED_TOLERANCE), inputs)
-            for name, (network, form) in networks.items()
-        }
+        calls = {name: runtime.compile(network, inputs) for name, (network, runtime) in deployed.items()}
         return measure_callables(calls, rounds=job.settings.latency.rounds, device=job.device)
 
 
@@ -181,13 +190,13 @@ def measured_profile(
     here = Provenance.here(runtime)
     if folder.profile.exists():
         profile = DeviceProfile.load(folder.profile)
-    elif latency.profile is not None:
-        profile = DeviceProfile.load(latency.profile)
+    elif job.profile is not None:
+        profile = job.profile
     else:
         profile = DeviceProfile.empty(runtime)
     profile.check_usable(here, force=latency.any_profile)
     missing = profile.missing(_measurements(pairs), job.batch)
-    if profile.fitted is not None and not profile.is_of(here):
+    if job.elsewhere is not None:
         missing = []
     elif missing:
         profile.check_same_machine(here, len(missing))

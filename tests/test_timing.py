@@ -8,24 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import sekron_search.candidates
+import sekron_search.costs.layers
 import sekron_search.prepare
 import sekron_search.timing
 from sekron_search.api import job_from_config
 from sekron_search.candidates import Finder
 from sekron_search.config import Config
+from sekron_search.costs import predict
+from sekron_search.costs.design import design
 from sekron_search.costs.layers import Measurement, layer_key
 from sekron_search.costs.measure import Latency
 from sekron_search.costs.profile import DeviceProfile
+from sekron_search.costs.trace import traced_operations
 from sekron_search.costs.traced import traced_flops
+from sekron_search.deployment import deploy
 from sekron_search.files import read_json
 from sekron_search.kron.plan import make_plan
 from sekron_search.model import kronecker_layers
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
+from sekron_search.runtimes.registry import make_runtime
 from sekron_search.timing import Placed
 from tests.cases import CONFIG, write_config
 
@@ -156,3 +163,35 @@ def test_options_that_are_not_faster_are_left_out(
     found = {table.name: table.options for table in finder_in(tmp_path).network.tables}
     assert len(found["conv2"]) == 1
     assert len(found["conv3"]) > 1
+
+
+def test_a_profile_of_another_machine_predicts_and_nothing_is_measured_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "FITTED", 40)
+    monkeypatch.setattr(predict, "STEPS", 5)
+    profile = DeviceProfile.empty(make_runtime("pytorch-eager"))
+    profile.provenance = replace(profile.provenance, processor="a slow one", num_threads=torch.get_num_threads())
+    profile.operations = {
+        o: Latency(0.01 + o.flops / 1e6 + o.moved_bytes / 1e6, 0.001, 5) for o in design(0, quick=True)[::3]
+    }
+    profile.fit(granularity=8, node_ms=0.0)
+    (tmp_path / "slow.yaml").write_text(profile.to_yaml())
+
+    def forbidden(*args: Any, **options: Any) -> None:
+        raise AssertionError("measured here")
+
+    for module in (sekron_search.timing, sekron_search.costs.layers):
+        monkeypatch.setattr(module, "measure_callables", forbidden)
+    text = CONFIG.replace("params: 0.8x", "latency_ms: 1.5x").replace(
+        "latency: {", "latency: {profile: slow.yaml, memory_format: contiguous, "
+    )
+    finder = finder_in(tmp_path, text.replace("trials: 8", "trials: 3"))
+    assert finder.tables.layout.granularity == 8
+    searched = finder.search()
+    assert searched.excess <= 1
+    candidate = searched.candidates[0]
+    assert candidate.costs["latency_samples"] == 0
+    assert candidate.original["latency_ms"] == pytest.approx(finder.tables.original["latency_ms"])
+    traced = traced_operations(deploy(finder.job.model, finder.job.example_inputs), finder.job.example_inputs)
+    assert candidate.original["latency_ms"] == pytest.approx(profile.model.predict_sum(traced.operations).ms, rel=0.01)

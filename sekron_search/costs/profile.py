@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from torch import nn
 
 from sekron_search.costs.layers import Measurement, layer_key, measure_layers, traced_layer
 from sekron_search.costs.measure import Latency
 from sekron_search.costs.operations import Elementwise, Operation
 from sekron_search.costs.predict import Hyperparameters, LatencyModel, Validation
 from sekron_search.costs.provenance import Provenance
+from sekron_search.costs.trace import Traced, traced_operations
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
+from sekron_search.model import Inputs
 from sekron_search.runtimes.base import MemoryFormat, Runtime
 
 __all__ = ["DeviceProfile", "Fitted", "Measurement", "Provenance", "layer_key"]
@@ -232,12 +235,23 @@ class DeviceProfile:
                 self._predicted[key] = self._prediction(job, samples_per_batch)
         return [self.layers.get(key) or self._predicted[key] for key in keys]
 
+    def network_latency(self, network: nn.Module, inputs: Inputs) -> Latency:
+        """A prediction for a whole network, as it is deployed and laid out; its `samples` are 0.
+
+        Raises:
+            ConfigError: If there is no model, or the network executes what it does not know.
+        """
+        return self._summed(traced_operations(network, inputs), "the network")
+
     def _prediction(self, job: Measurement, samples_per_batch: int) -> Latency:
         traced = traced_layer(job, samples_per_batch, cast(MemoryFormat, self.provenance.memory_format))
+        return self._summed(traced, f"layer '{job[0].name}' with {job[1]}")
+
+    def _summed(self, traced: Traced, what: str) -> Latency:
         if traced.unknown:
             raise ConfigError(
-                f"device profile: layer '{job[0].name}' with {job[1]} executes {', '.join(traced.unknown)}, which no "
-                "latency model knows; measure it with `sekron-search profile --for`"
+                f"device profile: {what} executes {', '.join(traced.unknown)}, which no latency model knows; measure "
+                "on the device itself"
             )
         found = self.model.predict_sum(self.costly(traced.operations))
         return Latency(found.ms, found.std_ms, 0)

@@ -128,9 +128,10 @@ def _latency(report: dict[str, Any]) -> str:
         rows.append(f"| calibration {i} | {row['summed_saving']:.1%} | {row['measured_saving']:.1%} |")
     for i, row in enumerate(facts["candidates"], start=1):
         rows.append(f"| candidate {i}, as predicted | {1 - row['predicted']:.1%} | {1 - row['measured']:.1%} |")
+    how = "Measured" if facts["predicted_for"] is None else f"Predicted for {facts['predicted_for']}, by its profile,"
     formats = f"memory format {facts['memory_format']} (the original: {facts['original_memory_format']})"
     return (
-        f"## Latency\n\nMeasured in {facts['runtime']} ({facts['version']}), {threads}, {formats}, on networks as they "
+        f"## Latency\n\n{how} in {facts['runtime']} ({facts['version']}), {threads}, {formats}, on networks as they "
         "are deployed: plain modules, batch-norms folded. Options that are not faster than the layer they replace, "
         "beyond the noise, were left out. A millisecond that layers save one by one saves "
         f"{facts['scale']:.2f} ms in the network, by the networks below, each measured beside the original; "
