@@ -37,7 +37,7 @@ RUNTIMES: dict[RuntimeName, MemoryFormat] = {"pytorch-eager": "channels_last", "
 ROUNDS = 15
 
 #: Networks that take turns. PyTorch keeps 1,024 compiled convolutions: with all 32 networks in turn, every call would
-#: compile its own anew, which was measured to add 15 % to ResNet-18.
+#: compile its own anew, which was measured to add a fifth to ResNet-18.
 GROUP = 8
 
 
