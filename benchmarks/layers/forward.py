@@ -23,7 +23,7 @@ Key = tuple[str, str]
 Timed = tuple[nn.Module, MemoryFormat]
 
 #: Structures of a family and level among which quick timings choose.
-STRUCTURES = 8
+STRUCTURES = 6
 
 
 def compare(shape: Shape, runtime: RuntimeName, threads: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def compare(shape: Shape, runtime: RuntimeName, threads: int) -> dict[str, Any]:
             best = min(timed, key=lambda key: timed[key].median_ms)
             finalists[family, str(level)] = modules[best]
             chosen[family, str(level)] = tried[best][0], level
-    timed = _timed(finalists, shape, runtime, threads, rounds=25)
+    timed = _timed(finalists, shape, runtime, threads, rounds=15)
     reference = min((timed[key] for key in dense), key=lambda latency: latency.median_ms)
     options = [
         {

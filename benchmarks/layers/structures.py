@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -75,6 +76,7 @@ class Choice:
         return plain_layer(layer.eval())
 
 
+@lru_cache(maxsize=1024)
 def choices(family: Family, shape: Shape, level: float, *, most: int, seed: int = 0) -> list[Choice]:
     """At most `most` structures of a family that need between `LEAST_USE` and all of the flops that a level allows.
 
