@@ -262,7 +262,8 @@ class Finder:
                 metric=self.job.validate(network) if self.job.validate is not None else None,
             )
             write_json(home / "candidate.json", asdict(candidate))
-        return Candidate.load(home)
+        # What the tables predict changes from round to round, what was measured does not.
+        return replace(Candidate.load(home), trial=trial.index, predicted=dict(trial.costs))
 
     def _fit_sequentially(self, network: nn.Module, before: float) -> float:
         """Fit a network layer after layer, in place; undone if that does not lower its divergence."""

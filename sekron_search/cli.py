@@ -141,61 +141,102 @@ def profile(
         "profile.yaml"
     ),
     runtime: Annotated[
-        str, typer.Option(help="pytorch-eager, torch-compile, onnxruntime or openvino.")
-    ] = "pytorch-eager",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of an operator.")] = 1,
-    memory_format: Annotated[str, typer.Option(help="contiguous or channels_last.")] = "contiguous",
-    device: Annotated[str, typer.Option(help="Device of torch that runs the operations.")] = "cpu",
+        str | None, typer.Option(help="pytorch-eager (the default), torch-compile, onnxruntime or openvino.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an operator; 1 by default.")] = None,
+    memory_format: Annotated[str | None, typer.Option(help="contiguous (the default) or channels_last.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device of torch that runs the operations; cpu by default.")
+    ] = None,
     network: Annotated[
         Path | None,
-        typer.Option("--for", metavar="CONFIG", help="Measure exactly what this config's tables need, as it says."),
+        typer.Option(
+            "--for",
+            metavar="CONFIG",
+            help="Also measure exactly what this config's tables need; runtime, threads, memory format and device are "
+            "then the config's.",
+        ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the operations: about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the operations.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of operations.")] = 0,
     merge: Annotated[Path | None, typer.Option(help="Another profile of this device, to take in.")] = None,
 ) -> None:
     """Measure this device: a designed set of operations, and a model that predicts all others; some minutes.
 
-    Nothing of any network is needed, unless --for asks for the exact latencies of one. Ctrl-C leaves a file that the
-    same command goes on with. Runs use the profile with `latency.profile`, on any machine.
+    torch-compile takes seconds for every one of the thousands of operations: hours. Nothing of any network is needed,
+    unless --for asks for the exact latencies of one. After Ctrl-C the same command goes on. Runs use the profile with
+    `latency.profile`, on any machine.
 
     Example: sekron-search profile --runtime onnxruntime --threads 1 --out phone.yaml
     """
     from sekron_search.costs.profile import DeviceProfile
     from sekron_search.costs.profiling import measure_device, summary_rows, with_merged
+    from sekron_search.errors import ConfigError
     from sekron_search.files import write_text
     from sekron_search.progress import ConsoleReporter
     from sekron_search.runtimes.registry import make_runtime
 
     reporter = ConsoleReporter()
-    found = _exact_profile(network, reporter) if network is not None else None
-    if found is None:
-        used = make_runtime(runtime, num_threads=threads, device=device, memory_format=memory_format)  # type: ignore[arg-type]
-        found = DeviceProfile.empty(used)
+    if network is not None:
+        if given := [name for name, value in _named(runtime, threads, memory_format, device) if value is not None]:
+            raise ConfigError(f"--for: the config says with what to measure; leave out {', '.join(given)}")
+        found, used, multiple = _exact_profile(network, out, reporter)
+    else:
+        used = make_runtime(
+            runtime or "pytorch-eager",  # type: ignore[arg-type]
+            num_threads=threads or 1,
+            device=device or "cpu",
+            memory_format=memory_format or "contiguous",  # type: ignore[arg-type]
+        )
+        found, multiple = DeviceProfile.empty(used), None
     if out.exists():
         found = with_merged(DeviceProfile.load(out), found, reporter)
     if merge is not None:
         found = with_merged(found, DeviceProfile.load(merge), reporter)
-    if network is None:
-        measure_device(found, used, reporter, lambda: write_text(out, found.to_yaml()), seed=seed, quick=quick)
-        for name, value in summary_rows(found):
-            print(f"{name:<28} {value}")
+    write_text(out, found.to_yaml())
+    measure_device(
+        found,
+        used,
+        reporter,
+        lambda: write_text(out, found.to_yaml()),
+        seed=seed,
+        quick=quick,
+        known_granularity=multiple if multiple != 1 else None,  # 1: it was not measured
+    )
+    for name, value in summary_rows(found):
+        print(f"{name:<28} {value}")
     write_text(out, found.to_yaml())
     print(f"{len(found.operations)} operations and {len(found.layers)} exact latencies written to {out}")
 
 
-def _exact_profile(config: Path, reporter: Any) -> Any:
-    """The exact latencies of everything that a config's tables hold."""
-    import tempfile
+def _named(*values: Any) -> list[tuple[str, Any]]:
+    return list(zip(("--runtime", "--threads", "--memory-format", "--device"), values, strict=True))
+
+
+def _exact_profile(config: Path, out: Path, reporter: Any) -> tuple[Any, Any, int]:
+    """The exact latencies of everything that a config's tables hold, their runtime, and the granularity of channels.
+
+    What was measured stays in a folder beside `out` until all of it is there, so that a killed call is gone on with.
+    """
+    import shutil
 
     from sekron_search.api import job_from_config
     from sekron_search.config import Config
+    from sekron_search.errors import ConfigError
+    from sekron_search.files import read_json
     from sekron_search.prepare import measure_profile
     from sekron_search.rundir import RunFolder
 
     job = job_from_config(Config.load(config))
-    with tempfile.TemporaryDirectory(prefix="sekron-profile-") as scratch:
-        return measure_profile(job, RunFolder(scratch), reporter)
+    if job.elsewhere is not None:
+        raise ConfigError(f"--for: {config}: its latency.profile is of another machine; leave it out to measure here")
+    folder = RunFolder(out.with_name(f"{out.name}.unfinished"))
+    with folder.claimed(job.fingerprint(), resume=True):
+        found = measure_profile(job, folder, reporter)
+        multiple = int(read_json(folder.layout)["granularity"])
+    shutil.rmtree(folder.path)
+    memory_format: Any = found.provenance.memory_format
+    return found, job.runtime(memory_format), multiple
 
 
 @app.command()

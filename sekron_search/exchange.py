@@ -74,7 +74,7 @@ def export_network(
     checks = [inputs, *(on_cpu(as_inputs(more)) for more in more_inputs)]
     if len(checks) == 1:
         checks.append(doubled(inputs))
-    data = encode(deploy(network, inputs), inputs)
+    data = encode(deploy(network, inputs, tolerance=TOLERANCE), inputs)
     with torch.no_grad():
         outputs = [network(*check) for check in checks]
     with atomic(Path(path)) as temporary:

@@ -69,15 +69,30 @@ class Job:
     def runtime(self, memory_format: MemoryFormat) -> Runtime:
         """What runs the network in the end, and measures it."""
         latency = self.settings.latency
+        # A network that is fitted on a GPU can be deployed to a runtime for CPUs.
+        runs_there = self.device.type in runtime_class(latency.runtime).device_types
         return make_runtime(
-            latency.runtime, num_threads=latency.num_threads, device=self.device, memory_format=memory_format
+            latency.runtime,
+            num_threads=latency.num_threads,
+            device=self.device if runs_there else "cpu",
+            memory_format=memory_format,
         )
 
     @cached_property
     def profile(self) -> DeviceProfile | None:
-        """The device profile that the settings name."""
+        """The device profile that the settings name, where latency is budgeted.
+
+        Raises:
+            ConfigError: If it cannot be read, or is of another runtime, memory format or number of threads.
+        """
         path = self.settings.latency.profile
-        return None if path is None else DeviceProfile.load(path)
+        if path is None or "latency_ms" not in self.settings.bounds.names:
+            return None
+        profile = DeviceProfile.load(path)
+        fitting = [f for f in self.memory_formats if f == profile.provenance.memory_format]
+        here = Provenance.here(self.runtime((fitting or list(self.memory_formats))[0]))
+        profile.check_usable(here, force=self.settings.latency.any_profile)
+        return profile
 
     @cached_property
     def elsewhere(self) -> DeviceProfile | None:
@@ -135,6 +150,7 @@ class Job:
             "inputs": digest([self.example_inputs, list(self.calibration), list(self.holdout)]),
             "source": dict(self.source),
             "factory": factory_json(self.factory),
+            "profile": None if self.settings.latency.profile is None else self.settings.latency.profile.read_text(),
             "train": None if self.train is None else len(self.train),
             "metrics": [self.validate is not None, self.test is not None],
         }

@@ -73,17 +73,17 @@ def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     tables = fit_tables(job, folder, reporter)
     bounds = job.settings.bounds
     timed = "latency_ms" in bounds.names
-    schedules = TIMED_SCHEDULES if timed else 1
     fitted = [
-        with_variants(f, info, bytes_per_sample=job.bytes_per_sample, schedules=schedules)
+        with_variants(f, info, bytes_per_sample=job.bytes_per_sample, schedules=TIMED_SCHEDULES if timed else 1)
         for info, f in zip(tables.layers, tables.fitted, strict=True)
     ]
     if timed:
         pairs = list(zip(tables.layers, [f.table for f in fitted], strict=True))
         measured = with_latencies(pairs, job, folder, reporter, tables.layout.memory_format)
         fitted = [dataclasses.replace(f, table=t) for f, t in zip(fitted, measured, strict=True)]
-        if bounds.resolve(tables.original)["latency_ms"] < tables.original["latency_ms"]:
-            # What is slower than the original does not make a network faster, whatever its flops.
+        if bounds.resolve(tables.original)["latency_ms"] <= tables.original["latency_ms"]:
+            # What is slower than the original does not make a network faster, whatever its flops. Only a budget that
+            # lets the network become slower leaves it in.
             fitted = [f.faster() for f in fitted]
     fitted = [f.pruned(bounds.names) for f in fitted]
     return dataclasses.replace(tables, fitted=tuple(fitted))

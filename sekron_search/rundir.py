@@ -14,7 +14,7 @@ from typing import Any
 from sekron_search.errors import RunFolderError
 from sekron_search.files import read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 
 
 class RunFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,9 +33,6 @@ MODERATE_OPTIONS = 4
 
 #: A network and the memory format in which it runs.
 Placed = tuple[nn.Module, MemoryFormat]
-
-#: How far the outputs of a network that is only timed may be from the original's: deep networks in float32 round.
-DEPLOYED_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def find_layout(job: Job, folder: RunFolder, reporter: Reporter, layers: Sequenc
         else:
             multiples = {f: granularity_of(job.runtime(f)) for f in formats}
         expected = dict(originals)
-        if len(formats) > 1:
+        if len(formats) > 1 and job.elsewhere is None:
             for f in formats:
                 space = job.settings.space.with_granularity(multiples[f])
                 expected[f] += _expected_gain(job, layers, space, job.runtime(f))
@@ -135,16 +133,17 @@ def network_latencies(job: Job, networks: Mapping[str, Placed]) -> dict[str, Lat
         ConfigError: If it has to be predicted and the network executes what no latency model knows.
     """
     inputs = job.example_inputs
-    # Rounding is of no concern to a clock; `deploy` itself is checked where a network is exported.
+    # Rounding is of no concern to a clock; `deploy` is checked where a network is exported.
     deployed = {
-        name: (deploy(network, inputs, tolerance=DEPLOYED_TOLERANCE), job.runtime(form))
+        name: (deploy(network, inputs, tolerance=math.inf), job.runtime(form))
         for name, (network, form) in networks.items()
     }
     if job.elsewhere is not None:
         return {n: job.elsewhere.network_latency(*laid_out(net, inputs, r)) for n, (net, r) in deployed.items()}
-    with job.runtime(job.memory_formats[0]).active():
+    clock = job.runtime(job.memory_formats[0])
+    with clock.active():
         calls = {name: runtime.compile(network, inputs) for name, (network, runtime) in deployed.items()}
-        return measure_callables(calls, rounds=job.settings.latency.rounds, device=job.device)
+        return measure_callables(calls, rounds=job.settings.latency.rounds, device=clock.device)
 
 
 def with_latencies(

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from sekron_search.cli import app, main
 from sekron_search.config import Config, DataConfig
+from sekron_search.costs import profiling
+from sekron_search.costs.design import design
 from sekron_search.costs.profile import DeviceProfile
 from sekron_search.data import batches, digits, evaluate, image_folder, import_reference, load_data
 from sekron_search.errors import ConfigError, DataError
@@ -109,7 +111,9 @@ def test_run_and_report_commands(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.md").exists()
 
 
-def test_profile_command_writes_a_profile_that_a_run_uses(tmp_path: Path) -> None:
+def test_profile_command_writes_a_profile_that_a_run_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [o for o in design(0, quick=True) if o.moved_bytes < 1e5 and o.flops < 1e6][::8]
+    monkeypatch.setattr(profiling, "design", lambda seed, quick: few)
     text = CONFIG.replace("params: 0.8x", "latency_ms: 90x").replace("epochs: 2", "epochs: 0")
     text = text.replace("trials: 8", "trials: 2")
     config = write_config(tmp_path, text)
@@ -118,6 +122,10 @@ def test_profile_command_writes_a_profile_that_a_run_uses(tmp_path: Path) -> Non
     assert measured.exit_code == 0, measured.output
     known = yaml.safe_load((tmp_path / "device.yaml").read_text())["layers"]
     assert len(known) > 10
+    assert not (tmp_path / "device.yaml.unfinished").exists()
+    refused = runner.invoke(app, ["profile", "--for", str(config), "--threads", "1"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "leave out --threads" in str(refused.exception)
     second = write_config(tmp_path, text.replace("rounds: 3}", "rounds: 3, profile: device.yaml}"))
     done = runner.invoke(app, ["run", str(second), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output

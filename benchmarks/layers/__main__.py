@@ -4,7 +4,7 @@
 
 Batch 1, float32. What is compared is measured in one process, interleaved. An option's structure, schedule and memory
 format are chosen by quick timings; what is reported is measured anew. Dense layers have the memory format that serves
-them best. With --only, the results of other parts are kept as they are.
+them best. With --only or --threads, other results are kept as they are.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     earlier = RESULTS / "layers.json"
-    samples: dict[str, Any] = read_json(earlier)["samples"] if args.only and earlier.exists() else {}
+    samples: dict[str, Any] = (
+        read_json(earlier)["samples"] if earlier.exists() and (args.only or len(args.threads) < 2) else {}
+    )
     for part in args.only or ["forward", "rivals", "training"]:
-        samples[part] = []
+        samples[part] = [row for row in samples.get(part, []) if row["threads"] not in args.threads]
         for threads in args.threads:
             if threads > (os.cpu_count() or 1):
                 print(f"--- {threads} threads: there are fewer cores here, left out")

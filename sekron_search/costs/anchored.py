@@ -23,6 +23,9 @@ from sekron_search.runtimes.base import NodeTime, Runtime
 #: Channels on the outer sides of the two convolutions: one block of the largest blocked layout.
 OUTER_CHANNELS = 16
 
+#: What a clock of whole microseconds shows as nothing.
+LEAST_MS = 5e-4
+
 #: Length of the chain of small convolutions from which the cost of a node is learnt.
 CHAIN = 32
 
@@ -61,7 +64,9 @@ def layer_samples(
     branches = [_anchored(module, batch, channels, tuple(spatial)) for module in modules]
     between = node_overhead(runtime)
     found = _node_times(branches, runtime, runs)
-    return [[sum(node.time_ms + between for node in nodes) for nodes in own] for own in found]
+    if not all(nodes for own in found for nodes in own):
+        return None  # the exporter that names nodes after modules could not export one of them
+    return [[max(sum(node.time_ms + between for node in nodes), LEAST_MS) for nodes in own] for own in found]
 
 
 @cache
@@ -94,7 +99,7 @@ def _own_nodes(nodes: Sequence[NodeTime], index: int, branch: nn.Module) -> list
     prefix = f"/branches.{index}/"
     if isinstance(branch, _Anchored):
         ends = [i for i, node in enumerate(nodes) if node.name.startswith((f"{prefix}before/", f"{prefix}after/"))]
-        return list(nodes[ends[0] + 1 : ends[-1]])
+        return list(nodes[ends[0] + 1 : ends[-1]]) if ends else []
     return [node for node in nodes if node.name.startswith(prefix)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from sekron_search.costs.anchored import layer_samples
 from sekron_search.costs.measure import Latency, measure_callables
 from sekron_search.costs.trace import Traced, traced_operations
 from sekron_search.kron.dense import AXES, KINDS
+from sekron_search.kron.families import dense
 from sekron_search.kron.layer import Execution
 from sekron_search.kron.plain import plain_layer
 from sekron_search.kron.steps import Schedule
@@ -57,11 +58,12 @@ def measure_layers(
     *,
     rounds: int,
     after_chunk: Callable[[dict[str, Latency]], None],
+    known: Mapping[str, Latency] | None = None,
 ) -> None:
     """Measure options of layers; those of equal geometry are timed one beside the other.
 
-    Where they are too many for that, the first of them, as a rule the layer as it is, takes part in every chunk, and
-    the chunk's latencies are scaled by how far its own has drifted: options are compared with one another.
+    The layer as it is takes part in every chunk, and the chunk's latencies are scaled by how far its own has drifted
+    since it was measured first: options are compared with it and with one another.
 
     Args:
         jobs: What to measure.
@@ -69,14 +71,19 @@ def measure_layers(
         runtime: What runs them.
         rounds: Interleaved samples of each.
         after_chunk: Called with the latencies of every chunk, by their keys.
+        known: What was measured before.
     """
     groups: dict[str, dict[str, Measurement]] = {}
     for job in jobs:
         groups.setdefault(geometry_key(job[0], samples_per_batch), {})[layer_key(*job, samples_per_batch)] = job
     for group in groups.values():
         x = random_input(next(iter(group.values()))[0], samples_per_batch)
-        first, *others = group
-        reference_ms = None
+        info = next(iter(group.values()))[0]
+        whole: Measurement = (info, dense(info.weight_shape), Schedule((0,)), "factored")
+        first = layer_key(*whole, samples_per_batch)
+        others = [key for key in group if key != first]
+        group[first] = whole
+        reference_ms = known[first].median_ms if known and first in known else None
         for start in range(0, max(len(others), 1), CHUNK):
             keys = [first, *others[start : start + CHUNK]]
             found = _timed({k: random_layer(*group[k]) for k in keys}, group[first][0], x, runtime, rounds)

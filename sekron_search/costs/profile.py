@@ -193,7 +193,7 @@ class DeviceProfile:
             if after_group is not None:
                 after_group()
 
-        measure_layers(jobs, samples_per_batch, runtime, rounds=rounds, after_chunk=keep)
+        measure_layers(jobs, samples_per_batch, runtime, rounds=rounds, after_chunk=keep, known=dict(self.layers))
 
     def fit(self, granularity: int, node_ms: float) -> None:
         """Fit the latency model to the operations, and keep its parameters and errors."""
@@ -253,7 +253,13 @@ class DeviceProfile:
                 f"device profile: {what} executes {', '.join(traced.unknown)}, which no latency model knows; measure "
                 "on the device itself"
             )
-        found = self.model.predict_sum(self.costly(traced.operations))
+        try:
+            found = self.model.predict_sum(self.costly(traced.operations))
+        except KeyError as error:
+            raise ConfigError(
+                f"device profile: {what} executes operations of the kind {error}, of which the profile has none; run "
+                "`sekron-search profile` on the device, to the end"
+            ) from None
         return Latency(found.ms, found.std_ms, 0)
 
     def costly(self, operations: Sequence[Operation]) -> list[Operation]:

@@ -34,6 +34,7 @@ def measure_device(
     *,
     seed: int = 0,
     quick: bool = False,
+    known_granularity: int | None = None,
 ) -> None:
     """Measure what the profile lacks of the design, and fit its latency model.
 
@@ -43,6 +44,7 @@ def measure_device(
         reporter: Told of the progress.
         save: Called every few seconds, when interrupted, and at the end.
         seed, quick: Of the design.
+        known_granularity: Where it was measured before.
     """
     wanted = [*design(seed, quick=quick), *granularity_sweep()]
     missing = [o for o in profile.costly(wanted) if o not in profile.operations]
@@ -67,7 +69,7 @@ def measure_device(
             save()
             raise
     reporter.say("fitting the latency model")
-    profile.fit(granularity(profile), node_overhead(runtime))
+    profile.fit(known_granularity or granularity(profile), node_overhead(runtime))
     save()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -198,14 +198,23 @@ class KroneckerLayer(nn.Module):
     def _ready_weights(self) -> list[Tensor]:
         """The weights that run: those of the steps, or the reconstructed one where the execution is dense.
 
-        Kept between calls without gradients until a factor changes.
+        Kept between calls without gradients until a factor changes; writing into a factor's `.data` is no change that
+        can be seen, use `set_factors`.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.compiler.is_exporting()
+            or self.weights[0].is_inference()  # which have no version
+        ):
             return self._made_ready()
         versions = tuple(item for stored in self.weights for item in (id(stored), stored._version, stored.data_ptr()))
         if self._ready_cache is None or self._ready_cache[0] != versions:
             self._ready_cache = (versions, self._made_ready())
         return self._ready_cache[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready_cache": None}  # neither pickled nor copied
 
     def _made_ready(self) -> list[Tensor]:
         return [self.weight] if self.execution == "dense" else ready_weights(self.plan, list(self.weights))

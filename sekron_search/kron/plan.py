@@ -127,10 +127,14 @@ def best_plan(structure: Structure, geometry: ConvGeometry, input_size: Size) ->
     return good_plans(structure, geometry, input_size)[0]
 
 
-def good_plans(structure: Structure, geometry: ConvGeometry, input_size: Size) -> list[Plan]:
-    """All plans of fewest flops for that input (see `Plan.cost`), the presumably fastest first.
+def good_plans(structure: Structure, geometry: ConvGeometry, input_size: Size, *, slack: float = 1.0) -> list[Plan]:
+    """All plans of about the fewest flops for that input (see `Plan.cost`), the presumably fastest first.
 
-    Ties go to fewer permutes, then to fewer repeated weights, then to smaller peaks.
+    Fewer permutes come first, then fewer repeated weights, then smaller peaks.
+
+    Args:
+        structure, geometry, input_size: As for `best_plan`.
+        slack: How many times the fewest flops a plan may need.
     """
     if structure.num_factors > MAX_FACTORS:
         raise StructureError(
@@ -141,7 +145,7 @@ def good_plans(structure: Structure, geometry: ConvGeometry, input_size: Size) -
     found = [
         plan
         for whole, count in zip(grouped, flops, strict=True)
-        if count == min(flops)
+        if count <= slack * min(flops)
         for plan in (whole, *_folded(whole))
     ]
 

@@ -13,7 +13,7 @@ from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Network, Option
 from sekron_search.search.study import Trial, pareto_trials
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)

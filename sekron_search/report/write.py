@@ -78,6 +78,8 @@ def summary(report: dict[str, Any]) -> list[str]:
     lines = []
     for budget in report["budgets"]:
         verdict = "met" if budget["met"] else "MISSED"
+        if budget["name"] == "latency_ms" and _is_predicted(report):
+            verdict += f" as predicted (± {report['compressed']['latency_noise_ms']:.3f}); measure it on the device"
         _, form = _UNITS[budget["name"]]
         lines.append(
             f"{budget['name']}: asked at most {form.format(budget['bound'])} ({budget['asked']}), "
@@ -90,6 +92,11 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"{report['metric_name']}: original {before:.4f}, compressed {after:.4f} (untrained {untrained:.4f})"
         )
     return lines
+
+
+def _is_predicted(report: dict[str, Any]) -> bool:
+    """Whether the latencies are those of another machine."""
+    return report["latency"] is not None and report["latency"]["predicted_for"] is not None
 
 
 def _verdict(report: dict[str, Any]) -> str:
@@ -111,7 +118,10 @@ def _costs(report: dict[str, Any]) -> str:
             for side in (report["original"], report["compressed"])
         ]
         rows.append(f"| {label} | {cells[0]} | {cells[1]} | {after / before:.3f} |")
-    text = "## Costs\n\nMeasured on the saved and re-loaded network, beside the original.\n\n" + "\n".join(rows)
+    head = "Measured on the saved and re-loaded network, beside the original."
+    if _is_predicted(report):
+        head += " Its latency is predicted, for another machine."
+    text = f"## Costs\n\n{head}\n\n" + "\n".join(rows)
     if report["uncounted_operators"]:
         names = ", ".join(f"{name} ({count})" for name, count in sorted(report["uncounted_operators"].items()))
         text += f"\n\nflops are fvcore's count. It does not count these operators of the network: {names}."
@@ -122,19 +132,21 @@ def _latency(report: dict[str, Any]) -> str:
     facts = report["latency"]
     if facts is None:
         return ""
+    foreign = facts["predicted_for"]
     threads = f"{facts['num_threads']} thread" + ("s" if facts["num_threads"] > 1 else "")
-    rows = ["| network | saved, by the sum of its layers | saved, measured |", "| --- | ---: | ---: |"]
+    whole = "measured" if foreign is None else "by the whole network's operations"
+    rows = [f"| network | saved, by the sum of its layers | saved, {whole} |", "| --- | ---: | ---: |"]
     for i, row in enumerate(facts["calibration"], start=1):
         rows.append(f"| calibration {i} | {row['summed_saving']:.1%} | {row['measured_saving']:.1%} |")
     for i, row in enumerate(facts["candidates"], start=1):
         rows.append(f"| candidate {i}, as predicted | {1 - row['predicted']:.1%} | {1 - row['measured']:.1%} |")
-    how = "Measured" if facts["predicted_for"] is None else f"Predicted for {facts['predicted_for']}, by its profile,"
+    how = "Measured" if foreign is None else f"Predicted by the profile of another machine ({foreign}), not measured,"
     formats = f"memory format {facts['memory_format']} (the original: {facts['original_memory_format']})"
     return (
         f"## Latency\n\n{how} in {facts['runtime']} ({facts['version']}), {threads}, {formats}, on networks as they "
-        "are deployed: plain modules, batch-norms folded. Options that are not faster than the layer they replace, "
-        "beyond the noise, were left out. A millisecond that layers save one by one saves "
-        f"{facts['scale']:.2f} ms in the network, by the networks below, each measured beside the original; "
+        "are deployed: plain modules, batch-norms folded. Unless the budget allows for a slower network, options that "
+        "are not faster than the layer they replace, beyond the noise, were left out. A millisecond that layers save "
+        f"one by one saves {facts['scale']:.2f} ms in the network, by the networks below, each beside the original; "
         "predictions allow for that.\n\n" + "\n".join(rows)
     )
 

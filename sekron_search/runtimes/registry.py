@@ -41,7 +41,7 @@ def make_runtime(
         raise ConfigError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {name!r}")
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"runtime {name}: expected at least one thread, got {num_threads}")
-    kind, device = runtime_class(name), torch.device(device)
+    kind, device = runtime_class(name), checked_device(device)
     if device.type not in kind.device_types:
         raise ConfigError(
             f"runtime {name}: it runs on {' or '.join(kind.device_types)}, got device '{device}'; "
@@ -53,6 +53,23 @@ def make_runtime(
             + ("; it lays out memory itself" if kind.memory_formats == ("contiguous",) else "")
         )
     return kind(num_threads, device, memory_format)
+
+
+def checked_device(device: str | torch.device) -> torch.device:
+    """A device that torch has here.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(
+            f"device: expected one of torch's such as 'cpu', 'cuda' or 'cuda:1', got {device!r}"
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: torch sees no CUDA device here, got {str(device)!r}; use 'cpu'")
+    return found
 
 
 def runtime_class(name: RuntimeName) -> type[Runtime]:

@@ -126,11 +126,6 @@ class Network:
             return max(self.peak_floor_bytes, *peaks)
         return self.fixed(name) + sum(float(v[i]) for v, i in zip(self.values(name), assignment, strict=True))
 
-    def latency_noise_ms(self, assignment: Assignment) -> float:
-        """Uncertainty of the whole network's latency, if the layers' latencies are off independently."""
-        noises = [o.latency_noise_ms or 0.0 for o in self.chosen(assignment) if not o.is_original]
-        return self.latency_scale * float(np.linalg.norm(noises))
-
     def costs(self, assignment: Assignment) -> dict[CostName, float]:
         """Every cost of the whole network that is known."""
         known = [n for n in COST_NAMES if n != "latency_ms" or self.has_latency]

@@ -250,7 +250,7 @@ def test_chunks_of_options_are_compared_through_the_layer_that_takes_part_in_all
     slowness = iter([1.0, 2.0, 4.0])
 
     def timed(calls: dict[str, object], **options: object) -> dict[str, Latency]:
-        factor = next(slowness)
+        factor = next(slowness)  # of the name's present value
         return {key: Latency(factor * (1.0 if "schedule" not in key else 0.5), 0.1 * factor, 3) for key in calls}
 
     monkeypatch.setattr(layers, "CHUNK", 2)
@@ -259,3 +259,8 @@ def test_chunks_of_options_are_compared_through_the_layer_that_takes_part_in_all
     profile.measure(jobs, 4, EAGER)
     assert sorted(latency.median_ms for latency in profile.layers.values()) == [0.5] * 5 + [1.0]
     assert {latency.noise_ms for latency in profile.layers.values()} == {0.1}
+    # Later, on a machine that is eight times slower by then: still compared with the layer as it was first measured.
+    slowness = iter([8.0])
+    more = fam.spatial_svd(info.weight_shape, 6)
+    profile.measure([(info, more, Schedule((0, 1)), "factored")], 4, EAGER)
+    assert profile.layers[layer_key(info, more, Schedule((0, 1)), "factored", 4)].median_ms == 0.5

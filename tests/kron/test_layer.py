@@ -12,6 +12,7 @@ from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv, KroneckerConvTranspose
 from sekron_search.kron.dense import ConvTranspose, dense_weight, options
 from sekron_search.kron.linear import KroneckerLinear
+from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 
 CONVS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -247,3 +248,18 @@ def test_exports_without_einsum(conv: Any) -> None:
     assert not any("einsum" in name or "bmm" in name for name in names), names
     more = torch.randn(5, 6, *size)
     torch.testing.assert_close(program.module()(more), layer(more))
+
+
+def test_ready_weights_are_kept_until_a_factor_changes_and_are_no_part_of_the_layer() -> None:
+    structure = Structure.parse("2x2x1x1[a] * 4x4x3x3[a]; a=1")
+    layer = KroneckerConv.from_conv(nn.Conv2d(8, 8, 3), structure, schedule=Schedule((0, 1)))
+    x = torch.randn(1, 8, 5, 5)
+    with torch.no_grad():
+        before = layer(x)
+        assert layer._ready_weights()[0] is layer._ready_weights()[0]
+        layer.set_factors([2 * a for a in layer.factors()])
+        assert not torch.allclose(layer(x), before)
+        assert copy.deepcopy(layer)._ready_cache is None
+    with torch.inference_mode():
+        made_here = KroneckerConv.from_conv(nn.Conv2d(8, 8, 3), structure, schedule=Schedule((0, 1)))
+        assert made_here(x).shape == (1, 8, 3, 3)
