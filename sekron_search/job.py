@@ -144,13 +144,14 @@ class Job:
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes this run another one than the next: a folder is gone on with only by the same."""
+        profile = self.settings.latency.profile
         return {
             "settings": self.settings.model_dump(mode="json"),
             "model": self.model_digest,
             "inputs": digest([self.example_inputs, list(self.calibration), list(self.holdout)]),
             "source": dict(self.source),
             "factory": factory_json(self.factory),
-            "profile": None if self.settings.latency.profile is None else self.settings.latency.profile.read_text(),
+            "profile": profile.read_text() if profile is not None and profile.exists() else None,
             "train": None if self.train is None else len(self.train),
             "metrics": [self.validate is not None, self.test is not None],
         }
