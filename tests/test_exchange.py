@@ -86,7 +86,7 @@ def test_every_family(format: FileFormat, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_that_differs_is_not_left(format: FileFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(model: nn.Module, inputs: Any) -> nn.Module:
+    def wrong(model: nn.Module, inputs: Any, **options: Any) -> nn.Module:
         return nn.Sequential(sekron_search.deploy(model, inputs), nn.Linear(4, 4))
 
     monkeypatch.setattr("sekron_search.exchange.deploy", wrong)

@@ -210,7 +210,9 @@ class KroneckerLayer(nn.Module):
             return self._made_ready()
         versions = tuple(item for stored in self.weights for item in (id(stored), stored._version, stored.data_ptr()))
         if self._ready_cache is None or self._ready_cache[0] != versions:
-            self._ready_cache = (versions, self._made_ready())
+            # Views of parameters that are made in inference mode still ask for gradients.
+            made = [w if isinstance(w, nn.Parameter) else w.detach() for w in self._made_ready()]
+            self._ready_cache = (versions, made)
         return self._ready_cache[1]
 
     def __getstate__(self) -> dict[str, Any]:
