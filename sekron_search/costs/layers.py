@@ -18,15 +18,13 @@ from sekron_search.kron.plain import plain_layer
 from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import REPLACEMENTS, LayerInfo
-from sekron_search.runtimes.base import MemoryFormat, Runtime
+from sekron_search.runtimes.base import MemoryFormat, Runtime, formatted, with_memory_format
 
 #: What a latency is of: layer, structure, schedule of the factors, execution.
 Measurement = tuple[LayerInfo, Structure, Schedule, Execution]
 
 #: Options that take turns: interleaving needs neighbours in time, not all of them in memory.
 CHUNK = 16
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def geometry_key(info: LayerInfo, samples_per_batch: int) -> str:
@@ -114,10 +112,7 @@ def traced_layer(job: Measurement, samples_per_batch: int, memory_format: Memory
     with torch.device("meta"):
         module = random_layer(*job)
         x = random_input(job[0], samples_per_batch)
-    if memory_format == "channels_last":
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = _channels_last(tensor.data)
-        x = _channels_last(x)
+    module, x = with_memory_format(module, memory_format), formatted(x, memory_format)
     return traced_operations(module, (x,))
 
 
@@ -140,11 +135,6 @@ def random_layer(info: LayerInfo, structure: Structure, schedule: Schedule, exec
         for weight in layer.weights:
             weight.normal_()
     return plain_layer(layer).eval()
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    wanted = _CHANNELS_LAST.get(tensor.dim())
-    return tensor if wanted is None else tensor.contiguous(memory_format=wanted)
 
 
 def _dense_layer(info: LayerInfo, device: str | None) -> nn.Module:

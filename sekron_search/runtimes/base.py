@@ -111,7 +111,7 @@ def laid_out(module: nn.Module, inputs: Inputs, runtime: Runtime) -> tuple[nn.Mo
         module = with_memory_format(copy_model(module).to(runtime.device), runtime.memory_format)
 
     def moved(tensor: Tensor) -> Tensor:
-        return _formatted(tensor.to(runtime.device), runtime.memory_format)
+        return formatted(tensor.to(runtime.device), runtime.memory_format)
 
     return module, tree_map_only(Tensor, moved, inputs)
 
@@ -119,11 +119,12 @@ def laid_out(module: nn.Module, inputs: Inputs, runtime: Runtime) -> tuple[nn.Mo
 def with_memory_format(module: nn.Module, memory_format: MemoryFormat) -> nn.Module:
     """The module itself, its weights laid out so; what it computes then has that layout as well."""
     for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = _formatted(tensor.data, memory_format)
+        tensor.data = formatted(tensor.data, memory_format)
     return module
 
 
-def _formatted(tensor: Tensor, memory_format: MemoryFormat) -> Tensor:
+def formatted(tensor: Tensor, memory_format: MemoryFormat) -> Tensor:
+    """A tensor laid out so, if it has two spatial axes or three; else itself."""
     if memory_format == "channels_last" and tensor.dim() in _CHANNELS_LAST:
         # A clone, for strides of axes of size 1 are free otherwise, and choose among the kernels of a convolution.
         return tensor.clone(memory_format=_CHANNELS_LAST[tensor.dim()])

@@ -205,8 +205,10 @@ def test_measuring_a_complete_profile_again_does_nothing(monkeypatch: pytest.Mon
     profile = DeviceProfile.empty(make_runtime("pytorch-eager"))
     profile.operations = measured(granularity_sweep())
     profile.fit(16, 0.0)
+    before = profile.to_yaml()
 
     def refuse() -> None:
         raise AssertionError("it was saved")
 
     profiling.measure_device(profile, make_runtime("pytorch-eager"), Reporter(), refuse)
+    assert profile.to_yaml() == before
