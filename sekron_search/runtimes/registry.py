@@ -47,6 +47,8 @@ def make_runtime(
             f"runtime {name}: it runs on {' or '.join(kind.device_types)}, got device '{device}'; "
             "choose another device, or pytorch-eager or torch-compile"
         )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: torch sees no CUDA device here, got {str(device)!r}; use 'cpu'")
     if memory_format not in kind.memory_formats:
         raise ConfigError(
             f"runtime {name}: expected memory format {' or '.join(kind.memory_formats)}, got {memory_format!r}"
@@ -56,7 +58,7 @@ def make_runtime(
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """A device that torch has here.
+    """A device of a name that torch knows.
 
     Raises:
         ConfigError: If there is none of that name.
@@ -67,8 +69,6 @@ def checked_device(device: str | torch.device) -> torch.device:
         raise ConfigError(
             f"device: expected one of torch's such as 'cpu', 'cuda' or 'cuda:1', got {device!r}"
         ) from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: torch sees no CUDA device here, got {str(device)!r}; use 'cpu'")
     return found
 
 
