@@ -11,7 +11,7 @@ from torch import nn
 from sekron_search.files import read_json
 from sekron_search.search.budget import Budget, CostName
 from sekron_search.search.options import Assignment, Network
-from sekron_search.search.study import Trial
+from sekron_search.search.trial import Trial
 
 #: Standard error of the median of n normal samples, in halves of their interquartile range over the root of n.
 MEDIAN_NOISE = 1.86

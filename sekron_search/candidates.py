@@ -28,7 +28,8 @@ from sekron_search.runtimes.base import with_memory_format
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, infeasible, solve_knapsack
 from sekron_search.search.options import Assignment
-from sekron_search.search.study import Halving, Trial, best_feasible, run_study
+from sekron_search.search.study import Halving, run_study
+from sekron_search.search.trial import Trial, best_feasible
 from sekron_search.sequential import fit_sequentially
 from sekron_search.timing import network_costs, network_latencies
 

@@ -11,7 +11,7 @@ from sekron_search.config import Settings
 from sekron_search.inspection import Inspection
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Network, Option
-from sekron_search.search.study import Trial, pareto_trials
+from sekron_search.search.trial import Trial, pareto_trials
 
 FORMAT = 3
 

@@ -16,7 +16,8 @@ from sekron_search.search.budget import Budget
 from sekron_search.search.knapsack import additive_errors, best_reachable, solve_knapsack
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
 from sekron_search.search.pareto import front, non_dominated
-from sekron_search.search.study import SAMPLERS, SamplerName, Trial, best_feasible, pareto_trials, run_study
+from sekron_search.search.study import SAMPLERS, SamplerName, run_study
+from sekron_search.search.trial import Trial, best_feasible, pareto_trials
 from sekron_search.tables import FittedLayer
 from tests.oracles import dominated, knapsack_by_enumeration
 

@@ -1,0 +1,56 @@
+"""Finished trials of a search, and which of them count. Plain records: nothing here knows where they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sekron_search.search.budget import CostName
+from sekron_search.search.options import Assignment
+from sekron_search.search.pareto import front
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial.
+
+    Args:
+        index: Position among the finished trials.
+        assignment: Option of every layer.
+        divergence: Of the assembled network's outputs from the original's.
+        costs: Predicted costs of the whole network.
+        feasible: Whether they are within the budgets.
+        source: "knapsack" for a start, else the sampler's name.
+        lower_bound: Of the additive error at the trial's budget level, where it is a start.
+    """
+
+    index: int
+    assignment: Assignment
+    divergence: float
+    costs: Mapping[str, float]
+    feasible: bool
+    source: str
+    lower_bound: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "assignment": list(self.assignment)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        """Inverse of `to_json`."""
+        return cls(**{**data, "assignment": tuple(data["assignment"])})
+
+
+def pareto_trials(trials: Sequence[Trial], costs: Sequence[CostName]) -> list[Trial]:
+    """The trials that no other one dominates on divergence and these costs, feasible or not; distinct assignments."""
+    return [trials[i] for i in front([[t.divergence, *(t.costs[c] for c in costs)] for t in trials])]
+
+
+def best_feasible(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """The `count` distinct feasible assignments of least divergence."""
+    chosen: dict[Assignment, Trial] = {}
+    for trial in sorted((t for t in trials if t.feasible), key=lambda t: (t.divergence, t.index)):
+        chosen.setdefault(trial.assignment, trial)
+    return list(chosen.values())[:count]
