@@ -38,3 +38,7 @@ class InfeasibleBudgetError(SekronError):
 
 class RunFolderError(SekronError):
     """A run folder or an artefact is missing, damaged, locked, or of another version."""
+
+
+class StorageError(SekronError):
+    """The storage of a study cannot be opened or reached, or holds another study."""

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.servers import postgres
 
 # Small tensors: more threads only cost time, and the same sums in the same order make runs comparable.
 torch.set_num_threads(1)
@@ -16,3 +19,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """A PostgreSQL server; tests that ask for it are skipped where there is none."""
+    with postgres() as url:
+        yield url

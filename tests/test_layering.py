@@ -48,7 +48,9 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 #: Third parties that few modules alone may import.
 ADAPTERS: dict[str, str | tuple[str, ...]] = {
     "fvcore": "costs/traced.py",
-    "optuna": "search/study.py",
+    "optuna": ("search/study.py", "search/ledger.py", "search/storage.py"),
+    "sqlalchemy": "search/storage.py",
+    "grpc": "search/storage.py",
     "matplotlib": "report/plots.py",
     "scipy": ("search/knapsack.py", "costs/design.py", "costs/predict.py"),
     "safetensors": "files.py",
