@@ -48,7 +48,9 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 #: Third parties that few modules alone may import.
 ADAPTERS: dict[str, str | tuple[str, ...]] = {
     "fvcore": "costs/traced.py",
-    "optuna": ("search/study.py", "search/ledger.py", "search/storage.py"),
+    "optuna": ("search/study.py", "search/ledger.py", "search/storage.py", "search/artifacts.py"),
+    "boto3": "search/artifacts.py",
+    "botocore": "search/artifacts.py",
     "sqlalchemy": "search/storage.py",
     "grpc": "search/storage.py",
     "matplotlib": "report/plots.py",

@@ -35,7 +35,7 @@ HEARTBEAT_S = 5.0
 GRACE_S = 60.0
 
 #: Attributes of the study.
-FACTS, CLOSED = "facts", "closed"
+FACTS, CLOSED, FILES = "facts", "closed", "files"
 
 #: Attributes of a trial.
 SLOT, WORKER, TRIAL, STRUCTURES, REASON = "slot", "worker", "trial", "structures", "why it failed"
@@ -137,6 +137,16 @@ class Ledger:
         """Say that the search is over: workers leave."""
         self._store.patiently(lambda: self._store.backend.set_study_user_attr(self._study_id, CLOSED, True))
 
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The files that go with the study, by name: their artifact's identifier, hash and size."""
+        return dict(self._attributes().get(FILES, {}))
+
+    def set_files(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Say which files go with the study."""
+        wanted = json.loads(json.dumps(files))
+        self._store.patiently(lambda: self._store.backend.set_study_user_attr(self._study_id, FILES, wanted))
+
     def finished(self) -> dict[int, Trial]:
         """The finished slots, each once."""
         found: dict[int, Trial] = {}
@@ -213,7 +223,7 @@ class Ledger:
         backend, number = self._store.backend, claim.trial_id
 
         def record() -> None:
-            asked = optuna.trial.Trial(self._study(), number)
+            asked = optuna.trial.Trial(self.study(), number)
             there = asked.constraints
             for name, violation in violations.items():
                 if name not in there:
@@ -233,7 +243,7 @@ class Ledger:
         backend = self._store.backend
         wanted = json.loads(json.dumps(facts))
         if not self.facts:
-            study = self._study()
+            study = self.study()
             with experimental():
                 self._store.patiently(lambda: study.set_metric_names(objectives))
             self._store.patiently(lambda: backend.set_study_user_attr(self._study_id, FACTS, wanted))
@@ -296,8 +306,8 @@ class Ledger:
     def _attributes(self) -> dict[str, Any]:
         return self._store.patiently(lambda: self._store.backend.get_study_user_attrs(self._study_id))
 
-    def _study(self) -> optuna.Study:
-        # Not to draw anything; this sampler is the one that does not look at other trials.
+    def study(self) -> optuna.Study:
+        """The study as Optuna has it; not to draw anything, its sampler is one that looks at no other trials."""
         return self._store.patiently(
             lambda: optuna.load_study(study_name=self.name, storage=self._store.backend, sampler=RandomSampler())
         )
