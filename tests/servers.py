@@ -56,7 +56,7 @@ def postgres() -> Iterator[str]:
         try:
             yield f"postgresql://sekron:{PASSWORD.replace(' ', '%20')}@127.0.0.1:{port}/postgres"
         finally:
-            run("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+            run("pg_ctl", "-D", data, "-m", "fast", "-w", "stop")
 
 
 def new_database(server: str) -> str:

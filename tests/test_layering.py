@@ -49,6 +49,7 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 ADAPTERS: dict[str, str | tuple[str, ...]] = {
     "fvcore": "costs/traced.py",
     "optuna": ("search/study.py", "search/ledger.py", "search/storage.py", "search/artifacts.py"),
+    "optuna_dashboard": "search/dashboard.py",
     "boto3": "search/artifacts.py",
     "botocore": "search/artifacts.py",
     "sqlalchemy": "search/storage.py",

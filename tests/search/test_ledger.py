@@ -122,7 +122,7 @@ def test_a_worker_alone_takes_the_slots_in_their_order(journal: str) -> None:
 
 
 def test_many_processes_own_each_slot_once(url: str, tmp_path: Path) -> None:
-    name, slots, log = uuid.uuid4().hex, 24, tmp_path / "log"
+    name, slots, log = uuid.uuid4().hex, 16, tmp_path / "log"
     with opened(url, name) as ledger:
         for process in start(url, name, 4, log, slots=slots, pause_s=0):
             process.join(60)
@@ -138,7 +138,7 @@ def test_many_processes_own_each_slot_once(url: str, tmp_path: Path) -> None:
 def test_a_killed_workers_trial_is_done_by_another(url: str, tmp_path: Path) -> None:
     name, slots, log = uuid.uuid4().hex, 16, tmp_path / "log"
     with opened(url, name) as ledger:
-        workers = start(url, name, 3, log, slots=slots, pause_s=0.15)
+        workers = start(url, name, 3, log, slots=slots, pause_s=0.1)
         victim, slot = working_on(log, workers, after=3)
         victim.kill()
         victim.join()
@@ -205,6 +205,7 @@ def test_a_silent_worker_is_given_up_on_and_cannot_finish(url: str, monkeypatch:
     assert "of far away went silent" in given_up.user_attrs["why it failed"]
 
 
+@pytest.mark.parametrize("url", ["journal", "postgresql"], indirect=True)
 def test_signs_of_life_reach_the_others(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = dataclasses.replace(Process.here(), space="another machine")
     with opened(url, grace_s=0) as ledger:
@@ -240,6 +241,7 @@ def test_an_exception_or_interrupt_frees_the_slot(journal: str) -> None:
     assert reasons == ["KeyboardInterrupt: ", "ValueError: no such layer", None]
 
 
+@pytest.mark.parametrize("url", ["journal", "postgresql"], indirect=True)
 def test_what_optuna_shows_of_a_trial(url: str) -> None:
     with opened(url) as ledger:
         claim = claimed(ledger)
