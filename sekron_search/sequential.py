@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sekron_search.calibration import Moments, output_rows
-from sekron_search.costs.traced import reestimate_batch_norm
+from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm
 from sekron_search.kron.dense import KINDS, DenseLayer, dense_weight, layer_kind, native_weight
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.projection import Fit
@@ -39,7 +39,7 @@ def fit_sequentially(
     tr(H (W^ - W*) E[x' x''] (W^ - W*)') with H the curvature at the output: factors are refined to W* under that
     metric, and a layer that stays dense takes W* itself. The target is the original's output y; where y, scaled by a,
     is added to some s, as at the end of a residual block, it is y + (s - s') / a, s' being what the compressed network
-    has for s. Batch-norm statistics are re-estimated after every layer.
+    has for s. Batch-norm statistics follow after every layer.
 
     Args:
         compressed: The network to fit, in place; left in evaluation mode.
@@ -55,12 +55,13 @@ def fit_sequentially(
     """
     compressed.eval()
     original.eval()
+    trained = NormStatistics(original, batches)
     changed = False
     for done, info in enumerate(layers, start=1):
         layer, dense = compressed.get_submodule(info.name), original.get_submodule(info.name)
         changed = changed or isinstance(layer, KroneckerLayer)
         if changed and isinstance(layer, _FITTED):
-            reestimate_batch_norm(compressed, batches, until=info.name)
+            reestimate_batch_norm(compressed, batches, original=trained, until=info.name)
             scale = scale_at_sum(original, batches[0], info)
             moments = Moments(info, seed=0)
             for inputs in batches:
@@ -81,7 +82,7 @@ def fit_sequentially(
                 bias.copy_(mean_output - (predicted @ metric.mean[:, :, None]).flatten())
         if progress is not None:
             progress(done)
-    reestimate_batch_norm(compressed, batches)
+    reestimate_batch_norm(compressed, batches, original=trained)
 
 
 def _set_weight(layer: nn.Module, target: Tensor, metric: InputMetric, steps: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 with warnings.catch_warnings():
     # fvcore compiles a few functions with torch.jit when it is imported, which torch deprecates.
@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     from fvcore.nn.precise_bn import update_bn_stats
 
 from sekron_search.errors import DataError
-from sekron_search.model import Inputs, as_inputs, batch_size, run_until
+from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, run_until
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,56 @@ def _named_padding_flops(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter({"conv": conv_flop_count(x, weight, out)})
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Sequence[Inputs], *, until: str | None = None) -> None:
-    """Set the batch-norms' statistics to those of the data, as the network now is; leaves it in evaluation mode.
+class NormStatistics:
+    """Trained statistics of a network's batch-norms, and what the same batch-norms show on some batches.
+
+    Trained statistics come from other data than the calibration batches: more of it, and augmented. So a network that
+    changed takes over how its statistics changed on the batches, not what they are there: one that did not change
+    keeps those it was trained with.
+
+    Args:
+        original: The trained network; it is not changed.
+        batches: Inputs.
+    """
+
+    def __init__(self, original: nn.Module, batches: Sequence[Inputs]) -> None:
+        self.trained = {name: _statistics(norm) for name, norm in _norms(original).items()}
+        shown = copy_model(original)
+        reestimate_batch_norm(shown, batches)
+        self.shown = {name: _statistics(norm) for name, norm in _norms(shown).items()}
+
+    def correct(self, name: str, norm: nn.Module) -> None:
+        """Turn a batch-norm's statistics on the batches into its trained ones, changed by as much."""
+        if name not in self.trained:
+            return
+        (mean, var), (shown_mean, shown_var) = self.trained[name], self.shown[name]
+        own_mean, own_var = _statistics(norm)
+        alive = (shown_var > 0) & (var > 0)
+        own_mean.copy_(own_mean + torch.where(alive, mean - shown_mean, 0.0))
+        own_var.copy_(own_var * torch.where(alive, var / shown_var, 1.0))
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Module]:
+    kind = nn.modules.batchnorm._BatchNorm
+    return {name: m for name, m in model.named_modules() if isinstance(m, kind) and m.track_running_stats}
+
+
+def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    mean, var = norm.running_mean, norm.running_var
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
+    return mean, var
+
+
+@torch.no_grad()
+def reestimate_batch_norm(
+    model: nn.Module,
+    batches: Sequence[Inputs],
+    *,
+    original: NormStatistics | None = None,
+    until: str | None = None,
+) -> None:
+    """Set the batch-norms' statistics to those of the network as it now is; leaves it in evaluation mode.
 
     Only batch-norms that run once per forward pass are put into training mode: dropout and the like stay off, and a
     batch-norm with several inputs keeps the statistics it was trained with.
@@ -73,6 +121,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Sequence[Inputs], *, until:
     Args:
         model: The network.
         batches: Inputs.
+        original: Of the network that it was made from, on the same batches: the statistics it was trained with are then
+            changed by as much as those on the batches; else those on the batches are taken as they are.
         until: Name of a layer; only batch-norms that run before it are touched.
 
     Raises:
@@ -84,7 +134,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Sequence[Inputs], *, until:
     norms = _norms_that_run_once(model, batches[0], until)
     if norms:
         logging.getLogger("fvcore.nn.precise_bn").setLevel(logging.WARNING)
-        for norm in norms:
+        for norm in norms.values():
             norm.train()
         try:
             update_bn_stats(_Partial(model, until), batches, len(batches))
@@ -94,20 +144,21 @@ def reestimate_batch_norm(model: nn.Module, batches: Sequence[Inputs], *, until:
                 "two samples or more"
             ) from None
     model.eval()
+    if original is not None:
+        for name, norm in norms.items():
+            original.correct(name, norm)
 
 
-def _norms_that_run_once(model: nn.Module, inputs: Inputs, until: str | None) -> list[nn.Module]:
+def _norms_that_run_once(model: nn.Module, inputs: Inputs, until: str | None) -> dict[str, nn.Module]:
     calls: Counter[nn.Module] = Counter()
-    kind = nn.modules.batchnorm._BatchNorm
-    norms = [m for m in model.modules() if isinstance(m, kind) and m.track_running_stats]
-    handles = [m.register_forward_pre_hook(lambda module, args: calls.update([module])) for m in norms]
+    norms = _norms(model)
+    handles = [m.register_forward_pre_hook(lambda module, args: calls.update([module])) for m in norms.values()]
     try:
-        with torch.no_grad():
-            run_until(model, inputs, until)
+        run_until(model, inputs, until)
     finally:
         for handle in handles:
             handle.remove()
-    return [norm for norm in norms if calls[norm] == 1]
+    return {name: norm for name, norm in norms.items() if calls[norm] == 1}
 
 
 class _Partial(nn.Module):
