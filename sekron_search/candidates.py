@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
-from sekron_search.costs.traced import reestimate_batch_norm
 from sekron_search.errors import InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.job import Job
-from sekron_search.kron.layer import KroneckerLayer
-from sekron_search.kron.steps import Schedule
-from sekron_search.kron.structure import Structure
-from sekron_search.model import layer_like, replace_layers
 from sekron_search.prepare import Tables
 from sekron_search.progress import Reporter
-from sekron_search.proxies import mean_divergence
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import with_memory_format
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, infeasible, solve_knapsack
+from sekron_search.search.ledger import Ledger
 from sekron_search.search.options import Assignment
-from sekron_search.search.study import Halving, run_study
+from sekron_search.search.problem import Problem
+from sekron_search.search.study import Halving, objectives, run_study
 from sekron_search.search.trial import Trial, best_feasible
 from sekron_search.sequential import fit_sequentially
 from sekron_search.timing import network_costs, network_latencies
@@ -54,10 +52,15 @@ class Finder:
         tables: What every layer can become.
         folder: The run folder.
         reporter: Told of the progress.
+        storage: URL of an Optuna storage that workers share; by default a journal in the run folder.
     """
 
-    def __init__(self, job: Job, tables: Tables, folder: RunFolder, reporter: Reporter) -> None:
+    def __init__(
+        self, job: Job, tables: Tables, folder: RunFolder, reporter: Reporter, storage: str | None = None
+    ) -> None:
         self.job, self.tables, self.folder, self.reporter = job, tables, folder, reporter
+        self.storage = storage or folder.study
+        self.assembler = Assembler(job, tables)
         self.network = tables.network
         self.budget = job.settings.bounds
         self.bounds = self.budget.resolve(tables.original)
@@ -120,7 +123,7 @@ class Finder:
                 bounds: dict[CostName, float] = {"latency_ms": original + level * (least - original)}
                 found[str(level)] = solve_knapsack(self.network, bounds, errors, relative_gap=0.01).assignment
             form = self.tables.layout.memory_format
-            networks = {name: (self._with_factors(assignment), form) for name, assignment in found.items()}
+            networks = {name: (self.assembler.with_factors(assignment), form) for name, assignment in found.items()}
             timed = network_latencies(self.job, {"original": (self.job.model, form), **networks})
             whole = timed["original"].median_ms
             rows = [
@@ -164,83 +167,41 @@ class Finder:
 
     def load(self, candidate: Candidate) -> nn.Module:
         """A candidate's network as it was before fine-tuning."""
-        network = self._skeleton(candidate.assignment)
+        network = self.assembler.skeleton(candidate.assignment)
         network.load_state_dict(read_tensors(self._home(candidate.assignment) / "weights.safetensors"))
         return network.to(self.job.device).eval()
 
-    def assemble(self, assignment: Assignment) -> nn.Module:
-        """The network with the fitted factors, the biases corrected, batch-norm statistics re-estimated."""
-        network = self._with_factors(assignment)
-        reestimate_batch_norm(network, self.job.calibration)
-        return network
-
-    def _with_factors(self, assignment: Assignment) -> nn.Module:
-        """The network with the fitted factors, the biases corrected."""
-        network = self._skeleton(assignment)
-        for info, fitted, index in zip(self.tables.layers, self.tables.fitted, assignment, strict=True):
-            if fitted.table.options[index].is_original:
-                continue
-            layer, dense = network.get_submodule(info.name), self.job.model.get_submodule(info.name)
-            assert isinstance(layer, KroneckerLayer)
-            layer.set_factors([a.to(self.job.device) for a in fitted.factors[index]])
-            shift = fitted.shifts[index]
-            if layer.bias is not None:
-                assert isinstance(dense.bias, Tensor)
-                correction = shift.to(layer.bias) if info.output_shift == "correctable" and shift is not None else 0.0
-                with torch.no_grad():
-                    layer.bias.copy_(dense.bias + correction)
-        return network
-
-    def divergence(self, network: nn.Module) -> float:
-        """Of a network's outputs on the held-out calibration inputs."""
-        name = self.job.settings.search.divergence
-        return mean_divergence(name, network, self.job.holdout, self.job.references)
-
-    def _skeleton(self, assignment: Assignment) -> nn.Module:
-        """The network with the layers of an assignment, all their weights zero."""
-        job = self.job
-        chosen = zip(self.tables.layers, self.network.chosen(assignment), strict=True)
-        layers = {
-            info.name: layer_like(
-                job.model,
-                info.name,
-                Structure.parse(option.structure),
-                schedule=Schedule.parse(option.schedule),
-                execution=option.execution,
-            )
-            for info, option in chosen
-            if not option.is_original
-        }
-        return replace_layers(job.model, layers).eval()
-
     def _trials(self, bounds: Mapping[CostName, float], number: int) -> list[Trial]:
-        settings = self.job.settings
-        trials: list[Trial] = []
-        best = float("inf")
-        with self.reporter.task("searching", settings.search.trials) as task:
-            for trial in run_study(
-                self.network,
-                bounds,
-                lambda assignment: self.divergence(self.assemble(assignment)),
-                storage=f"sqlite:///{self.folder.study}",
-                name=f"round {number}: " + ", ".join(f"{n} <= {b:.6g}" for n, b in bounds.items()),
-                trials=settings.search.trials,
-                seed=settings.seed,
-                sampler=settings.search.sampler,
-            ):
-                trials.append(trial)
-                best = min(best, trial.divergence) if trial.feasible else best
-                task.update(len(trials), f"best divergence {best:.4g}")
-        found = {"round": number, "bounds": dict(bounds), "trials": [t.to_json() for t in trials]}
-        write_json(self.folder.search, found)
+        settings = self.job.settings.search
+        problem = Problem(
+            self.network,
+            bounds,
+            trials=settings.trials,
+            seed=self.job.settings.seed,
+            generation=settings.generation,
+            spread=settings.spread,
+        )
+        deadline = None if settings.time_limit_s is None else time.monotonic() + settings.time_limit_s
+        name = f"round {number}: " + ", ".join(f"{n} <= {b:.6g}" for n, b in bounds.items())
+        found: dict[int, Trial] = {}
+        with (
+            Ledger.open(self.storage, name, objectives=objectives(bounds), facts=problem.facts()) as ledger,
+            self.reporter.task("searching", settings.trials) as task,
+        ):
+            for found in run_study(problem, self.assembler.evaluate, ledger, deadline=deadline):
+                best = min((t.divergence for t in found.values() if t.feasible and not t.pruned), default=inf)
+                task.update(len(found), f"best divergence {best:.4g}")
+        trials = [found[slot] for slot in sorted(found)]
+        record = {"round": number, "bounds": dict(bounds), "trials": [t.to_json() for t in trials]}
+        write_json(self.folder.search, record)
         return trials
 
     def _candidate(self, trial: Trial) -> Candidate:
         """A trial's network, fitted layer after layer and measured; from the run folder if it is there."""
         home = self._home(trial.assignment)
         if not (home / "candidate.json").exists():
-            network = self.assemble(trial.assignment)
-            divergence = self._fit_sequentially(network, trial.divergence)
+            network = self.assembler.assemble(trial.assignment)
+            divergence = self._fit_sequentially(network, self.assembler.divergence(network))
             write_tensors(home / "weights.safetensors", dict(network.state_dict()))
             layout = self.tables.layout
             costs = network_costs(
@@ -282,7 +243,7 @@ class Finder:
                 curvature=self.job.curvature,
                 progress=task.update,
             )
-        after = self.divergence(network)
+        after = self.assembler.divergence(network)
         if after > before:
             network.load_state_dict(start)
         return min(after, before)

@@ -15,7 +15,6 @@ from sekron_search.proxies import DivergenceName
 from sekron_search.runtimes.base import MemoryFormat, RuntimeName
 from sekron_search.search.budget import Budget
 from sekron_search.search.space import SearchSpace, explain
-from sekron_search.search.study import SamplerName
 
 MetricName = Literal["accuracy", "neg_mse", "psnr"]
 Positive = Annotated[int, Field(ge=1)]
@@ -97,10 +96,20 @@ class CalibrationConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """The study: number of trials, sampler, and by what outputs are compared ("kl" for class logits, else "mse")."""
+    """The search over whole networks.
+
+    Args:
+        trials: Networks that are tried.
+        generation: Trials that are drawn from the same earlier ones: so many workers can share them.
+        spread: Share of the trials that look for the front beside the budget.
+        time_limit_s: Seconds after which no more trials are begun; the best so far is then gone on with.
+        divergence: By what outputs are compared: "kl" for logits of classes, else "mse".
+    """
 
     trials: Positive = 40
-    sampler: SamplerName = "local"
+    generation: Positive = 4
+    spread: Annotated[float, Field(ge=0, le=1)] = 0.25
+    time_limit_s: Annotated[float, Field(gt=0)] | None = None
     divergence: DivergenceName = "kl"
 
 

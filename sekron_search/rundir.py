@@ -34,7 +34,7 @@ class RunFolder:
         self.layout = self.path / "layout.json"
         self.calibration = self.path / "calibration.json"
         self.tables = self.path / "tables"
-        self.study = self.path / "study.sqlite3"
+        self.study = self.path / "study.journal"
         self.search = self.path / "search.json"
         self.candidates = self.path / "candidates"
         self.compressed = self.path / "compressed"

@@ -63,8 +63,8 @@ def test_a_candidate_is_fitted_once_and_is_what_its_record_says(finder: Finder) 
     searched = finder.search()
     candidate = searched.candidates[0]
     assert candidate.divergence <= candidate.divergence_before_sequential_fit
-    assert finder.divergence(finder.load(candidate)) == pytest.approx(candidate.divergence, rel=1e-5)
-    assert finder.divergence(finder.assemble(candidate.assignment)) == pytest.approx(
+    assert finder.assembler.divergence(finder.load(candidate)) == pytest.approx(candidate.divergence, rel=1e-5)
+    assert finder.assembler.evaluate(candidate.assignment).divergence == pytest.approx(
         candidate.divergence_before_sequential_fit, rel=1e-5
     )
     assert finder.search() == searched

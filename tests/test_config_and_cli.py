@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
     ("old", "new", "says"),
     [
         ("search:", "serach:", "key 'serach' is not known; expected one of: budget, calibration"),
-        ("trials: 8", "trails: 8", "key 'search.trails' is not known; expected one of: divergence, sampler, trials"),
+        ("trials: 8", "trails: 8", "key 'search.trails' is not known; expected one of: divergence, generation, "),
         ("trials: 8", "trials: many", "key 'search.trials': input should be a valid integer"),
         ("trials: 8", "trials: 0", "key 'search.trials': input should be greater than or equal to 1"),
         ("flops: 0.6x", "flop: 0.6x", "unknown cost 'flop'"),

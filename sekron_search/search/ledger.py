@@ -35,7 +35,7 @@ HEARTBEAT_S = 5.0
 GRACE_S = 60.0
 
 #: Attributes of the study.
-FACTS, CLOSED, FILES = "facts", "closed", "files"
+FACTS, CLOSED, OVER, FILES = "facts", "closed", "over", "files"
 
 #: Attributes of a trial.
 SLOT, WORKER, TRIAL, STRUCTURES, REASON = "slot", "worker", "trial", "structures", "why it failed"
@@ -70,6 +70,8 @@ class Ledger:
         self._random = random.SystemRandom()  # workers must not draw alike
         self._mine: set[int] = set()
         self._known: dict[int, Trial] = {}
+        #: How many trials this process has finished.
+        self.num_finished = 0
 
     @classmethod
     def open(
@@ -136,6 +138,10 @@ class Ledger:
     def close(self) -> None:
         """Say that the search is over: workers leave."""
         self._store.patiently(lambda: self._store.backend.set_study_user_attr(self._study_id, CLOSED, True))
+
+    def conclude(self) -> None:
+        """Say that no other search of this run follows."""
+        self._store.patiently(lambda: self._store.backend.set_study_user_attr(self._study_id, OVER, True))
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -236,7 +242,9 @@ class Ledger:
         with contextlib.suppress(UpdateFinishedTrialError):
             self._store.patiently(record)
         # Read again: what could not be answered may have been written all the same.
-        return self._store.patiently(lambda: backend.get_trial(number)).state == TrialState.COMPLETE
+        counts = self._store.patiently(lambda: backend.get_trial(number)).state == TrialState.COMPLETE
+        self.num_finished += counts
+        return counts
 
     def _agree(self, facts: dict[str, Any], objectives: list[str]) -> None:
         """Say what the study is, or check that it is that."""
@@ -311,12 +319,6 @@ class Ledger:
         return self._store.patiently(
             lambda: optuna.load_study(study_name=self.name, storage=self._store.backend, sampler=RandomSampler())
         )
-
-
-def studies(store: Store) -> dict[str, dict[str, Any]]:
-    """The attributes of the studies of a storage that have said what they are, by name."""
-    found = store.patiently(store.backend.get_all_studies)
-    return {study.study_name: dict(study.user_attrs) for study in found if FACTS in study.user_attrs}
 
 
 def _owners(trials: Iterable[FrozenTrial]) -> dict[int, int]:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sekron_search.errors import ConfigError, InfeasibleBudgetError
-from sekron_search.search.budget import Budget
+from sekron_search.errors import ConfigError, InfeasibleBudgetError, StorageError
+from sekron_search.search.budget import Budget, CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, solve_knapsack
+from sekron_search.search.ledger import Ledger
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
 from sekron_search.search.pareto import front, non_dominated
-from sekron_search.search.study import SAMPLERS, SamplerName, run_study
-from sekron_search.search.trial import Trial, best_feasible, pareto_trials
+from sekron_search.search.problem import Problem
+from sekron_search.search.study import Evaluate, objectives, run_study
+from sekron_search.search.trial import Evaluation, Trial, best_feasible, pareto_trials
 from sekron_search.tables import FittedLayer
 from tests.oracles import dominated, knapsack_by_enumeration
 
@@ -158,59 +162,59 @@ def pretend(assignment: Assignment) -> float:
     return errors[0] ** 2 + 8 * errors[1] ** 2 + errors[2] ** 2
 
 
-def trials_of(path: Path, count: int, sampler: SamplerName = "local", seed: int = 0) -> list[Trial]:
-    bounds = {"flops": 200.0, "params": 250.0}
-    return list(
-        run_study(
-            NETWORK,
-            bounds,  # type: ignore[arg-type]
-            pretend,
-            storage=f"sqlite:///{path}",
-            name="test",
-            trials=count,
-            seed=seed,
-            sampler=sampler,
-        )
-    )
+BOUNDS: dict[CostName, float] = {"flops": 200.0, "params": 250.0}
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_studies_resume_to_the_same_trials(tmp_path: Path, sampler: SamplerName) -> None:
-    whole = trials_of(tmp_path / "whole.db", 16, sampler)
-    trials_of(tmp_path / "parts.db", 9, sampler)
-    # A process that was killed in the middle of a trial leaves it running, or drawn but not begun.
-    import optuna
+def take_part(path: Path, problem: Problem, evaluate: Evaluate, *, deadline: float | None = None) -> list[Trial]:
+    with Ledger.open(path, "test", objectives=objectives(problem.bounds), facts=problem.facts()) as ledger:
+        *_, found = run_study(problem, evaluate, ledger, deadline=deadline)
+    return list(found.values())
 
-    left = optuna.load_study(study_name="test", storage=f"sqlite:///{tmp_path / 'parts.db'}")
-    left.ask()
-    left.enqueue_trial({"level": 0.3})
-    assert trials_of(tmp_path / "parts.db", 16, sampler) == whole
+
+def trials_of(path: Path, count: int, seed: int = 0) -> list[Trial]:
+    return take_part(path, Problem(NETWORK, BOUNDS, trials=count, seed=seed), lambda a, _: Evaluation(pretend(a)))
+
+
+def test_studies_that_are_killed_come_to_the_same_trials(tmp_path: Path) -> None:
+    whole = trials_of(tmp_path / "whole", 16)
+    problem, left = Problem(NETWORK, BOUNDS, trials=16), [0]
+
+    def killed(assignment: Assignment, _: Sequence[Trial]) -> Evaluation:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return Evaluation(pretend(assignment))
+
+    for until in (0, 1, 3, 5):
+        left = [until]
+        with pytest.raises(KeyboardInterrupt):
+            take_part(tmp_path / "parts", problem, killed)
+    assert trials_of(tmp_path / "parts", 16) == whole
     assert [t.index for t in whole] == list(range(16))
+    assert trials_of(tmp_path / "other", 16, seed=1) != whole
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_trials_of_the_search_stay_within_the_budget(tmp_path: Path, sampler: SamplerName) -> None:
-    trials = trials_of(tmp_path / "study.db", 14, sampler)
-    assert all(t.feasible for t in trials if t.source == sampler)
+def test_trials_of_the_search_stay_within_the_budget(tmp_path: Path) -> None:
+    problem = Problem(NETWORK, BOUNDS, trials=20, spread=0.0)
+    trials = take_part(tmp_path / "study", problem, lambda a, _: Evaluation(pretend(a)))
+    assert all(t.feasible for t in trials if t.source == "search")
     assert all(t.costs["flops"] <= 200 and t.costs["params"] <= 250 for t in trials if t.feasible)
-    assert {t.source for t in trials} == {"knapsack", sampler}
+    assert {t.source for t in trials} == {"knapsack", "search"}
     assert any(not t.feasible for t in trials), "some starts show the front beyond the budget"
 
 
-def test_local_search_improves_on_the_knapsack_where_layers_differ(tmp_path: Path) -> None:
+def test_a_share_of_the_trials_looks_for_the_front_beside_the_budget(tmp_path: Path) -> None:
+    problem = Problem(NETWORK, BOUNDS, trials=30, spread=1.0)
+    trials = take_part(tmp_path / "study", problem, lambda a, _: Evaluation(pretend(a)))
+    assert len({t.costs["flops"] for t in trials if t.source == "search"}) > 3
+    assert any(not t.feasible for t in trials if t.source == "search")
+
+
+def test_the_search_improves_on_the_knapsack_where_layers_differ(tmp_path: Path) -> None:
     """One of two layers has to be compressed; the additive errors name the wrong one by a little."""
     network = tables([[(100, 9, 0.0), (40, 9, 0.30)], [(100, 9, 0.0), (40, 9, 0.31)]])
-    trials = list(
-        run_study(
-            network,
-            {"flops": 150.0},
-            lambda assignment: 0.3 * assignment[0] + 0.1 * assignment[1],
-            storage=f"sqlite:///{tmp_path / 'study.db'}",
-            name="test",
-            trials=20,
-            seed=0,
-        )
-    )
+    problem = Problem(network, {"flops": 150.0}, trials=20)
+    trials = take_part(tmp_path / "study", problem, lambda a, _: Evaluation(0.3 * a[0] + 0.1 * a[1]))
     start = min(t.divergence for t in trials if t.feasible and t.source == "knapsack" and sum(t.assignment) == 1)
     best = best_feasible(trials, 2)
     assert start == pytest.approx(0.3)
@@ -219,8 +223,85 @@ def test_local_search_improves_on_the_knapsack_where_layers_differ(tmp_path: Pat
     assert best[1].assignment != best[0].assignment
 
 
+def random_network(seed: int, layers: int = 8, options: int = 12) -> Network:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(layers):
+        kept = np.sort(rng.uniform(0.05, 1, options - 1))[::-1]
+        errors = np.sqrt(np.exp(-4 * kept) * rng.uniform(0.7, 1.4, options - 1))
+        whole = int(rng.integers(500, 2000))
+        cheaper = [(int(k * whole), int(k * whole), float(e)) for k, e in zip(kept, errors, strict=True)]
+        rows.append([(whole, whole, 0.0), *cheaper])
+    return tables(rows)
+
+
+def test_trials_teach_the_weights_of_layers(tmp_path: Path) -> None:
+    """Layers matter up to four times as much as the tables say: the search comes close to who knows by how much."""
+    gains = []
+    for seed in range(4):
+        network = random_network(seed)
+        true = 2.0 ** np.random.default_rng(100 + seed).uniform(-2, 2, len(network.tables))
+        errors = [w * e for w, e in zip(true, additive_errors(network), strict=True)]
+
+        def divergence(assignment: Assignment, errors: list[Any] = errors) -> float:
+            return float(sum(e[i] for e, i in zip(errors, assignment, strict=True)) ** 1.3)
+
+        problem = Problem(network, {"flops": 0.5 * network.original["flops"]}, trials=40, seed=seed)
+        trials = take_part(tmp_path / str(seed), problem, lambda a, _, f=divergence: Evaluation(f(a)))  # type: ignore[misc]
+        ideal = divergence(problem.solve(0.0, errors).assignment)
+        start = divergence(problem.solve(0.0, problem.errors).assignment)
+        gains.append((start - best_feasible(trials, 1)[0].divergence) / (start - ideal))
+    assert np.mean(gains) > 0.6, gains
+
+
+def test_a_generation_does_not_repeat_itself_or_what_was_tried(tmp_path: Path) -> None:
+    problem = Problem(random_network(0), {"flops": 4000.0}, trials=24)
+    trials = take_part(tmp_path / "study", problem, lambda a, _: Evaluation(sum(a) + 1.0))
+    assert len({t.assignment for t in trials}) == 24
+
+
+def test_what_was_evaluated_is_not_evaluated_again(tmp_path: Path) -> None:
+    calls: list[Assignment] = []
+
+    def counted(assignment: Assignment, _: Sequence[Trial]) -> Evaluation:
+        calls.append(assignment)
+        return Evaluation(pretend(assignment), partial=(1.0, 2.0))
+
+    trials = take_part(tmp_path / "study", Problem(NETWORK, BOUNDS, trials=60), counted)
+    later = [a for g in range(15) for a in {t.assignment for t in trials[4 * g : 4 * g + 4]}]
+    assert len(trials) == 60
+    assert len(calls) < len(later)
+    assert all(t.partial == (1.0, 2.0) for t in trials)
+
+
+def test_a_trial_knows_the_cheaper_ones_it_has_to_beat(tmp_path: Path) -> None:
+    def evaluate(assignment: Assignment, rivals: Sequence[Trial]) -> Evaluation:
+        flops = NETWORK.cost(assignment, "flops")
+        assert all(r.costs["flops"] <= flops and not r.pruned for r in rivals)
+        return Evaluation(pretend(assignment), pruned=bool(rivals))
+
+    trials = take_part(tmp_path / "study", Problem(NETWORK, BOUNDS, trials=16), evaluate)
+    pruned = {t.assignment for t in trials if t.pruned}
+    assert pruned
+    assert not pruned & {t.assignment for t in [*pareto_trials(trials, ["flops"]), *best_feasible(trials, 9)]}
+
+
+def test_a_deadline_ends_a_study_with_its_best_so_far(tmp_path: Path) -> None:
+    problem = Problem(NETWORK, BOUNDS, trials=16)
+    trials = take_part(tmp_path / "study", problem, lambda a, _: Evaluation(pretend(a)), deadline=time.monotonic() - 1)
+    assert len(trials) == 1
+    assert best_feasible(trials, 1) == trials
+    assert trials_of(tmp_path / "study", 16) == trials, "a study that is over stays over"
+
+
+def test_joining_another_study_is_refused(tmp_path: Path) -> None:
+    trials_of(tmp_path / "study", 4)
+    with pytest.raises(StorageError, match="different: seed"):
+        trials_of(tmp_path / "study", 4, seed=1)
+
+
 def test_front_of_trials_is_not_dominated(tmp_path: Path) -> None:
-    trials = trials_of(tmp_path / "study.db", 14)
+    trials = trials_of(tmp_path / "study", 14)
     kept = pareto_trials(trials, ["flops", "params"])
     points = np.array([[t.divergence, t.costs["flops"], t.costs["params"]] for t in trials])
     for trial in kept:

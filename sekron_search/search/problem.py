@@ -1,0 +1,100 @@
+"""What a search is asked: the tables, the bounds, and how far from them it looks for the front."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sekron_search.errors import InfeasibleBudgetError
+from sekron_search.search.budget import CostName
+from sekron_search.search.knapsack import KnapsackSolution, additive_errors, best_reachable, solve_knapsack
+from sekron_search.search.options import Network
+
+#: Levels of the budget at which the knapsack's own solutions start a search: 0 is the budget, 1 the original's costs,
+#: -1 the least that can be reached. The looser and tighter ones show the front around the budget.
+START_LEVELS = (0.0, -0.1, 0.15, -0.25, 0.35, 0.6, -0.5)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A search over assignments of one option per layer.
+
+    Args:
+        network: Tables and original costs.
+        bounds: Absolute bounds of the budgeted costs.
+        trials: Number of trials in all, the knapsack's starts included.
+        seed: Of what is drawn.
+        generation: Trials that are drawn from the same earlier ones, so that workers can share them: whatever their
+            number, the trials are the same.
+        spread: Share of the trials that are drawn at other levels than the budget, for the front.
+        starts: Levels of the budget of the first trials, which are the knapsack's own solutions.
+    """
+
+    network: Network
+    bounds: Mapping[CostName, float]
+    trials: int
+    seed: int = 0
+    generation: int = 4
+    spread: float = 0.25
+    starts: Sequence[float] = START_LEVELS
+
+    @cached_property
+    def errors(self) -> list[NDArray[np.float64]]:
+        """The additive error of every option of every layer."""
+        return additive_errors(self.network)
+
+    @cached_property
+    def least(self) -> dict[CostName, float]:
+        """The least that can be reached of every budgeted cost, each on its own."""
+        return best_reachable(self.network, list(self.bounds))
+
+    def bounds_at(self, level: float) -> dict[CostName, float]:
+        """The bounds at a level: 0 is the budget, 1 the original's costs, -1 the least that can be reached."""
+
+        def step(cost: CostName, bound: float) -> float:
+            return max(self.network.original[cost] - bound, 0.0) if level > 0 else max(bound - self.least[cost], 0.0)
+
+        return {cost: bound + level * step(cost, bound) for cost, bound in self.bounds.items()}
+
+    def solve(self, level: float, errors: Sequence[NDArray[np.float64]]) -> KnapsackSolution:
+        """The assignment of least total error at a level of the budget.
+
+        Raises:
+            InfeasibleBudgetError: If no assignment meets the budget itself.
+        """
+        try:
+            return solve_knapsack(self.network, self.bounds_at(level), errors)
+        except InfeasibleBudgetError:
+            # Tighter than the budget may be too tight for several costs at once.
+            return solve_knapsack(self.network, self.bounds, errors)
+
+    def slots(self, generation: int) -> range:
+        """The trials of a generation."""
+        start = generation * self.generation
+        return range(start, min(start + self.generation, self.trials))
+
+    @property
+    def num_generations(self) -> int:
+        """Of how many generations the search consists."""
+        return -(-self.trials // self.generation)
+
+    def facts(self) -> dict[str, Any]:
+        """What every process that shares the search has to agree on, as plain data."""
+        tables = json.dumps([asdict(table) for table in self.network.tables], sort_keys=True)
+        return {
+            "bounds": dict(self.bounds),
+            "trials": self.trials,
+            "seed": self.seed,
+            "generation": self.generation,
+            "spread": self.spread,
+            "starts": list(self.starts),
+            "latency_scale": self.network.latency_scale,
+            "tables": hashlib.sha256(tables.encode()).hexdigest()[:16],
+        }

@@ -1,0 +1,154 @@
+"""Which assignments are worth a trial: the knapsack under errors that earlier trials have corrected.
+
+The knapsack's additive errors say nearly how much an option hurts, but not quite: layers count differently, and errors
+of layers add up to more or less than their sum. So every trial corrects them: the divergence of a network is, up to a
+power, the sum of the additive errors of its options, each times a weight of its layer and one of its own, unknown but
+near 1. Under a normal prior the weights have a normal posterior; a draw from it, given to the knapsack, is the next
+trial. So every trial meets its bounds and lies near the front, what is not known is tried, and what is good is used.
+
+Source: Thompson 1933; as Bayesian linear regression with a knapsack inside, Russo et al. 2018, A Tutorial on Thompson
+Sampling, Sec. 4.2 (online combinatorial problems).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sekron_search.search.options import Assignment
+from sekron_search.search.problem import Problem
+from sekron_search.search.trial import Trial
+
+Floats = NDArray[np.float64]
+
+#: Standard deviations of the weights of a layer and of an option, before any trial: additive errors of layers are off
+#: by a factor of up to two, those of the options of one layer rank them nearly always right.
+LAYER_DEVIATION, OPTION_DEVIATION = 0.5, 0.2
+
+#: Relative error of the whole model, which no weight explains.
+NOISE = 0.05
+
+#: How bold a draw is, as a multiple of the posterior's deviation; drawn for each trial. 0 is the posterior's mean.
+BOLDNESS = (0.1, 0.3, 0.6)
+
+#: No weight gets smaller: an option of no error would be chosen whatever it does.
+LEAST_WEIGHT = 0.05
+
+#: Draws until an assignment is new.
+ATTEMPTS = 8
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a trial shall evaluate.
+
+    Args:
+        assignment: Option of every layer.
+        source: "knapsack" for a start, else "search".
+        lower_bound: Of the additive error at a start's level of the budget.
+    """
+
+    assignment: Assignment
+    source: str
+    lower_bound: float | None = None
+
+
+def propose(problem: Problem, history: Sequence[Trial], slots: Sequence[int]) -> list[Proposal]:
+    """What the trials of a generation shall evaluate: the same for whoever asks.
+
+    Args:
+        problem: The search.
+        history: All trials of earlier generations.
+        slots: Of the generation, in order.
+
+    Raises:
+        InfeasibleBudgetError: If no assignment meets the bounds.
+    """
+    tried = {trial.assignment for trial in history}
+    model: WeightModel | None = None
+    found: list[Proposal] = []
+    for slot in slots:
+        if slot < len(problem.starts):
+            solution = problem.solve(problem.starts[slot], problem.errors)
+            found.append(Proposal(solution.assignment, "knapsack", solution.lower_bound))
+        else:
+            model = model or WeightModel(problem.errors, history)
+            rng = np.random.default_rng([problem.seed, slot])
+            level = rng.uniform(-1, 1) if rng.random() < problem.spread else 0.0
+            for attempt in range(ATTEMPTS):
+                # What was tried already is left by bolder draws.
+                boldness = float(rng.choice(BOLDNESS)) * (1 + attempt / 2)
+                assignment = problem.solve(level, model.draw(rng, boldness)).assignment
+                if assignment not in tried:
+                    break
+            found.append(Proposal(assignment, "search"))
+        tried.add(found[-1].assignment)
+    return found
+
+
+class WeightModel:
+    """The posterior of the weights of all layers and options, given trials.
+
+    Args:
+        errors: Additive error of every option of every layer.
+        trials: What was found; those of no divergence or no error say nothing.
+    """
+
+    def __init__(self, errors: Sequence[Floats], trials: Sequence[Trial]) -> None:
+        self._errors = np.concatenate(errors)
+        self._cuts = np.cumsum([len(e) for e in errors])[:-1]
+        self._layer = np.repeat(np.arange(len(errors)), [len(e) for e in errors])
+        starts = np.concatenate([[0], self._cuts]).astype(int)
+        rows, divergences = [], []
+        for trial in {t.assignment: t for t in trials}.values():
+            row = np.zeros(len(self._errors))
+            chosen = starts + np.array(trial.assignment)
+            row[chosen] = self._errors[chosen]
+            if row.sum() > 0 and trial.divergence > 0:
+                rows.append(row)
+                divergences.append(trial.divergence)
+        shares, residuals = _relative(np.array(rows).reshape(-1, len(self._errors)), np.array(divergences))
+        by_layer = np.zeros((len(shares), len(errors)))
+        np.add.at(by_layer.T, self._layer, shares.T)
+        # Coordinates in which the prior is standard normal: weights of layers first, then those of options.
+        self._features = np.hstack([LAYER_DEVIATION * by_layer, OPTION_DEVIATION * shares])
+        self._residuals = residuals
+        covariance = self._features @ self._features.T + NOISE**2 * np.eye(len(residuals))
+        self._solver = np.linalg.inv(covariance)
+
+    def draw(self, rng: np.random.Generator, boldness: float) -> list[Floats]:
+        """The errors of every option of every layer, corrected by weights drawn from the posterior.
+
+        Args:
+            rng: Of the draw.
+            boldness: Multiple of the posterior's deviation; 0 gives its mean.
+        """
+        prior = boldness * rng.standard_normal(self._features.shape[1])
+        noise = boldness * NOISE * rng.standard_normal(len(self._residuals))
+        # A draw from the prior, moved by how it misses the data, is one from the posterior (Matheron's rule).
+        missed = self._residuals - self._features @ prior - noise
+        unit = prior + self._features.T @ (self._solver @ missed)
+        layers = len(self._cuts) + 1
+        weights = 1 + LAYER_DEVIATION * unit[:layers][self._layer] + OPTION_DEVIATION * unit[layers:]
+        return np.split(np.maximum(weights, LEAST_WEIGHT) * self._errors, self._cuts)
+
+
+def _relative(rows: Floats, divergences: Floats) -> tuple[Floats, Floats]:
+    """The share of every option in what a trial's additive errors should add up to, and what the shares lack to 1.
+
+    Divergences grow like a power of the sum: power and scale are those of the least squares of the logarithms.
+    """
+    if not len(rows):
+        return rows, divergences
+    totals, logs = np.log(rows.sum(1)), np.log(divergences)
+    centered = totals - totals.mean()
+    spread = float(centered @ centered)
+    # Trials at one level say nothing of the power; it is between linear and quadratic in the squared errors.
+    power = float(np.clip(centered @ logs / spread, 1.0, 2.0)) if spread > 0.1 else 1.0
+    explained = logs / power
+    explained = np.exp(explained - explained.mean() + totals.mean())
+    shares = rows / explained[:, None]
+    return shares, 1 - shares.sum(1)
