@@ -1,0 +1,32 @@
+"""The command line. Heavy imports happen inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sekron_search.cli import device, runs
+from sekron_search.errors import SekronError
+
+app = typer.Typer(
+    name="sekron-search",
+    help="Find which tensor factorization each layer of a trained network should get, under a device budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (runs.demo, runs.run, runs.inspect, device.profile, device.export, runs.report):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Entry point: an error of ours is one line and exit code 1; Ctrl-C is exit code 130."""
+    try:
+        app()
+    except SekronError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
