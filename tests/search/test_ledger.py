@@ -16,8 +16,9 @@ import pytest
 from optuna.trial import TrialState
 
 from sekron_search.errors import StorageError
-from sekron_search.search.ledger import Claim, Ledger, studies
+from sekron_search.search.ledger import Claim, Ledger
 from sekron_search.search.liveness import Process, Watch
+from sekron_search.search.searches import Search, searches
 from sekron_search.search.storage import masked, open_store, serve
 from sekron_search.search.trial import Trial, pareto_trials
 from tests.search import toy_worker
@@ -198,6 +199,7 @@ def test_a_silent_worker_is_given_up_on_and_cannot_finish(url: str, monkeypatch:
             assert not finish(zombie, lost, 7.0)
             assert ledger.finished() == {}
             assert finish(ledger, taken, 0.5)
+            assert (zombie.num_finished, ledger.num_finished) == (0, 1)
             assert not finish(zombie, lost, 7.0)
             assert {slot: t.divergence for slot, t in zombie.finished().items()} == {0: 0.5}
     given_up = everything(url, "toy")[lost.number]
@@ -260,9 +262,17 @@ def test_another_study_of_that_name_is_refused(url: str) -> None:
         Ledger.open(url, "toy", objectives=OBJECTIVES, facts={**FACTS, "seed": 1, "start": "later"})
     with pytest.raises(StorageError, match="it holds no study 'none'"):
         Ledger.open(url, "none", objectives=OBJECTIVES, facts=None)
-    store = open_store(url)
-    assert studies(store)["toy"]["facts"] == FACTS
-    store.release()
+
+
+def test_the_searches_of_a_storage(url: str) -> None:
+    with opened(url, "first") as first, opened(url, "second") as second:
+        first.close()
+        store = open_store(url)
+        assert searches(store) == [Search("first", FACTS, True, False), Search("second", FACTS, False, False)]
+        second.close()
+        second.conclude()
+        assert searches(store)[1] == Search("second", FACTS, True, True)
+        store.release()
 
 
 def test_a_count_that_does_not_change_has_stopped() -> None:

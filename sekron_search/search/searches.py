@@ -1,0 +1,37 @@
+"""Which studies a storage holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sekron_search.search.ledger import CLOSED, FACTS, OVER
+from sekron_search.search.storage import Store
+
+
+@dataclass(frozen=True)
+class Search:
+    """A study of a storage.
+
+    Args:
+        name: Of the study.
+        facts: What it is.
+        closed: Whether it is over.
+        over: Whether it was the last one of its run.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    closed: bool
+    over: bool
+
+
+def searches(store: Store) -> list[Search]:
+    """The studies of a storage that have said what they are, in the order in which they were made."""
+    found = sorted(store.patiently(store.backend.get_all_studies), key=lambda study: study._study_id)
+    return [
+        Search(study.study_name, study.user_attrs[FACTS], CLOSED in study.user_attrs, OVER in study.user_attrs)
+        for study in found
+        if FACTS in study.user_attrs
+    ]
