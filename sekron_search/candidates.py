@@ -23,12 +23,12 @@ from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import with_memory_format
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, infeasible, solve_knapsack
-from sekron_search.search.ledger import Ledger
 from sekron_search.search.options import Assignment
 from sekron_search.search.problem import Problem
-from sekron_search.search.study import Halving, objectives, run_study
+from sekron_search.search.study import Halving, run_study
 from sekron_search.search.trial import Trial, best_feasible
 from sekron_search.sequential import fit_sequentially
+from sekron_search.sharing import Sharing
 from sekron_search.timing import network_costs, network_latencies
 
 #: How often the search is repeated with corrected costs when its networks miss the budget as measured.
@@ -52,14 +52,14 @@ class Finder:
         tables: What every layer can become.
         folder: The run folder.
         reporter: Told of the progress.
-        storage: URL of an Optuna storage that workers share; by default a journal in the run folder.
+        sharing: Where the search is shared with workers.
     """
 
     def __init__(
-        self, job: Job, tables: Tables, folder: RunFolder, reporter: Reporter, storage: str | None = None
+        self, job: Job, tables: Tables, folder: RunFolder, reporter: Reporter, sharing: Sharing | None = None
     ) -> None:
         self.job, self.tables, self.folder, self.reporter = job, tables, folder, reporter
-        self.storage = storage or folder.study
+        self.sharing = sharing or Sharing()
         self.assembler = Assembler(job, tables)
         self.network = tables.network
         self.budget = job.settings.bounds
@@ -88,6 +88,7 @@ class Finder:
             self._correct(corrected, candidates)
             self.reporter.say("the measured networks miss the budget; searching again with corrected costs")
         assert best is not None
+        self.sharing.conclude(self.folder)
         self.network = best.network
         return best
 
@@ -185,7 +186,7 @@ class Finder:
         name = f"round {number}: " + ", ".join(f"{n} <= {b:.6g}" for n, b in bounds.items())
         found: dict[int, Trial] = {}
         with (
-            Ledger.open(self.storage, name, objectives=objectives(bounds), facts=problem.facts()) as ledger,
+            self.sharing.open(self.folder, self.tables, name, problem) as ledger,
             self.reporter.task("searching", settings.trials) as task,
         ):
             for found in run_study(problem, self.assembler.evaluate, ledger, deadline=deadline):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from sekron_search.errors import DataError
 from sekron_search.files import digest, read_json, write_json
 from sekron_search.inspection import Inspection, inspect_model
 from sekron_search.job import Job
-from sekron_search.kron.refine import InputMetric
+from sekron_search.kron.metric import InputMetric
 from sekron_search.model import LayerInfo, layer_weight
 from sekron_search.progress import Reporter
 from sekron_search.proxies import check_divergence, reference_outputs
@@ -27,7 +28,7 @@ from sekron_search.search.knapsack import best_reachable, infeasible, solve_knap
 from sekron_search.search.options import LayerTable, Network
 from sekron_search.search.space import SearchSpace
 from sekron_search.selection import worthwhile
-from sekron_search.tables import FittedLayer, build_layer_table, build_tables, cheapest_table, table_key
+from sekron_search.tables import FittedLayer, build_layer_table, build_tables, cheapest_table, table_files, table_key
 from sekron_search.timing import Layout, find_layout, measured_profile, network_costs, with_latencies
 from sekron_search.variants import with_variants
 
@@ -45,7 +46,7 @@ TIMED_SCHEDULES = 3
 
 @dataclass(frozen=True)
 class Tables:
-    """The original's facts, and what every layer can become."""
+    """The original's facts, and what every layer can become; `files` is where the options' factors are kept."""
 
     inspection: Inspection
     layers: tuple[LayerInfo, ...]
@@ -53,6 +54,7 @@ class Tables:
     memory: PeakMemory
     layout: Layout
     fitted: tuple[FittedLayer, ...]
+    files: tuple[Path, ...] = ()
 
     @cached_property
     def network(self) -> Network:
@@ -136,11 +138,13 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
         return table_key(info, space, context, **sizes)
 
     fitted: list[FittedLayer] = []
+    cache = settings.tables or folder.tables
     with reporter.task("fitting options", len(layers)) as task:
-        for table in build_tables(layers, fit, key, settings.tables or folder.tables):
+        for table in build_tables(layers, fit, key, cache):
             fitted.append(table)
             task.update(len(fitted), f"{table.table.name}: {len(table.table.options)} options")
-    return dataclasses.replace(known, fitted=tuple(fitted))
+    files = dict.fromkeys(path for info in layers for path in table_files(cache, key(info)))
+    return dataclasses.replace(known, fitted=tuple(fitted), files=tuple(files))
 
 
 class _Metrics:

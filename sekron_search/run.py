@@ -27,16 +27,28 @@ from sekron_search.report.facts import RunFacts
 from sekron_search.report.write import write_report
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import MemoryFormat, threads, with_memory_format
+from sekron_search.sharing import Sharing
 from sekron_search.timing import Layout, network_costs
 
 
-def run(job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool) -> dict[str, Any]:
+def run(
+    job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool, sharing: Sharing | None = None
+) -> dict[str, Any]:
     """Do all stages, or those that are left, and return the report.
+
+    Args:
+        job: What to do.
+        folder: Where.
+        reporter: Told of the progress.
+        resume: Whether a folder that holds the run already may be gone on with.
+        sharing: Where the search is shared with workers; no part of the run's identity.
 
     Raises:
         SekronError: On bad input, each before the long work that it would waste.
     """
     job.model.eval()
+    sharing = sharing or Sharing()
+    sharing.check()
     fingerprint = job.fingerprint()
     with folder.claimed(fingerprint, resume=resume), threads(job.settings.latency.num_threads):
         if folder.report.exists():
@@ -46,7 +58,7 @@ def run(job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool) -> dic
         write_text(folder.config, yaml.safe_dump({**fingerprint["settings"], **job.source}, sort_keys=False))
         tables = prepare(job, folder, reporter)
         _write_environment(job, folder, tables.layout.memory_format)
-        finder = Finder(job, tables, folder, reporter)
+        finder = Finder(job, tables, folder, reporter, sharing)
         searched = finder.search()
         chosen = finder.finish(searched)
         reporter.say("measuring the saved and re-loaded network beside the original")

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,20 +81,31 @@ class RunFolder:
             yield self
 
     def _check(self, fingerprint: dict[str, Any], resume: bool) -> None:
-        wanted = {name: _digest(value) for name, value in fingerprint.items()}
         if not self.manifest.exists():
             if any(p.name != ".lock" and not p.name.startswith(".run.json.") for p in self.path.iterdir()):
                 raise RunFolderError(f"run folder {self.path}: not empty and not a run; choose another folder")
-            write_json(self.manifest, {"format": FORMAT, "fingerprint": wanted})
+            wanted = {name: _digest(value) for name, value in fingerprint.items()}
+            write_json(self.manifest, {"format": FORMAT, "id": secrets.token_hex(4), "fingerprint": wanted})
             return
+        self.check(fingerprint)
+        if not resume:
+            raise RunFolderError(f"run folder {self.path}: it holds a run already; give --resume to go on with it")
+
+    def check(self, fingerprint: dict[str, Any]) -> None:
+        """Raise a `RunFolderError` if the folder holds another run than this, naming what differs."""
+        wanted = {name: _digest(value) for name, value in fingerprint.items()}
         found = self.read_manifest()["fingerprint"]
         if changed := sorted(name for name in set(wanted) | set(found) if wanted.get(name) != found.get(name)):
             raise RunFolderError(
                 f"run folder {self.path}: it holds another run (different: {', '.join(changed)}); "
                 "choose another folder, or restore what changed"
             )
-        if not resume:
-            raise RunFolderError(f"run folder {self.path}: it holds a run already; give --resume to go on with it")
+
+    @property
+    def identity(self) -> str:
+        """What tells the run from all others, wherever its folder is copied to."""
+        data = self.read_manifest()
+        return str(data.get("id") or _digest(data["fingerprint"]))
 
     def read_manifest(self) -> dict[str, Any]:
         """What run.json says.

@@ -17,8 +17,9 @@ from sekron_search.errors import SekronError
 from sekron_search.files import read_tensors, write_json, write_tensors
 from sekron_search.kron.families import dense, family
 from sekron_search.kron.layer import Execution
+from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.projection import project, reconstruct_batch
-from sekron_search.kron.refine import InputMetric, refine
+from sekron_search.kron.refine import refine
 from sekron_search.kron.structure import Structure
 from sekron_search.model import LayerInfo
 from sekron_search.scoring import CandidateStructure, candidates, scores, shortlist
@@ -144,10 +145,10 @@ def table_key(info: LayerInfo, space: SearchSpace, context: str, *, bytes_per_sa
 
 def load_table(folder: Path, key: str, name: str) -> FittedLayer | None:
     """A cached table; None if there is none or it cannot be read (it is then built anew)."""
-    path = folder / f"{key}.json"
+    records, weights = table_files(folder, key)
     try:
-        data = json.loads(path.read_text())
-        tensors = read_tensors(folder / f"{key}.safetensors")
+        data = json.loads(records.read_text())
+        tensors = read_tensors(weights)
         options = tuple(Option.from_json(o) for o in data["options"])
         sensitivity = None if data["sensitivity"] is None else float(data["sensitivity"])
         factors = tuple(
@@ -162,13 +163,19 @@ def load_table(folder: Path, key: str, name: str) -> FittedLayer | None:
     return FittedLayer(LayerTable(name, options, sensitivity=sensitivity), factors, shifts)
 
 
+def table_files(folder: Path, key: str) -> tuple[Path, Path]:
+    """The files of a cached table."""
+    return folder / f"{key}.json", folder / f"{key}.safetensors"
+
+
 def save_table(folder: Path, key: str, fitted: FittedLayer) -> None:
     """Write a table to the cache; the JSON comes last, so a table that can be seen is complete."""
     tensors = {f"{i}.factor{k}": a for i, factors in enumerate(fitted.factors) for k, a in enumerate(factors)}
     tensors |= {f"{i}.shift": shift for i, shift in enumerate(fitted.shifts) if shift is not None}
-    write_tensors(folder / f"{key}.safetensors", tensors)
+    records, weights = table_files(folder, key)
+    write_tensors(weights, tensors)
     options = [asdict(o) for o in fitted.table.options]
-    write_json(folder / f"{key}.json", {"options": options, "sensitivity": fitted.table.sensitivity})
+    write_json(records, {"options": options, "sensitivity": fitted.table.sensitivity})
 
 
 def build_tables(

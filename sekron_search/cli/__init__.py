@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sekron_search.cli import device, runs
+from sekron_search.cli import device, runs, workers
 from sekron_search.errors import SekronError
 
 app = typer.Typer(
@@ -16,7 +16,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (runs.demo, runs.run, runs.inspect, device.profile, device.export, runs.report):
+for _command in (
+    runs.demo,
+    runs.run,
+    runs.inspect,
+    device.profile,
+    device.export,
+    runs.report,
+    workers.worker,
+    workers.proxy,
+    workers.dashboard,
+):
     app.command()(_command)
 
 

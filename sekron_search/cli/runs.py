@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sekron_search.cli.arguments import BUDGET_MISSED, ConfigArgument, RunArgument
+from sekron_search.cli.arguments import BUDGET_MISSED, ArtifactsOption, ConfigArgument, RunArgument, StorageOption
 
 
 def demo(
@@ -42,10 +42,14 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that the folder holds, if it holds one.")
     ] = False,
+    storage: StorageOption = None,
+    artifacts: ArtifactsOption = None,
 ) -> None:
     """Compress the network of a config file. Ctrl-C leaves a run that --resume goes on with.
 
     Exit code 0: every budget is met; 3: the run ended, but its network misses a budget; 1: an error.
+
+    Others help with the search: `sekron-search worker RUN`, with the same --storage and --artifacts.
 
     Example: sekron-search run resnet.yaml --out runs/resnet
     """
@@ -55,6 +59,7 @@ def run(
     from sekron_search.progress import ConsoleReporter
     from sekron_search.run import run as run_stages
     from sekron_search.rundir import RunFolder
+    from sekron_search.sharing import Sharing
 
     loaded = Config.load(config)
     path = out or loaded.out
@@ -64,7 +69,7 @@ def run(
     print(f"run folder: {folder.path}", file=sys.stderr)
     job = job_from_config(loaded)
     try:
-        report = run_stages(job, folder, ConsoleReporter(), resume=resume)
+        report = run_stages(job, folder, ConsoleReporter(), resume=resume, sharing=Sharing(storage, artifacts))
     except KeyboardInterrupt:
         print(f"\ninterrupted; go on with: sekron-search run {config} --out {folder.path} --resume", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -9,6 +9,9 @@ from typing import Any
 from sekron_search.search.ledger import CLOSED, FACTS, OVER
 from sekron_search.search.storage import Store
 
+#: The fact that says to which run a study belongs.
+RUN = "run"
+
 
 @dataclass(frozen=True)
 class Search:
@@ -27,11 +30,11 @@ class Search:
     over: bool
 
 
-def searches(store: Store) -> list[Search]:
-    """The studies of a storage that have said what they are, in the order in which they were made."""
+def searches(store: Store, run: str | None = None) -> list[Search]:
+    """The studies of a storage, or of one run in it, that have said what they are, in the order of their making."""
     found = sorted(store.patiently(store.backend.get_all_studies), key=lambda study: study._study_id)
     return [
         Search(study.study_name, study.user_attrs[FACTS], CLOSED in study.user_attrs, OVER in study.user_attrs)
         for study in found
-        if FACTS in study.user_attrs
+        if FACTS in study.user_attrs and run in (None, study.user_attrs[FACTS].get(RUN))
     ]
