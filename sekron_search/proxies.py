@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sekron_search.curvature import TEMPERATURE
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs, output_tensors, run_model
 
@@ -16,9 +17,15 @@ DivergenceName = Literal["kl", "mse"]
 
 
 def kl_divergence(output: Tensor, reference: Tensor) -> Tensor:
-    """Mean over the samples of KL(reference || output) of the class distributions, for logits (N, classes, ...)."""
-    log_p, log_q = F.log_softmax(reference.float(), 1), F.log_softmax(output.float(), 1)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum") * (reference.shape[1] / reference.numel())
+    """Mean over the samples of T^2 KL(reference || output) of the class distributions, for logits (N, classes, ...).
+
+    Both are softened by a temperature T, `TEMPERATURE`; the square keeps the scale.
+
+    Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, Sec. 2.
+    """
+    log_p, log_q = (F.log_softmax(logits.float() / TEMPERATURE, 1) for logits in (reference, output))
+    share = TEMPERATURE**2 * reference.shape[1] / reference.numel()
+    return F.kl_div(log_q, log_p, log_target=True, reduction="sum") * share
 
 
 def relative_mse(output: Tensor, reference: Tensor) -> Tensor:
