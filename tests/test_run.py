@@ -104,6 +104,14 @@ def test_a_finished_run_is_not_done_again(finished: Path, tmp_path: Path) -> Non
     assert (finished / "report.json").read_bytes() == before
 
 
+def test_a_time_limit_ends_the_search_and_is_no_part_of_the_run(tmp_path: Path) -> None:
+    hurried = write_config(tmp_path, CONFIG, **{"trials: 8": "trials: 8, time_limit_s: 0.001"})
+    report = run_config(hurried, tmp_path / "out")
+    assert report["num_trials"] == 1
+    assert all(budget["met"] for budget in report["budgets"])
+    assert run_config(write_config(tmp_path), tmp_path / "out", resume=True) == report
+
+
 def test_another_run_is_refused_its_folder(finished: Path, tmp_path: Path) -> None:
     other = write_config(tmp_path, CONFIG, **{"flops: 0.6x": "flops: 0.7x"})
     with pytest.raises(RunFolderError, match=r"another run \(different: settings\)"):

@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sekron_search.cli.arguments import BUDGET_MISSED, ArtifactsOption, ConfigArgument, RunArgument, StorageOption
+from sekron_search.cli.arguments import (
+    BUDGET_MISSED,
+    ArtifactsOption,
+    ConfigArgument,
+    RunArgument,
+    StorageOption,
+    seconds,
+)
 
 
 def demo(
@@ -42,6 +49,10 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run that the folder holds, if it holds one.")
     ] = False,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(help="When the search begins no more trials, e.g. 30m; the best so far is gone on with."),
+    ] = None,
     storage: StorageOption = None,
     artifacts: ArtifactsOption = None,
 ) -> None:
@@ -62,6 +73,9 @@ def run(
     from sekron_search.sharing import Sharing
 
     loaded = Config.load(config)
+    if time_limit is not None:
+        limited = loaded.search.model_copy(update={"time_limit_s": seconds(time_limit, "--time-limit")})
+        loaded = loaded.model_copy(update={"search": limited})
     path = out or loaded.out
     if resume and path is None:
         raise ConfigError("--resume: which run? Name its folder with --out, or with the key 'out' in the config")
