@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sekron_search.errors import DataError
 from sekron_search.kron.dense import as_images, pad_by_mode
 from sekron_search.kron.geometry import Size
-from sekron_search.kron.refine import InputMetric, damping_share
+from sekron_search.kron.metric import InputMetric, damping_share
 from sekron_search.model import Inputs, LayerInfo, run_model
 
 #: Positions (pixels or rows) of one batch that enter a layer's moment; more are drawn from with a seed. The moment of

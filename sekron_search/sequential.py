@@ -12,8 +12,9 @@ from sekron_search.calibration import Moments, output_rows
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm
 from sekron_search.kron.dense import KINDS, DenseLayer, dense_weight, layer_kind, native_weight
 from sekron_search.kron.layer import KroneckerLayer
+from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.projection import Fit
-from sekron_search.kron.refine import InputMetric, refine
+from sekron_search.kron.refine import refine
 from sekron_search.model import Inputs, LayerInfo, layer_weight
 from sekron_search.sums import observe, scale_at_sum
 

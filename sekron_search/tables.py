@@ -18,8 +18,8 @@ from sekron_search.files import read_tensors, write_json, write_tensors
 from sekron_search.kron.families import dense, family
 from sekron_search.kron.layer import Execution
 from sekron_search.kron.metric import InputMetric
-from sekron_search.kron.projection import project, reconstruct_batch
-from sekron_search.kron.refine import refine
+from sekron_search.kron.projection import reconstruct_batch
+from sekron_search.kron.refine import Refiner
 from sekron_search.kron.structure import Structure
 from sekron_search.model import LayerInfo
 from sekron_search.scoring import CandidateStructure, candidates, scores, shortlist
@@ -29,10 +29,7 @@ from sekron_search.search.pareto import non_dominated
 from sekron_search.search.space import SearchSpace
 
 #: Raised whenever a change makes earlier tables wrong.
-TABLE_VERSION = 5
-
-#: Least-squares sweeps and starts of an option of three factors and more, before it is refined on calibration data.
-FIT_SWEEPS, FIT_STARTS = 30, 3
+TABLE_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -106,12 +103,10 @@ def build_layer_table(
     factors: list[tuple[Tensor, ...]] = [()]
     shifts: list[Tensor | None] = [None]
     fitted: list[tuple[Option, tuple[Tensor, ...], Tensor | None]] = []
-    for index in chosen:
+    refiner = Refiner(exact, metric)
+    for index in sorted(chosen, key=lambda i: pool[i].structure.shapes):  # neighbours share what is whitened
         candidate = pool[index]
-        # Starts beyond the first two are random: what serves one weight of a family may not serve another.
-        starts = 1 if candidate.structure.is_tree else FIT_STARTS  # more starts gain trees little
-        start = project(exact, candidate.structure, sweeps=FIT_SWEEPS, starts=starts)
-        fit = refine(candidate.structure, start, exact, metric, steps=steps)
+        fit = refiner.fit(candidate.structure, steps=steps)
         rebuilt = reconstruct_batch(candidate.structure, fit.factors)[:, : exact.shape[1], : exact.shape[2]]
         weight_error = float((rebuilt - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
         shift = ((exact - rebuilt).flatten(2) @ metric.mean[:, :, None].to(exact)).flatten().float()
@@ -199,7 +194,7 @@ def _sensitivity(info: LayerInfo, weight: Tensor, metric: InputMetric) -> float 
     The root, for the curvature is that of the original and counts errors of layers as independent: halfway between
     equal weights and it, the knapsack's solutions come out better than with either.
     """
-    if metric.output_root is None:
+    if metric.curvature is None:
         return None
     positions = layer_cost(dense(info.weight_shape), info).flops / weight.numel()
     vanished: float = float(metric.norm(weight)) * positions**0.5

@@ -13,8 +13,9 @@ from sekron_search.calibration import Moments, collect_metrics, output_rows, unf
 from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
 from sekron_search.kron.dense import dense_weight, native_weight
+from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.projection import project, reconstruct_batch
-from sekron_search.kron.refine import InputMetric, refine
+from sekron_search.kron.refine import refine
 from sekron_search.model import LayerInfo, layer_like, layer_weight, replace_layers
 from sekron_search.sequential import fit_sequentially
 from tests.cases import LAYERS, layer_of
@@ -189,4 +190,4 @@ def test_a_group_whose_input_is_constant_keeps_its_weight(value: float) -> None:
     best = moments.best_weight(weight)
     torch.testing.assert_close(best[0], weight[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(best[1:], 1.5 * weight[1:], rtol=0.05, atol=0.02)
-    assert bool(torch.isfinite(moments.metric(None).root).all())
+    assert bool(torch.isfinite(moments.metric(None).moment).all())

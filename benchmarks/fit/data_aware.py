@@ -17,8 +17,9 @@ from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
 from sekron_search.kron.enumeration import FamilyName, Skeleton, largest_where, skeletons
 from sekron_search.kron.families import family
+from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.projection import project, reconstruct_batch
-from sekron_search.kron.refine import InputMetric, refine
+from sekron_search.kron.refine import refine
 from sekron_search.kron.structure import Structure
 from sekron_search.model import LayerInfo, layer_weight
 

@@ -300,6 +300,37 @@ def _normal(part: _Part, factors: Sequence[Tensor], grams: Sequence[Tensor | Non
     return part.contraction(operands).reshape(-1, part.size, part.size)
 
 
+def scaled_by_others(structure: Structure, factors: Sequence[Tensor], lift: float) -> list[Callable[[Tensor], Tensor]]:
+    """Per factor, what multiplies it by N^-1/2, N its normal matrix: the curvature of the squared error is then one.
+
+    Args:
+        structure: The structure that the factors follow.
+        factors: Of shapes (B, rank indices, m_k).
+        lift: Added to N's parts, relative to their mean diagonals.
+    """
+    sweep = sweep_of(structure, len(factors[0]))
+    grams = [None if g is None else g([a, a]) for g, a in zip(sweep.grams, factors, strict=True)]
+    parts = {u.factor: u.parts for half in sweep.halves for u in half.updates}
+
+    def scaling(k: int) -> Callable[[Tensor], Tensor]:
+        roots = []
+        for part in parts[k]:
+            normal = _normal(part, factors, grams)
+            diagonal = normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(TINY)
+            values, vectors = torch.linalg.eigh(normal)
+            values = values.clamp_min(0) + (lift * diagonal)[:, None]
+            roots.append((part, (vectors / values.sqrt()[:, None]) @ vectors.mT))
+
+        def apply(factor: Tensor) -> Tensor:
+            for part, root in roots:
+                factor = _along(part, factor, root.to(factor))
+            return factor
+
+        return apply
+
+    return [scaling(k) for k in range(structure.num_factors)]
+
+
 def _solve(
     parts: Sequence[_Part], normals: Sequence[Tensor], target: Tensor, factor: Tensor, ridge: Tensor
 ) -> tuple[Tensor, Callable[[], Tensor]]:

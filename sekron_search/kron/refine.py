@@ -1,93 +1,201 @@
-"""Data-aware refinement: minimise the error of the layer's output instead of the error of its weight."""
+"""Data-aware fits: minimise the error of the layer's output instead of the error of its weight."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from sekron_search.kron.projection import Fit, balance, reconstruct_batch
+from sekron_search.kron.als import scaled_by_others
+from sekron_search.kron.descent import minimise
+from sekron_search.kron.metric import InputMetric, Whitening, square_root
+from sekron_search.kron.projection import Fit, balance, pad_channels, project, reconstruct_batch
 from sekron_search.kron.structure import Structure
+from sekron_search.kron.svd import left_basis
 
-#: Added to the second moment, relative to its mean diagonal: directions the calibration inputs never showed still
-#: count a little, so the fit does not run away along them.
-DAMPING = 1e-3
+#: Factors of more entries per channel are not whitened while they are refined: that would cost as much as the error.
+WHITENED_UP_TO = 512
 
-#: The same for the curvature at the output, which is estimated from fewer samples.
-CURVATURE_DAMPING = 0.1
+#: Passes of a fit that has no closed form in whitened coordinates, and its starts where it is no tree.
+FIT_SWEEPS, FIT_STARTS = 30, 3
+
+#: Some steps that lower the squared error by less than this part of it are the last.
+TOLERANCE = 1e-6
+
+#: Added to the curvature that the other factors give a factor, relative to its mean: they will change.
+LIFT = 1e-2
 
 
-@dataclass(frozen=True)
-class InputMetric:
-    """How much each direction of a layer's unfolded input matters, and of its output, per group.
+class Refiner:
+    """Fits of one weight under one metric; what structures share is computed once.
 
     Args:
-        root: (G, P, P) with P = C times the kernel's sizes, a square root L of the second moment M = L L' of the
-            unfolded input.
-        mean: (G, P), the mean of the unfolded input.
-        output_root: (G, F, F), a square root R of the weight H = R R' of errors of the output; all count alike if None.
+        weight: (G, F, C, *kernel).
+        metric: Of the layer.
     """
 
-    root: Tensor
-    mean: Tensor
-    output_root: Tensor | None = None
+    def __init__(self, weight: Tensor, metric: InputMetric) -> None:
+        self.weight, self.metric = weight, metric
+        self.scale = float(weight.double().abs().max())
+        dtype = metric.moment.dtype
+        #: Of largest entry one: float32 and the line search rely on it.
+        self.unit = (weight.double() / self.scale if self.scale > 0 else weight.double()).to(dtype)
+        self.norm = float(metric.norm(self.unit))
+        self._whitened: tuple[object, Whitening, Tensor, tuple[Tensor, Tensor] | None] | None = None
 
-    @classmethod
-    def from_moments(
-        cls, second: Tensor, mean: Tensor, *, centered: bool, damping: float = DAMPING, curvature: Tensor | None = None
-    ) -> InputMetric:
-        """The metric of a second moment (G, P, P) and a mean (G, P), both in float64.
-
-        Args:
-            second: E[x x'] of the unfolded input.
-            mean: E[x].
-            centered: Whether a constant shift of the output costs nothing, because a batch-norm that is re-estimated
-                or a bias that is corrected follows: then the covariance is used.
-            damping: Added to the diagonal, relative to its mean.
-            curvature: H of the output, (G, F, F) in float64; all errors of the output count alike if None.
-        """
-        moment = second - mean[:, :, None] * mean[:, None, :] if centered else second
-        output_root = None if curvature is None else square_root(curvature, CURVATURE_DAMPING)
-        return cls(square_root(moment, damping), mean, output_root)
-
-    def weighted(self, difference: Tensor) -> Tensor:
-        """R' D L, (G, F, P), of a (G, F, C, *kernel) weight difference D: its entries count alike."""
-        spread = difference.flatten(2) @ self.root.to(difference)
-        return spread if self.output_root is None else self.output_root.to(difference).mT @ spread
-
-    def norm(self, difference: Tensor) -> Tensor:
-        """Root mean square over the inputs of what a (G, F, C, *kernel) weight difference adds to the output."""
-        norm: Tensor = torch.linalg.vector_norm(self.weighted(difference))
-        return norm
-
-    def rel_error(self, weight: Tensor, approximation: Tensor) -> float:
-        """Relative error of the layer's output, for weights of shape (G, F, C, *kernel)."""
-        exact = weight.to(self.root.dtype)
-        scale = float(exact.abs().max())
-        if scale == 0.0:
+    def error(self, structure: Structure, factors: Sequence[Tensor]) -> float:
+        """The relative error of the output, of factors for the weight of largest entry one."""
+        if self.norm == 0:
             return 0.0
-        # Scaled to a largest entry of one: squares of entries below 1e-154 would vanish.
-        total = float(self.norm(exact / scale))
-        return float(self.norm((exact - approximation.to(exact)) / scale)) / total if total > 0 else 0.0
+        rebuilt = _cropped(structure, [a.to(self.unit) for a in factors], self.unit)
+        return float(self.metric.norm(self.unit - rebuilt)) / self.norm
+
+    def fit(self, structure: Structure, *, steps: int, tolerance: float = TOLERANCE) -> Fit:
+        """Factors of the weight from `start` and `descend`."""
+        found = self.start(structure)
+        if not self.is_closed(structure):
+            found = self.descend(structure, found, steps=steps, tolerance=tolerance)
+        return self.scaled(structure, found)
+
+    def start(self, structure: Structure) -> Fit:
+        """The best factors where the metric is a Kronecker product of one per factor; else a start.
+
+        Structures of equal shapes should follow one another: then they share what is whitened, and two factors the
+        decomposition of all ranks.
+        """
+        found = self._closed_form(structure) or self._whitened_fit(structure)
+        return Fit(tuple(found), self.error(structure, found))
+
+    def descend(self, structure: Structure, start: Fit, *, steps: int, tolerance: float = TOLERANCE) -> Fit:
+        """L-BFGS from factors of the weight of largest entry one; the start, if no step lowered the error."""
+        if structure.is_dense or steps == 0 or self.norm == 0 or start.rel_error == 0:
+            return start
+        found = self._descended(structure, start.factors, steps, tolerance)
+        if not all(bool(torch.isfinite(a).all()) for a in found):
+            return start
+        error = self.error(structure, found)
+        return Fit(tuple(found), error) if error < start.rel_error else start
+
+    def scaled(self, structure: Structure, fit: Fit) -> Fit:
+        """The factors balanced, and scaled for the weight itself."""
+        share = self.scale ** (1 / structure.num_factors)
+        return Fit(
+            tuple((a.double() * share).to(self.weight.dtype) for a in balance(structure, fit.factors)), fit.rel_error
+        )
+
+    def is_closed(self, structure: Structure) -> bool:
+        """Whether `start` gives the optimum: all inputs are in one factor and all outputs in the other."""
+        f, *inner = self.weight.shape[1:]
+        ends = ((f, *[1] * len(inner)), (1, *inner))
+        return structure.shapes in (ends, ends[::-1]) and len(structure.ranks) == 1
+
+    @cached_property
+    def _bases(self) -> tuple[Tensor, Tensor]:
+        """Of all ranks at once, the factors of a channel SVD that is optimal: (G, F, n) and (G, n, P).
+
+        By Eckart-Young on R' W L with H = R R' and M = L L', from the eigenvectors U of the smaller Gram matrix: those
+        of R' W M W' R give R'^-1 U and U' R' W, without a root of M.
+        """
+        matrix, moment = self.unit.flatten(2).double(), self.metric.moment
+        groups, f, _ = matrix.shape
+        curvature = self.metric.curvature
+        if curvature is None:
+            curvature = torch.eye(f, dtype=matrix.dtype, device=matrix.device).expand(groups, f, f)
+        if f <= matrix.shape[2]:
+            root = square_root(curvature).to(matrix)
+            spread = root.mT @ matrix
+            inner = (spread.to(moment) @ moment).double()
+            vectors = torch.linalg.eigh(_symmetric(inner @ spread.mT)).eigenvectors.flip(-1)
+            return torch.linalg.solve_triangular(root.mT, vectors, upper=True), vectors.mT @ spread
+        root = square_root(moment).to(matrix)
+        spread = matrix @ root
+        vectors = torch.linalg.eigh(_symmetric(spread.mT @ (curvature.to(matrix) @ spread))).eigenvectors.flip(-1)
+        return spread @ vectors, torch.linalg.solve_triangular(root, vectors.mT, upper=False, left=False)
+
+    def _closed_form(self, structure: Structure) -> list[Tensor] | None:
+        if not self.is_closed(structure):
+            return None
+        left, right = self._bases
+        rank = structure.ranks[0][1]
+        if rank > right.shape[1] or not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+            return None
+        factors = [left[..., :rank].mT, right[:, :rank]]
+        if structure.shapes[0][0] == 1:
+            factors.reverse()
+        return [a.reshape(-1, *shape) for a, shape in zip(factors, structure.factor_shapes, strict=True)]
+
+    def _whitened_fit(self, structure: Structure) -> list[Tensor]:
+        whitening, white = self._white(structure)
+        if structure.num_factors == 2 and len(structure.ranks) == 1:
+            rank = structure.ranks[0][1]
+            left, right = self._pair(structure, white)
+            if rank <= left.shape[-1]:
+                factors = [left[..., :rank].mT, right[:, :rank]]
+                shaped = [a.reshape(-1, *s) for a, s in zip(factors, structure.factor_shapes, strict=True)]
+                return whitening.undo(shaped)
+        starts = 1 if structure.is_tree else FIT_STARTS  # more starts gain trees little
+        return whitening.undo(project(white, structure, sweeps=FIT_SWEEPS, starts=starts).factors)
+
+    def _white(self, structure: Structure) -> tuple[Whitening, Tensor]:
+        if self._whitened is None or self._whitened[0] != structure.shapes:
+            whitening = Whitening(structure, self.metric)
+            self._whitened = (structure.shapes, whitening, whitening(pad_channels(self.unit, structure)), None)
+        return self._whitened[1], self._whitened[2]
+
+    def _pair(self, structure: Structure, white: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all ranks at once, the two factors of a whitened weight."""
+        assert self._whitened is not None
+        if self._whitened[3] is None:
+            matrix = structure.unfold(white)
+            left = left_basis(matrix, min(matrix.shape[1:]))
+            self._whitened = (*self._whitened[:3], (left, left.mT @ matrix))
+        pair = self._whitened[3]
+        assert pair is not None
+        return pair
+
+    def _descended(self, structure: Structure, start: Sequence[Tensor], steps: int, tolerance: float) -> list[Tensor]:
+        """Factors are A + undo(scale(X)) in variables X of which the curvature is about one."""
+        whitening = Whitening(structure, self.metric, most=WHITENED_UP_TO)
+        fixed = [a.detach().double() for a in start]
+        whitened = [a.flatten(1 + len(c)) for a, c in zip(whitening.apply(fixed), structure.carries, strict=True)]
+        scalings = scaled_by_others(structure, whitened, LIFT)
+        moment, curvature = self.metric.moment, self.metric.curvature
+        mean = 1.0 if curvature is None else float(curvature.diagonal(dim1=-2, dim2=-1).mean())
+        unit = 2 * mean * float(moment.diagonal(dim1=-2, dim2=-1).mean()) / self.norm**2
+        exact, base = self.unit.float(), [a.float() for a in fixed]
+        metric = InputMetric((moment / self.norm**2).float(), self.metric.mean, curvature)
+
+        def factors(variables: Sequence[Tensor]) -> list[Tensor]:
+            scaled = [how(x) / unit**0.5 for how, x in zip(scalings, variables, strict=True)]
+            shaped = [x.reshape(a.shape) for x, a in zip(scaled, fixed, strict=True)]
+            return [a.to(x) + x for a, x in zip(base, whitening.undo(shaped), strict=True)]
+
+        def value_and_gradient(variables: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+            leaves = [x.detach().requires_grad_() for x in variables]
+            with torch.enable_grad():
+                rebuilt = _cropped(structure, factors(leaves), exact)
+            difference = rebuilt.detach() - exact
+            gradient = metric.weighted(difference).reshape(difference.shape)
+            value = float((difference * gradient).sum())
+            return value, list(torch.autograd.grad(rebuilt, leaves, 2 * gradient))
+
+        zeros = [torch.zeros_like(a, dtype=torch.float32) for a in whitened]
+        found = minimise(value_and_gradient, zeros, evaluations=1 + steps, tolerance=tolerance)
+        base = fixed
+        return factors([x.double() for x in found])
 
 
-def damping_share(unknowns: int, samples: int) -> float:
-    """The damping of a moment of P unknowns estimated from n samples: its error is about P / n of it."""
-    return max(DAMPING, unknowns / samples)
-
-
-def square_root(moment: Tensor, damping: float) -> Tensor:
-    """L of M + damping * mean diagonal * I = L L', for symmetric M of shape (..., P, P)."""
-    diagonal = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny)
-    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    values, vectors = torch.linalg.eigh(moment + damping * diagonal[..., None, None] * eye)
-    root: Tensor = vectors * values.clamp_min(0).sqrt()[..., None, :]
-    return root
-
-
-def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, *, steps: int = 60) -> Fit:
+def refine(
+    structure: Structure,
+    fit: Fit,
+    weight: Tensor,
+    metric: InputMetric,
+    *,
+    steps: int = 60,
+    tolerance: float = TOLERANCE,
+) -> Fit:
     """Lower the output error tr(H (W - W^) M (W - W^)') by L-BFGS on the factors, or solve it where that is known.
 
     Args:
@@ -96,73 +204,29 @@ def refine(structure: Structure, fit: Fit, weight: Tensor, metric: InputMetric, 
         weight: (G, F, C, *kernel).
         metric: Of the layer's inputs.
         steps: L-BFGS iterations at most.
+        tolerance: The last steps are those that lower the squared error by less than this part of it.
 
     Returns:
         The refined factors and their relative *output* error; the start, if no step lowered it.
     """
-    start_error = metric.rel_error(weight, _reconstruct(structure, fit.factors, weight))
-    # Unit scales for the loss and the factors, whatever the layer's: float32 and the line search rely on it.
-    weight_scale = float(weight.double().abs().max())
-    if structure.is_dense or steps == 0 or start_error == 0.0 or weight_scale == 0.0:
+    refiner = Refiner(weight, metric)
+    start_error = metric.rel_error(weight, _cropped(structure, fit.factors, weight))
+    if structure.is_dense or steps == 0 or start_error == 0.0 or refiner.scale == 0.0:
         return Fit(fit.factors, start_error)
-    unit = weight.double() / weight_scale
-    share = weight_scale ** (1 / structure.num_factors)
-    found = _closed_form(structure, unit, metric) or _descend(structure, fit.factors, unit, metric, share, steps)
-    if not all(bool(torch.isfinite(a).all()) for a in found):
-        return Fit(fit.factors, start_error)
-    balanced = tuple((a * share).to(weight.dtype) for a in balance(structure, found))
-    error = metric.rel_error(weight, _reconstruct(structure, balanced, weight))
-    return Fit(balanced, error) if error < start_error else Fit(fit.factors, start_error)
+    share = refiner.scale ** (1 / structure.num_factors)
+    start = Fit(tuple(a.double() / share for a in fit.factors), start_error)
+    found = refiner.start(structure) if refiner.is_closed(structure) else start
+    if found.rel_error >= start_error:
+        found = refiner.descend(structure, start, steps=steps, tolerance=tolerance)
+    result = refiner.scaled(structure, found)
+    error = metric.rel_error(weight, _cropped(structure, result.factors, weight))
+    return Fit(result.factors, error) if error < start_error else Fit(fit.factors, start_error)
 
 
-def _closed_form(structure: Structure, weight: Tensor, metric: InputMetric) -> list[Tensor] | None:
-    """The optimum of a channel SVD, by Eckart-Young on R' W L; None for other structures and singular metrics."""
-    groups, f, *inner = weight.shape
-    ends = ((f, *[1] * len(inner)), (1, *inner))
-    if structure.shapes not in (ends, ends[::-1]) or len(structure.ranks) != 1:
-        return None
-    rank = structure.ranks[0][1]
-    left, values, right = torch.linalg.svd(metric.weighted(weight), full_matrices=False)
-    if rank > values.shape[-1]:
-        return None
-    left, right = left[..., :rank] * values[:, None, :rank], right[:, :rank]
-    if metric.output_root is not None:
-        left = torch.linalg.solve_ex(metric.output_root.to(left).mT, left).result
-    right = torch.linalg.solve_ex(metric.root.to(right), right, left=False).result
-    factors = [left.mT.reshape(groups, rank, *ends[0]), right.reshape(groups, rank, *ends[1])]
-    if not all(bool(torch.isfinite(a).all()) for a in factors):
-        return None
-    return factors if structure.shapes == ends else factors[::-1]
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
 
 
-def _descend(
-    structure: Structure, start: Sequence[Tensor], unit: Tensor, metric: InputMetric, share: float, steps: int
-) -> list[Tensor]:
-    """L-BFGS towards a weight of largest entry one, from factors `share` times as large; not finite if it fails."""
-    scale = float(metric.norm(unit))
-    exact = unit.to(torch.float32)
-    scaled = replace(metric, root=(metric.root / scale).to(torch.float32))
-    factors = [(a.detach().double() / share).float().contiguous().requires_grad_() for a in start]
-    optimizer = torch.optim.LBFGS(
-        factors,
-        max_iter=steps,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=1e-9,
-        tolerance_change=1e-12,
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = scaled.weighted(_reconstruct(structure, factors, exact) - exact).square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return [a.detach().to(torch.float64) for a in factors]
-
-
-def _reconstruct(structure: Structure, factors: Sequence[Tensor], weight: Tensor) -> Tensor:
+def _cropped(structure: Structure, factors: Sequence[Tensor], weight: Tensor) -> Tensor:
     """The reconstruction cropped to the weight's own channels: padded ones are cut off and cost nothing."""
     return reconstruct_batch(structure, factors)[:, : weight.shape[1], : weight.shape[2]]

@@ -10,8 +10,9 @@ from torch import Tensor
 from sekron_search.errors import StructureError
 from sekron_search.kron import families as fam
 from sekron_search.kron import projection
+from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.projection import Fit, balance, fit_batch, project, reconstruct_batch
-from sekron_search.kron.refine import InputMetric, refine
+from sekron_search.kron.refine import refine
 from sekron_search.kron.structure import Structure
 from sekron_search.kron.svd import core_of, orthogonal_iteration, recursive_svd
 from tests.cases import SHAPE, STRUCTURES, random_factors
@@ -252,11 +253,9 @@ def test_curvature_weighs_the_rows_of_the_error() -> None:
     """tr(H D M D') from its definition."""
     weight, other = gaussian(2, *SHAPE), gaussian(2, *SHAPE, seed=7)
     plain, root = metric_of(weight), gaussian(2, SHAPE[0], SHAPE[0], seed=9)
-    metric = replace(plain, output_root=root)
+    metric = replace(plain, curvature=root @ root.mT)
     difference = (weight - other).flatten(2)
-    expected = torch.einsum(
-        "gfe,geq,gqp,gfp->", root @ root.mT, difference, plain.root @ plain.root.mT, difference
-    ).sqrt()
+    expected = torch.einsum("gfe,geq,gqp,gfp->", root @ root.mT, difference, plain.moment, difference).sqrt()
     assert float(metric.norm(weight - other)) == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -271,8 +270,8 @@ def test_refined_channel_svd_is_optimal(mirrored: bool, curvature: bool) -> None
     metric = metric_of(weight)
     if curvature:
         skewed = gaussian(2, SHAPE[0], SHAPE[0], seed=4) * torch.logspace(0, -1, SHAPE[0], dtype=torch.float64)
-        metric = replace(metric, output_root=skewed)
-    values = torch.linalg.svdvals(metric.weighted(weight))
+        metric = replace(metric, curvature=skewed @ skewed.mT)
+    values = torch.linalg.svdvals(rooted(weight, metric))
     optimum = float(values[:, 3:].norm() / values.norm())
     start = project(weight, structure)
     assert refine(structure, start, weight, metric, steps=1).rel_error == pytest.approx(optimum, rel=1e-6)
@@ -280,10 +279,21 @@ def test_refined_channel_svd_is_optimal(mirrored: bool, curvature: bool) -> None
     assert optimum <= descended <= 1.01 * optimum
 
 
+def rooted(weight: Tensor, metric: InputMetric) -> Tensor:
+    """R' W L with H = R R' and M = L L', the roots by eigenvalues."""
+    roots = []
+    for matrix in (metric.curvature, metric.moment):
+        if matrix is not None:
+            values, vectors = torch.linalg.eigh(matrix)
+            roots.append(vectors * values.sqrt()[:, None])
+    found = weight.flatten(2) @ roots[-1]
+    return roots[0].mT @ found if len(roots) == 2 else found
+
+
 def refine_by_descent(structure: Structure, start: Fit, weight: Tensor, metric: InputMetric) -> float:
     """The error that L-BFGS reaches where the closed form is not asked."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sekron_search.kron.refine._closed_form", lambda *args: None)
+        patch.setattr("sekron_search.kron.refine.Refiner.is_closed", lambda *args: False)
         return refine(structure, start, weight, metric, steps=400).rel_error
 
 
