@@ -1,0 +1,138 @@
+"""How much searches find in how many trials: ResNet-20 on CIFAR-10, divergence on held-out images against flops.
+
+    python -m benchmarks.search --data DIR [--runs DIR] [--seeds 0 1 2] [--only METHOD ...]
+
+Every search measures networks alike. The hypervolume is that of (divergence, flops) below a reference point; it grows
+with every trial that moves the front. Searches that were killed go on where they stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.cifar10_resnet20.data import cifar10
+from benchmarks.results_file import Target, write_results
+from benchmarks.search.methods import METHODS
+from benchmarks.search.plot import plot
+from benchmarks.search.task import assembler, path_of
+from sekron_search.files import read_json
+from sekron_search.proxies import mean_divergence, reference_outputs
+from sekron_search.search.pareto import hypervolume
+
+#: Reference point: a divergence at which accuracy is lost, and the original's flops.
+REFERENCE = (1.0, 1.0)
+
+#: Budgets of flops at which our search is also run with all its trials.
+LEVELS = (0.5, 0.3)
+
+#: Images that no search has seen, on which the networks found at those budgets are measured once more.
+FRESH = 4096
+
+RAW = ("NSGA-II", "TPE", "random")
+STARTED = tuple(name for name in METHODS if name.endswith(", started"))
+
+
+def curve(trials: Sequence[dict[str, Any]]) -> list[float]:
+    """Hypervolume after every trial."""
+    points = np.array([[t["divergence"], t["flops"]] for t in trials])
+    return [hypervolume(points[:count], REFERENCE) for count in range(1, len(points) + 1)]
+
+
+def best_at(trials: Sequence[dict[str, Any]], level: float) -> dict[str, Any]:
+    return min((t for t in trials if t["flops"] <= level), key=lambda t: t["divergence"])
+
+
+def targets_of(curves: dict[str, list[list[float]]], gains: Sequence[dict[str, Any]]) -> list[Target]:
+    found = []
+    ours = curves["ours"]
+    for name in RAW:
+        ratios = [a[49] / b[499] for a, b in zip(ours, curves[name], strict=True)]
+        found.append(Target(f"hypervolume of ours after 50 trials over {name} after 500, worst seed", min(ratios), 1.0))
+    for name in STARTED:
+        ratio = float(np.mean([a[99] for a in ours]) / np.mean([b[99] for b in curves[name]]))
+        found.append(Target(f"hypervolume of ours after 100 trials over {name} after 100, mean", ratio, 1.0))
+    for level in LEVELS:
+        ratio = float(np.mean([g["ratio"] for g in gains if g["level"] == level]))
+        what = f"divergence of ours over the best knapsack solution's at {level:g}x flops, mean"
+        found.append(Target(what, ratio, 0.9, at_least=False))
+    return found
+
+
+def gains_of(made: Any, runs: Path, seeds: Sequence[int], data: Path) -> list[dict[str, Any]]:
+    """Our networks at fixed budgets against the best of the knapsack's, on the held-out and on fresh images."""
+    images = cifar10(str(data / "data/cifar10_jpeg.tar.xz")).validation.tensors[0][:FRESH]
+    fresh = [(part,) for part in images.split(256)]
+    references = reference_outputs(made.job.model, fresh)
+    knapsack = read_json(path_of(runs, "knapsack alone", seeds[0], None))["trials"]
+    rows = []
+    for level in LEVELS:
+        start = best_at(knapsack, level)
+        for seed in seeds:
+            own = best_at(read_json(path_of(runs, "ours", seed, level))["trials"], level)
+            ratios = []
+            for trial in (own, start):
+                network = made.assemble(tuple(trial["assignment"]))
+                with torch.no_grad():
+                    ratios.append(mean_divergence("kl", network, fresh, references))
+            rows.append(
+                {
+                    "level": level,
+                    "seed": seed,
+                    "knapsack": start["divergence"],
+                    "ours": own["divergence"],
+                    "ratio": own["divergence"] / start["divergence"],
+                    "ratio_on_fresh_images": ratios[0] / ratios[1],
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/search"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run; else all")
+    args = parser.parse_args()
+    made = assembler(args.runs, args.data)
+    tasks: list[tuple[str, int, float | None]] = [(name, seed, None) for seed in args.seeds for name in args.only]
+    tasks += [("ours", seed, level) for seed in args.seeds for level in LEVELS if "ours" in args.only]
+
+    def search(task: tuple[str, int, float | None]) -> None:
+        name, seed, level = task
+        path = path_of(args.runs, name, seed, level)
+        if path.exists() and read_json(path)["done"]:
+            return
+        command = [sys.executable, "-m", "benchmarks.search.task", str(args.runs), name, str(seed), str(args.data)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *([] if level is None else [str(level)])], check=True, env=environment)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(search, tasks))
+    if set(args.only) != set(METHODS):
+        return
+    found = {m: [read_json(path_of(args.runs, m, s, None))["trials"] for s in args.seeds] for m in METHODS}
+    curves = {name: [curve(trials) for trials in rows] for name, rows in found.items()}
+    gains = gains_of(made, args.runs, args.seeds, args.data)
+    samples = {
+        "reference_point": {"divergence": REFERENCE[0], "flops": REFERENCE[1]},
+        "seeds": args.seeds,
+        "hypervolume": {name: [[round(v, 5) for v in row] for row in rows] for name, rows in curves.items()},
+        "at_a_budget": gains,
+    }
+    path = write_results("search", targets_of(curves, gains), samples, command="make bench NAME=search DATA=...")
+    plot(path)
+
+
+if __name__ == "__main__":
+    main()
