@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from sekron_search.errors import DataError
 from sekron_search.kron.dense import as_images, pad_by_mode
 from sekron_search.kron.geometry import Size
-from sekron_search.kron.metric import InputMetric, damping_share
+from sekron_search.kron.metric import DOUBLE_UP_TO, InputMetric, damping_share
 from sekron_search.model import Inputs, LayerInfo, run_model
 
-#: Positions (pixels or rows) of one batch that enter a layer's moment; more are drawn from with a seed. The moment of
-#: P unknowns needs some multiple of P samples, not every pixel of every image.
-MAX_POSITIONS_PER_BATCH = 32768
+#: Positions (pixels or rows) that enter a layer's moment, spread over the batches: P unknowns need some multiple of P
+#: samples, and small moments can have more for the same work, so many products of two entries in all.
+POSITIONS_PER_UNKNOWN, MOST_PRODUCTS = 8, 10**11
 
-#: Entries of unfolded columns that are in memory at a time: 256 MiB. Larger inputs are unfolded some samples at a time.
-MAX_UNFOLDED = 1 << 26
+#: Entries of unfolded columns that are in memory at a time: 128 MiB. Larger inputs are unfolded in parts.
+MAX_UNFOLDED = 1 << 25
+
+#: Moments of more unknowns are products of blocks of rows, for only those up to the diagonal are needed.
+BLOCK = 768
 
 #: A group of inputs that varies less than this, relative to its mean square, counts as constant.
 CONSTANT = 1e-12
@@ -37,14 +40,18 @@ class Moments:
     Args:
         info: The layer.
         seed: Of the choice of positions.
+        batches: Number of batches that will come: the positions are spread over them.
     """
 
-    def __init__(self, info: LayerInfo, seed: int) -> None:
+    def __init__(self, info: LayerInfo, seed: int, batches: int = 1) -> None:
         self.info = info
         self.count = 0
+        unknowns = prod(info.weight_shape[1:])
+        self._most = -(-max(POSITIONS_PER_UNKNOWN * unknowns, MOST_PRODUCTS // unknowns**2) // max(batches, 1))
+        self._dtype = torch.float64 if unknowns <= DOUBLE_UP_TO else torch.float32
         self._generator = torch.Generator().manual_seed(seed)
         self._origins: list[tuple[Tensor, Tensor]] | None = None
-        self._sums: list[Tensor] | None = None
+        self._sums: list[Tensor] = []
 
     def add(self, x: Tensor, module: nn.Module, *, output: Tensor | None = None, rows: Tensor | None = None) -> None:
         """Take in a batch.
@@ -55,49 +62,61 @@ class Moments:
             output: As for `unfold_input`.
             rows: Targets (G, F, samples times positions), in the order of `output_rows`.
         """
-        x = x if x.dim() > 1 else x[None]
-        samples = len(x)
-        first = unfold_input(x[:1], self.info, module, output)
-        positions = first.shape[-1]
-        step = max(MAX_UNFOLDED // max(first.numel(), 1), 1)
-        for start in range(0, samples, step):
-            part = x[start : start + step]
-            columns = unfold_input(part, self.info, module, output)
-            targets = None if rows is None else rows[..., start * positions : (start + len(part)) * positions]
-            self._add(columns, targets, max(MAX_POSITIONS_PER_BATCH * len(part) // samples, 1))
+        patches = _patches(x if x.dim() > 1 else x[None], self.info, module, output)
+        samples, *sizes = patches.shape[: 1 + len(self.info.weight_shape[2:])]
+        positions = prod(sizes)
+        entries = prod(self.info.weight_shape[1:]) * self.info.geometry.groups
+        if samples * positions <= self._most:
+            step = max(MAX_UNFOLDED // (entries * positions), 1)
+            for start in range(0, samples, step):
+                own = None if rows is None else rows[..., start * positions : (start + step) * positions]
+                self._add(_columns(patches[start : start + step], self.info), own)
+            return
+        chosen = torch.randperm(samples * positions, generator=self._generator)[: self._most]
+        for part in chosen.to(x.device).split(max(MAX_UNFOLDED // entries, 1)):
+            picked = patches[torch.unravel_index(part, (samples, *sizes))]
+            self._add(_columns(picked, self.info), None if rows is None else rows[..., part])
 
-    def _add(self, columns: Tensor, rows: Tensor | None, most: int) -> None:
-        if columns.shape[-1] > most:
-            chosen = torch.randperm(columns.shape[-1], generator=self._generator)[:most].to(columns.device)
-            columns, rows = columns[..., chosen], None if rows is None else rows[..., chosen]
+    def _add(self, columns: Tensor, rows: Tensor | None) -> None:
         parts = [columns] if rows is None else [columns, rows.float()]
         if self._origins is None:
             self._origins = [_origin(part) for part in parts]
+            shapes = [part.shape[:2] for part in parts] + [(*part.shape[:2], columns.shape[1]) for part in parts]
+            self._sums = [torch.zeros(shape, dtype=self._dtype, device=columns.device) for shape in shapes]
         parts = [(part - mean) / scale for part, (mean, scale) in zip(parts, self._origins, strict=True)]
-        new = [part.sum(-1) for part in parts] + [part @ parts[0].mT for part in parts]
-        self._sums = [a.double() + (0 if self._sums is None else self._sums[i]) for i, a in enumerate(new)]
+        for total, part in zip(self._sums, parts, strict=False):
+            total += part.sum(-1)
+        for start in range(0, columns.shape[1], BLOCK):
+            end = start + BLOCK
+            self._sums[len(parts)][:, start:end, :end] += parts[0][:, start:end] @ parts[0][:, :end].mT
+        if rows is not None:
+            self._sums[-1] += parts[1] @ parts[0].mT
         self.count += columns.shape[-1]
 
     def collected(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Means of inputs (G, P) and targets (G, F); covariances (G, P, P) and (G, F, P) with the inputs; float64.
+        """Means of inputs (G, P) and targets (G, F); covariances (G, P, P) and (G, F, P) with the inputs.
+
+        In float64, those of large moments in float32.
 
         Raises:
             DataError: If there is no data, or it holds NaN or infinity.
         """
-        if self._sums is None or self._origins is None:
+        if self._origins is None:
             raise DataError(f"layer '{self.info.name}' saw no calibration data; give at least one batch")
         if not all(bool(torch.isfinite(total).all()) for total in self._sums):
             raise DataError(f"layer '{self.info.name}': its input holds NaN or infinity on the calibration data")
         count = len(self._origins)
-        averages = [total / self.count for total in self._sums]
-        scales = [scale.double() for _, scale in self._origins]
+        averages = [total / self.count for total in self._sums[:count]]
+        scales = [scale.to(self._dtype) for _, scale in self._origins]
         means = [
-            average * scale[..., 0] + origin.double()[..., 0]
-            for average, scale, (origin, _) in zip(averages[:count], scales, self._origins, strict=True)
+            average * scale[..., 0] + origin.to(self._dtype)[..., 0]
+            for average, scale, (origin, _) in zip(averages, scales, self._origins, strict=True)
         ]
+        lower = self._sums[count].tril()
+        totals = [lower + lower.tril(-1).mT, *self._sums[count + 1 :]]
         products = [
-            (product - average[:, :, None] * averages[0][:, None, :]) * scale * scales[0]
-            for product, average, scale in zip(averages[count:], averages[:count], scales, strict=True)
+            (total / self.count - average[:, :, None] * averages[0][:, None, :]) * scale * scales[0]
+            for total, average, scale in zip(totals, averages, scales, strict=True)
         ]
         return means, products
 
@@ -105,9 +124,9 @@ class Moments:
         """The metric of the inputs; damped by how few samples there are, if not told by how much."""
         (mean, *_), (covariance, *_) = self.collected()
         share = damping_share(covariance.shape[-1], self.count) if damping is None else damping
-        centered = self.info.output_shift != "kept"
-        second = covariance + mean[:, :, None] * mean[:, None, :]
-        return InputMetric.from_moments(second, mean, centered=centered, damping=share, curvature=curvature)
+        kept = self.info.output_shift == "kept"
+        moment = covariance + mean[:, :, None] * mean[:, None, :] if kept else covariance
+        return InputMetric.damped(moment, mean, damping=share, curvature=curvature)
 
     def best_weight(self, weight: Tensor) -> Tensor:
         """The (G, F, C, *kernel) weight that gives the targets best; near the given one where data says little.
@@ -124,11 +143,11 @@ class Moments:
         alive = variance > CONSTANT * squares.mean(-1)
         damping = (damping_share(second.shape[-1], self.count) * variance)[:, None, None]
         eye = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
-        own = weight.flatten(2)
+        own = weight.flatten(2).to(second)
         system = torch.where(alive[:, None, None], second + damping * eye, eye)
         right = torch.where(alive[:, None, None], cross + damping * own, own)
         best: Tensor = torch.linalg.solve(system, right.mT).mT
-        return best.reshape(weight.shape)
+        return best.reshape(weight.shape).to(weight)
 
 
 def _origin(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +169,16 @@ def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module, output: Tensor |
         module: The layer's module, for padding modes other than zeros.
         output: Its output, where a transposed convolution may be asked for other output sizes than on the example.
     """
+    return _columns(_patches(x, info, module, output), info)
+
+
+def _columns(patches: Tensor, info: LayerInfo) -> Tensor:
+    """(G, P, samples times positions) from patches (any axes, G, C, *kernel)."""
+    return patches.reshape(-1, info.geometry.groups, prod(info.weight_shape[1:])).permute(1, 2, 0)
+
+
+def _patches(x: Tensor, info: LayerInfo, module: nn.Module, output: Tensor | None) -> Tensor:
+    """What meets the weight at every position, (N, *positions, G, C, *kernel); a view, but of a transposed kernel."""
     geometry, kernel = info.geometry, info.weight_shape[2:]
     x = as_images(pad_by_mode(x.detach().float(), module), info.kind)
     strides, padding = geometry.stride, geometry.padding
@@ -166,11 +195,8 @@ def unfold_input(x: Tensor, info: LayerInfo, module: nn.Module, output: Tensor |
         x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
     axes = len(kernel)  # x is (N, G C, *positions, *kernel) now, still a view
     x = x.unflatten(1, (geometry.groups, -1))
-    x = x.permute(1, 2, *range(3 + axes, 3 + 2 * axes), 0, *range(3, 3 + axes))
-    if geometry.transposed:
-        x = x.flip(tuple(range(2, 2 + axes)))
-    columns: Tensor = x.reshape(geometry.groups, prod(info.weight_shape[1:]), -1)
-    return columns
+    x = x.permute(0, *range(3, 3 + axes), 1, 2, *range(3 + axes, 3 + 2 * axes))
+    return x.flip(tuple(range(-axes, 0))) if geometry.transposed else x
 
 
 def output_rows(output: Tensor, info: LayerInfo) -> Tensor:
@@ -194,7 +220,7 @@ def _stuffed(x: Tensor, strides: Size) -> Tensor:
 def collect_metrics(
     model: nn.Module,
     layers: Sequence[LayerInfo],
-    batches: Iterable[Inputs],
+    batches: Sequence[Inputs],
     *,
     curvature: Mapping[str, Tensor] | None = None,
     damping: float | None = None,
@@ -215,7 +241,7 @@ def collect_metrics(
     Raises:
         DataError: If there is no batch, or an input holds NaN or infinity.
     """
-    moments = {info.name: Moments(info, seed) for info in layers}
+    moments = {info.name: Moments(info, seed, len(batches)) for info in layers}
     handles = []
 
     def hook(moment: Moments) -> Any:

@@ -64,7 +64,7 @@ def fit_sequentially(
         if changed and isinstance(layer, _FITTED):
             reestimate_batch_norm(compressed, batches, original=trained, until=info.name)
             scale = scale_at_sum(original, batches[0], info)
-            moments = Moments(info, seed=0)
+            moments = Moments(info, seed=0, batches=len(batches))
             for inputs in batches:
                 ours = observe(compressed, inputs, info.name, to_sum=scale is not None)
                 theirs = observe(original, inputs, info.name, to_sum=scale is not None)
@@ -80,7 +80,7 @@ def fit_sequentially(
             if isinstance(bias, Tensor) and info.output_shift == "correctable":
                 predicted = _weight_of(layer).double().flatten(2)
                 mean_output = moments.collected()[0][1].flatten()
-                bias.copy_(mean_output - (predicted @ metric.mean[:, :, None]).flatten())
+                bias.copy_(mean_output - (predicted @ metric.mean[:, :, None].to(predicted)).flatten())
         if progress is not None:
             progress(done)
     reestimate_batch_norm(compressed, batches, original=trained)

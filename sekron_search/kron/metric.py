@@ -53,6 +53,11 @@ class InputMetric:
             curvature: H of the output, (G, F, F); all errors of the output count alike if None.
         """
         moment = second - mean[:, :, None] * mean[:, None, :] if centered else second
+        return cls.damped(moment, mean, damping=damping, curvature=curvature)
+
+    @classmethod
+    def damped(cls, moment: Tensor, mean: Tensor, *, damping: float, curvature: Tensor | None) -> InputMetric:
+        """The metric of a moment that is centered or not, with a little added to the diagonals."""
         damped = None if curvature is None else lifted(curvature, CURVATURE_DAMPING)
         return cls(lifted(moment, damping), mean, damped)
 
