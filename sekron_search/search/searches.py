@@ -34,7 +34,12 @@ def searches(store: Store, run: str | None = None) -> list[Search]:
     """The studies of a storage, or of one run in it, that have said what they are, in the order of their making."""
     found = sorted(store.patiently(store.backend.get_all_studies), key=lambda study: study._study_id)
     return [
-        Search(study.study_name, study.user_attrs[FACTS], CLOSED in study.user_attrs, OVER in study.user_attrs)
+        Search(
+            study.study_name,
+            study.user_attrs[FACTS],
+            bool(study.user_attrs.get(CLOSED)),
+            bool(study.user_attrs.get(OVER)),
+        )
         for study in found
         if FACTS in study.user_attrs and run in (None, study.user_attrs[FACTS].get(RUN))
     ]

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import multiprocessing
 import subprocess
 import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import optuna
@@ -21,16 +21,13 @@ from sekron_search.search.liveness import Process, Watch
 from sekron_search.search.searches import Search, searches
 from sekron_search.search.storage import masked, open_store, serve
 from sekron_search.search.trial import Trial, pareto_trials
+from tests.processes import CONTEXT, resumed, stopped
 from tests.search import toy_worker
 from tests.search.toy_worker import OBJECTIVES, evaluate, outcome, work
 from tests.servers import PASSWORD, free_port, new_database
 
 KINDS = ["journal", "sqlite", "postgresql", "grpc"]
 FACTS = {"trials": 24, "seed": 0, "bounds": {"flops": 0.5}}
-
-#: Worker processes that start without any state of this one's.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.search.toy_worker"])
 
 
 @pytest.fixture(params=KINDS)
@@ -43,7 +40,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield new_database(request.getfixturevalue("postgresql_url"))
     else:
         port = free_port()
-        proxy = PROCESSES.Process(target=serve, args=(f"sqlite:///{tmp_path}/study.sqlite3", "127.0.0.1", port))
+        proxy = CONTEXT.Process(target=serve, args=(f"sqlite:///{tmp_path}/study.sqlite3", "127.0.0.1", port))
         proxy.start()
         yield f"grpc://127.0.0.1:{port}"
         proxy.kill()
@@ -78,12 +75,14 @@ def everything(url: str, name: str) -> list[optuna.trial.FrozenTrial]:
     return trials
 
 
-def start(url: str, name: str, count: int, log: Path, *, slots: int, pause_s: float) -> list[multiprocessing.Process]:
+def start(url: str, name: str, count: int, log: Path, *, slots: int, pause_s: float) -> list[BaseProcess]:
     log.touch()
-    found = [PROCESSES.Process(target=work, args=(url, name, slots, pause_s, str(log))) for _ in range(count)]
+    found: list[BaseProcess] = [
+        CONTEXT.Process(target=work, args=(url, name, slots, pause_s, str(log))) for _ in range(count)
+    ]
     for process in found:
         process.start()
-    return found  # type: ignore[return-value]
+    return found
 
 
 def alone(folder: Path, slots: int) -> dict[int, Trial]:
@@ -130,7 +129,7 @@ def test_many_processes_own_each_slot_once(url: str, tmp_path: Path) -> None:
             assert process.exitcode == 0
         assert ledger.finished() == alone(tmp_path, slots)
     events = Counter(line.split(maxsplit=1)[1] for line in log.read_text().splitlines())
-    assert events == {f"{what} {slot}": 1 for what in ("claimed", "finished") for slot in range(slots)}
+    assert events == {f"{what} {slot}": 1 for what in ("claimed", "recording", "finished") for slot in range(slots)}
     complete = Counter(t.user_attrs["slot"] for t in everything(url, name) if t.state == TrialState.COMPLETE)
     assert complete == dict.fromkeys(range(slots), 1)
 
@@ -156,33 +155,25 @@ def test_a_killed_workers_trial_is_done_by_another(url: str, tmp_path: Path) -> 
     assert not [t for t in trials if t.state == TrialState.RUNNING]
 
 
-def working_on(log: Path, workers: list[multiprocessing.Process], *, after: int) -> tuple[multiprocessing.Process, int]:
+def working_on(log: Path, workers: list[BaseProcess], *, after: int) -> tuple[BaseProcess, int]:
     """A worker in the middle of a trial, once so many are finished, and the slot; it is stopped there."""
     for _ in range(3000):
-        lines = [line.split() for line in log.read_text().splitlines()]
-        if sum(what == "finished" for _, what, _ in lines) >= after:
+        if log.read_text().count("finished") >= after:
             for worker in workers:
-                own = [(what, int(slot)) for pid, what, slot in lines if int(pid) == worker.pid]
-                if own and own[-1][0] == "claimed":
-                    stopped(worker)
-                    if own[-1][1] == last(log, worker)[1] and last(log, worker)[0] == "claimed":
-                        return worker, own[-1][1]
-                    resumed(worker)
+                if worker.pid is not None and doing(log, worker.pid)[0] == "claimed":
+                    stopped(worker.pid)
+                    what, slot = doing(log, worker.pid)
+                    if what == "claimed":
+                        return worker, slot
+                    resumed(worker.pid)
         time.sleep(0.01)
     raise AssertionError("no worker was seen in a trial")
 
 
-def last(log: Path, worker: multiprocessing.Process) -> tuple[str, int]:
-    own = [line.split() for line in log.read_text().splitlines() if line.startswith(f"{worker.pid} ")]
-    return own[-1][1], int(own[-1][2])
-
-
-def stopped(worker: multiprocessing.Process) -> None:
-    subprocess.run(["kill", "-STOP", str(worker.pid)], check=True)
-
-
-def resumed(worker: multiprocessing.Process) -> None:
-    subprocess.run(["kill", "-CONT", str(worker.pid)], check=True)
+def doing(log: Path, pid: int) -> tuple[str, int]:
+    """What a worker has noted last."""
+    own = [line.split() for line in log.read_text().splitlines() if line.startswith(f"{pid} ")]
+    return (own[-1][1], int(own[-1][2])) if own else ("starting", -1)
 
 
 def test_a_silent_worker_is_given_up_on_and_cannot_finish(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def evaluate(ledger: Ledger, slots: int, *, pause_s: float, log: Path) -> None:
         ledger: Of the study.
         slots: Number of slots in all.
         pause_s: What a trial takes.
-        log: A line is added when a slot is claimed, and when it was finished.
+        log: A line is added when a slot is claimed, before it is recorded, and when it is finished.
     """
     generations = [range(start, min(start + GENERATION, slots)) for start in range(0, slots, GENERATION)]
     while len(finished := ledger.finished()) < slots:
@@ -40,6 +40,7 @@ def evaluate(ledger: Ledger, slots: int, *, pause_s: float, log: Path) -> None:
         with ledger.working(claim):
             note(log, f"claimed {claim.slot}")
             time.sleep(pause_s)
+            note(log, f"recording {claim.slot}")
             trial = outcome(claim.slot, {slot: finished[slot] for slot in range(generation.start)})
             flops = trial.costs["flops"]
             if ledger.finish(claim, trial, [trial.divergence, flops], {"flops": flops / 20 - 1}):
