@@ -26,6 +26,9 @@ MAX_UNFOLDED = 1 << 25
 #: Moments of more unknowns are products of blocks of rows, for only those up to the diagonal are needed.
 BLOCK = 768
 
+#: Bytes of the moments that are collected in one pass over the data.
+MOMENT_BYTES = 1 << 30
+
 #: A group of inputs that varies less than this, relative to its mean square, counts as constant.
 CONSTANT = 1e-12
 
@@ -48,7 +51,7 @@ class Moments:
         self.count = 0
         unknowns = prod(info.weight_shape[1:])
         self._most = -(-max(POSITIONS_PER_UNKNOWN * unknowns, MOST_PRODUCTS // unknowns**2) // max(batches, 1))
-        self._dtype = torch.float64 if unknowns <= DOUBLE_UP_TO else torch.float32
+        self._dtype = _dtype_of(info)
         self._generator = torch.Generator().manual_seed(seed)
         self._origins: list[tuple[Tensor, Tensor]] | None = None
         self._sums: list[Tensor] = []
@@ -214,6 +217,24 @@ def _stuffed(x: Tensor, strides: Size) -> Tensor:
     every: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in strides))
     stuffed[every] = x
     return stuffed
+
+
+def memory_groups(layers: Sequence[LayerInfo], most_bytes: int = MOMENT_BYTES) -> list[list[LayerInfo]]:
+    """The layers in groups whose moments fit into so much memory, each of at least one."""
+    groups: list[list[LayerInfo]] = []
+    left = 0
+    for info in layers:
+        size = info.geometry.groups * prod(info.weight_shape[1:]) ** 2 * _dtype_of(info).itemsize
+        if not groups or size > left:
+            groups.append([])
+            left = most_bytes
+        groups[-1].append(info)
+        left -= size
+    return groups
+
+
+def _dtype_of(info: LayerInfo) -> torch.dtype:
+    return torch.float64 if prod(info.weight_shape[1:]) <= DOUBLE_UP_TO else torch.float32
 
 
 @torch.no_grad()
