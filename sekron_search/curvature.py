@@ -12,31 +12,34 @@ from sekron_search.calibration import output_rows
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs, LayerInfo, batch_size, output_tensors, run_model
 
-#: Logits are softened by this wherever outputs are compared. At 1 the few samples near a boundary between classes decide,
-#: and with them chance: at 4 the divergence on a thousand samples foretells far better what other samples will show.
+#: Logits are softened by this wherever outputs are compared. At 1 the few samples near a boundary between classes
+#: decide, and with them chance: at 4 the divergence on a thousand samples foretells far better what other samples will show.
 TEMPERATURE = 4.0
 
-#: Random directions of the output per sample, one backward pass each.
-DRAWS = 4
+#: Random directions of the output per sample, one backward pass each: other samples teach more than other directions.
+DRAWS = 1
+
+#: Every so many batches one enters: with the forward pass the whole costs about as much as the inputs' moments.
+BATCH_SHARE = 1 + DRAWS
 
 #: Samples that enter at most: a matrix of F x F needs fewer than the inputs' second moment.
 MAX_SAMPLES = 1024
 
 
 def output_curvature(
-    model: nn.Module, layers: Sequence[LayerInfo], batches: Iterable[Inputs], *, classes: bool, seed: int = 0
+    model: nn.Module, layers: Sequence[LayerInfo], batches: Sequence[Inputs], *, classes: bool, seed: int = 0
 ) -> dict[str, Tensor]:
     """H = E[g g'] of the gradient g at every layer's output, over samples and positions, (G, F, F) in float64.
 
     g is the gradient of v' z for the network's output z and a random v with E[v v'] = diag(p) - p p' for class
-    probabilities p = softmax(z / T), the Hessian of the KL divergence at temperature T, or the identity for other outputs. To second
-    order, and with positions taken as independent, an error d of the layer's output raises the divergence by d' H d,
+    probabilities p = softmax(z / T), the Hessian of the KL divergence at temperature T, or the identity for other
+    outputs. To second order, and with positions taken as independent, an error d of the layer's output raises the divergence by d' H d,
     up to a constant per layer.
 
     Args:
         model: The network; left in evaluation mode.
         layers: Layers to observe.
-        batches: Calibration inputs; no more than the first `MAX_SAMPLES` samples' batches are used.
+        batches: Calibration inputs; one of `BATCH_SHARE` enters, as long as there are fewer than `MAX_SAMPLES` samples.
         classes: Whether the outputs are logits (N, classes, ...).
         seed: Of the directions.
 
@@ -65,7 +68,7 @@ def output_curvature(
     handles = [model.get_submodule(info.name).register_forward_hook(hook(info.name)) for info in layers]
     samples = 0
     try:
-        for inputs in batches:
+        for inputs in batches[::BATCH_SHARE]:
             if samples >= MAX_SAMPLES:
                 break
             samples += batch_size(inputs)

@@ -42,3 +42,7 @@ class RunFolderError(SekronError):
 
 class StorageError(SekronError):
     """The storage of a study cannot be opened or reached, or holds another study."""
+
+
+class WorkerError(SekronError):
+    """A process that worked for this one ended, or failed; names what it worked on."""

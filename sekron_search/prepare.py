@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from sekron_search.calibration import collect_metrics
+from sekron_search.calibration import collect_metrics, memory_groups
 from sekron_search.costs.memory import PeakMemory, peak_memory
 from sekron_search.costs.profile import DeviceProfile
 from sekron_search.errors import DataError
 from sekron_search.files import digest, read_json, write_json
+from sekron_search.fitting import FitJob, Fitter
 from sekron_search.inspection import Inspection, inspect_model
 from sekron_search.job import Job
 from sekron_search.kron.metric import InputMetric
@@ -28,7 +30,7 @@ from sekron_search.search.knapsack import best_reachable, infeasible, solve_knap
 from sekron_search.search.options import LayerTable, Network
 from sekron_search.search.space import SearchSpace
 from sekron_search.selection import worthwhile
-from sekron_search.tables import FittedLayer, build_layer_table, build_tables, cheapest_table, table_files, table_key
+from sekron_search.tables import FittedLayer, cheapest_table, load_table, table_files, table_key
 from sekron_search.timing import Layout, find_layout, measured_profile, network_costs, with_latencies
 from sekron_search.variants import with_variants
 
@@ -126,48 +128,55 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
     known = Tables(inspection, layers, original, memory, layout, ())
     _check_reachable(job, folder, reporter, known, space)
-    metrics = _Metrics(job, layers, reporter)
+    cache = settings.tables or folder.tables
+    keys = _keys(job, layers, space)
+    fitted = _fitted(job, layers, space, keys, Fitter(cache, torch.get_num_threads()), reporter)
+    files = dict.fromkeys(path for key in keys.values() for path in table_files(cache, key))
+    return dataclasses.replace(known, fitted=fitted, files=tuple(files))
+
+
+def _keys(job: Job, layers: Sequence[LayerInfo], space: SearchSpace) -> dict[str, str]:
+    settings = job.settings
     weighting = [settings.calibration.curvature, settings.search.divergence]
     context = digest([job.model_digest, list(job.calibration), settings.seed, weighting])
-    sizes = {"bytes_per_sample": job.bytes_per_sample, "steps": settings.calibration.refine_steps}
-
-    def fit(info: LayerInfo) -> FittedLayer:
-        return build_layer_table(info, layer_weight(job.model, info), metrics[info.name], space, **sizes)
-
-    def key(info: LayerInfo) -> str:
-        return table_key(info, space, context, **sizes)
-
-    fitted: list[FittedLayer] = []
-    cache = settings.tables or folder.tables
-    with reporter.task("fitting options", len(layers)) as task:
-        for table in build_tables(layers, fit, key, cache):
-            fitted.append(table)
-            task.update(len(fitted), f"{table.table.name}: {len(table.table.options)} options")
-    files = dict.fromkeys(path for info in layers for path in table_files(cache, key(info)))
-    return dataclasses.replace(known, fitted=tuple(fitted), files=tuple(files))
+    return {i.name: table_key(i, space, context, **_sizes(job)) for i in layers}
 
 
-class _Metrics:
-    """The input metric of every layer, collected when the first one is asked for: cached tables need none."""
+def _sizes(job: Job) -> dict[str, int]:
+    return {"bytes_per_sample": job.bytes_per_sample, "steps": job.settings.calibration.refine_steps}
 
-    def __init__(self, job: Job, layers: Sequence[LayerInfo], reporter: Reporter) -> None:
-        self.job, self.layers, self.reporter = job, layers, reporter
 
-    @cached_property
-    def found(self) -> dict[str, InputMetric]:
-        job = self.job
-        with self.reporter.task("calibrating", len(job.calibration)) as task:
-            return collect_metrics(
-                job.model,
-                self.layers,
-                job.calibration,
-                curvature=job.curvature,
-                seed=job.settings.seed,
-                progress=task.update,
-            )
+def _fitted(
+    job: Job,
+    layers: Sequence[LayerInfo],
+    space: SearchSpace,
+    keys: Mapping[str, str],
+    fitter: Fitter,
+    reporter: Reporter,
+) -> tuple[FittedLayer, ...]:
+    """The tables of all layers, from the cache where it has them; the others in groups whose moments fit in memory."""
+    known = {i.name: load_table(fitter.cache, keys[i.name], i.name) for i in layers}
+    found = {name: table for name, table in known.items() if table is not None}
+    with fitter:
+        for group in memory_groups([i for i in layers if i.name not in found]):
+            with reporter.task("calibrating", len(job.calibration)) as task:
+                metrics = collect_metrics(
+                    job.model,
+                    group,
+                    job.calibration,
+                    curvature=job.curvature,
+                    seed=job.settings.seed,
+                    progress=task.update,
+                )
+            with reporter.task("fitting options", len(layers)) as task:
+                for fitted in fitter.fit([_fit_job(job, i, space, keys[i.name], metrics.pop(i.name)) for i in group]):
+                    found[fitted.table.name] = fitted
+                    task.update(len(found), f"{fitted.table.name}: {len(fitted.table.options)} options")
+    return tuple(found[i.name] for i in layers)
 
-    def __getitem__(self, name: str) -> InputMetric:
-        return self.found[name]
+
+def _fit_job(job: Job, info: LayerInfo, space: SearchSpace, key: str, metric: InputMetric) -> FitJob:
+    return FitJob(key, info, layer_weight(job.model, info), metric, space, **_sizes(job))
 
 
 def _original_costs(job: Job, folder: RunFolder, reporter: Reporter, layout: Layout) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -171,21 +171,6 @@ def save_table(folder: Path, key: str, fitted: FittedLayer) -> None:
     write_tensors(weights, tensors)
     options = [asdict(o) for o in fitted.table.options]
     write_json(records, {"options": options, "sensitivity": fitted.table.sensitivity})
-
-
-def build_tables(
-    layers: Sequence[LayerInfo],
-    fit: Callable[[LayerInfo], FittedLayer],
-    key: Callable[[LayerInfo], str],
-    cache: Path,
-) -> Iterator[FittedLayer]:
-    """The tables of all layers in turn, from the cache where it has them, else fitted and put there."""
-    for info in layers:
-        fitted = load_table(cache, key(info), info.name)
-        if fitted is None:
-            fitted = fit(info)
-            save_table(cache, key(info), fitted)
-        yield fitted
 
 
 def _sensitivity(info: LayerInfo, weight: Tensor, metric: InputMetric) -> float | None:

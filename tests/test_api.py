@@ -309,7 +309,7 @@ def test_unlabelled_data_has_no_accuracy() -> None:
 def test_tables_are_fitted_once_for_several_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_net()
     compress(model, tmp_path / "a", tables=tmp_path / "tables")
-    monkeypatch.setattr("sekron_search.prepare.build_layer_table", lambda *args, **options: pytest.fail("fitted again"))
+    monkeypatch.setattr("sekron_search.fitting.build_layer_table", lambda *args, **options: pytest.fail("fitted again"))
     found = compress(model, tmp_path / "b", tables=tmp_path / "tables", budget={"params": "0.8x"})
     assert found.report["budgets"][0]["met"]
     assert not (tmp_path / "b" / "tables").exists()

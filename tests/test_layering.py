@@ -21,6 +21,8 @@ LAYERS = [
     ["candidate"],
     ["assembly", "sharing"],
     ["prepare"],
+    ["fit_worker"],
+    ["fitting"],
     ["timing"],
     ["job"],
     ["selection"],
