@@ -13,7 +13,8 @@ from sekron_search.errors import DataError
 from sekron_search.model import Inputs, LayerInfo, batch_size, output_tensors, run_model
 
 #: Logits are softened by this wherever outputs are compared. At 1 the few samples near a boundary between classes
-#: decide, and with them chance: at 4 the divergence on a thousand samples foretells far better what other samples will show.
+#: decide, and with them chance: at 4 the divergence on a thousand samples foretells far better what other samples will
+#: show.
 TEMPERATURE = 4.0
 
 #: Random directions of the output per sample, one backward pass each: other samples teach more than other directions.
@@ -33,8 +34,8 @@ def output_curvature(
 
     g is the gradient of v' z for the network's output z and a random v with E[v v'] = diag(p) - p p' for class
     probabilities p = softmax(z / T), the Hessian of the KL divergence at temperature T, or the identity for other
-    outputs. To second order, and with positions taken as independent, an error d of the layer's output raises the divergence by d' H d,
-    up to a constant per layer.
+    outputs. To second order, and with positions taken as independent, an error d of the layer's output raises the
+    divergence by d' H d, up to a constant per layer.
 
     Args:
         model: The network; left in evaluation mode.
