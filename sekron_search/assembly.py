@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm
+from sekron_search.divergence import mean_divergence
 from sekron_search.job import Job
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import Inputs, batch_size, layer_like, replace_layers
 from sekron_search.prepare import Tables
-from sekron_search.proxies import mean_divergence
 from sekron_search.search.options import Assignment
 from sekron_search.search.trial import Evaluation, Trial
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sekron_search.divergence import DivergenceName
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
-from sekron_search.proxies import DivergenceName
 from sekron_search.runtimes.base import MemoryFormat, RuntimeName
 from sekron_search.search.budget import Budget
 from sekron_search.search.space import SearchSpace, explain

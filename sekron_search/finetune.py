@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 
 from sekron_search.config import FinetuneConfig
 from sekron_search.data import Augment, Batch, as_batch, batches, check_labels, length, sample_order, to_device
+from sekron_search.divergence import DivergenceName, relative_mse
 from sekron_search.errors import DataError
 from sekron_search.files import read_checkpoint, write_checkpoint
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.model import kronecker_layers, output_tensors, run_model
-from sekron_search.proxies import DivergenceName, relative_mse
 
 #: Gradients are scaled down to this norm over all parameters: the first steps of a bad start stay small.
 MAX_GRADIENT_NORM = 5.0

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from sekron_search.config import Settings
 from sekron_search.costs.profile import DeviceProfile, Provenance
 from sekron_search.curvature import output_curvature
+from sekron_search.divergence import reference_outputs
 from sekron_search.errors import DataError, SekronError
 from sekron_search.export import Factory, factory_json
 from sekron_search.files import digest
 from sekron_search.finetune import Distillation, TrainingData
 from sekron_search.inspection import inspect_model
 from sekron_search.model import Inputs, batch_size
-from sekron_search.proxies import reference_outputs
 from sekron_search.runtimes.base import MemoryFormat, Runtime
 from sekron_search.runtimes.registry import make_runtime, runtime_class
 

@@ -14,6 +14,7 @@ import torch
 from sekron_search.calibration import collect_metrics, memory_groups
 from sekron_search.costs.memory import PeakMemory, peak_memory
 from sekron_search.costs.profile import DeviceProfile
+from sekron_search.divergence import check_divergence, reference_outputs
 from sekron_search.errors import DataError
 from sekron_search.files import digest, read_json, write_json
 from sekron_search.fitting import FitJob, Fitter
@@ -22,7 +23,6 @@ from sekron_search.job import Job
 from sekron_search.kron.metric import InputMetric
 from sekron_search.model import LayerInfo, layer_weight
 from sekron_search.progress import Reporter
-from sekron_search.proxies import check_divergence, reference_outputs
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import threads
 from sekron_search.search.budget import CostName

@@ -35,7 +35,7 @@ LAYERS = [
     ["config"],
     ["rundir"],
     ["search"],
-    ["proxies"],
+    ["divergence"],
     ["curvature", "sums"],
     ["calibration"],
     ["costs"],

@@ -25,8 +25,8 @@ from benchmarks.results_file import Target, write_results
 from benchmarks.search.methods import METHODS
 from benchmarks.search.plot import plot
 from benchmarks.search.task import assembler, path_of
+from sekron_search.divergence import mean_divergence, reference_outputs
 from sekron_search.files import read_json
-from sekron_search.proxies import mean_divergence, reference_outputs
 from sekron_search.search.pareto import hypervolume
 
 #: Reference point: a divergence at which accuracy is lost, and the original's flops.

@@ -1,4 +1,4 @@
-"""How good a compressed network will be, without training: divergence of its outputs from the original's."""
+"""How far a network's outputs are from the original's."""
 
 from __future__ import annotations
 
