@@ -25,7 +25,8 @@ pytestmark = pytest.mark.filterwarnings(
 def finder(tmp_path: Path) -> Finder:
     config = write_config(tmp_path, CONFIG, **{"trials: 8": "trials: 3", "params: 0.8x": "params: 0.9x"})
     job, folder = job_from_config(Config.load(config)), RunFolder(tmp_path / "out")
-    return Finder(job, prepare(job, folder, Reporter()), folder, Reporter())
+    with folder.claimed(job.fingerprint(), resume=False):
+        return Finder(job, prepare(job, folder, Reporter()), folder, Reporter())
 
 
 def measure_more(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:

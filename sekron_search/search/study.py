@@ -87,11 +87,11 @@ def _do(
 ) -> None:
     """Evaluate a proposal, unless an earlier trial has, and record it."""
     network, bounds = problem.network, problem.bounds
-    costs = {cost: float(value) for cost, value in network.costs(proposal.assignment).items()}
+    costs = {str(cost): float(value) for cost, value in network.costs(proposal.assignment).items()}
     known = next((t for t in history if t.assignment == proposal.assignment), None)
     rivals = [t for t in history if not t.pruned and all(t.costs[cost] <= costs[cost] for cost in bounds)]
     found = known.evaluation if known is not None else evaluate(proposal.assignment, rivals)
-    violations = {cost: costs[cost] / bound - 1 for cost, bound in bounds.items()}
+    violations = {str(cost): costs[cost] / bound - 1 for cost, bound in bounds.items()}
     trial = Trial(
         index=claim.slot,
         assignment=proposal.assignment,
