@@ -22,7 +22,7 @@ from sekron_search.search.options import Assignment
 from sekron_search.search.trial import Evaluation, Trial
 
 #: Samples on which a trial's batch-norm statistics are seen to change; more hardly changes a divergence.
-NORM_SAMPLES = 256
+NORM_SAMPLES = 128
 
 #: A trial is given up when it is behind a cheaper network by so many standard errors of their difference, after so many
 #: batches of the held-out samples at least.

@@ -77,9 +77,11 @@ class NormStatistics:
     """
 
     def __init__(self, original: nn.Module, batches: Sequence[Inputs]) -> None:
-        self.trained = {name: _statistics(norm) for name, norm in _norms(original).items()}
+        # Copies, for whoever changes the network in place.
+        self.trained = {n: tuple(t.clone() for t in _statistics(norm)) for n, norm in _norms(original).items()}
         shown = copy_model(original)
         reestimate_batch_norm(shown, batches)
+        self.run_once = tuple(_norms_that_run_once(original.eval(), batches[0], None))
         self.shown = {name: _statistics(norm) for name, norm in _norms(shown).items()}
 
     def correct(self, name: str, norm: nn.Module) -> None:
@@ -89,8 +91,8 @@ class NormStatistics:
         (mean, var), (shown_mean, shown_var) = self.trained[name], self.shown[name]
         own_mean, own_var = _statistics(norm)
         alive = (shown_var > 0) & (var > 0)
-        own_mean.copy_(own_mean + torch.where(alive, mean - shown_mean, 0.0))
-        own_var.copy_(own_var * torch.where(alive, var / shown_var, 1.0))
+        own_mean.copy_(torch.where(alive, mean + (own_mean - shown_mean), own_mean))
+        own_var.copy_(torch.where(alive, var * (own_var / shown_var), own_var))
 
 
 def _norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -131,7 +133,10 @@ def reestimate_batch_norm(
     Source: Wu and Johnson, Rethinking "Batch" in BatchNorm (2021), as implemented by fvcore.
     """
     model.eval()
-    norms = _norms_that_run_once(model, batches[0], until)
+    if original is not None and until is None:
+        norms = {name: norm for name, norm in _norms(model).items() if name in original.run_once}
+    else:
+        norms = _norms_that_run_once(model, batches[0], until)
     if norms:
         logging.getLogger("fvcore.nn.precise_bn").setLevel(logging.WARNING)
         for norm in norms.values():

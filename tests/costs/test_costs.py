@@ -13,14 +13,14 @@ from sekron_search.costs.layers import random_input, random_layer
 from sekron_search.costs.measure import Latency, measure_callables, measure_networks
 from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile, Measurement, Provenance, layer_key
-from sekron_search.costs.traced import reestimate_batch_norm, traced_flops
+from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError
 from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.steps import Schedule
-from sekron_search.model import layer_like, replace_layers
+from sekron_search.model import copy_model, layer_like, replace_layers
 from sekron_search.runtimes.base import threads
 from sekron_search.runtimes.registry import make_runtime
 from sekron_search.scoring import candidates
@@ -136,6 +136,48 @@ def test_batch_norm_statistics_are_those_of_the_data() -> None:
     torch.testing.assert_close(norm.running_mean, pixels.mean(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(norm.running_var, pixels.var(1, unbiased=False), rtol=1e-4, atol=1e-4)
     assert not any(module.training for module in model.modules())
+
+
+def statistics_of(model: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    norm = model.get_submodule(name)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
+def test_batch_norm_statistics_change_by_as_much_as_the_network_does() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    for name in ("1", "4"):
+        mean, var = statistics_of(model, name)
+        mean.copy_(torch.randn(4))
+        var.copy_(torch.rand(4) + 0.5)
+    batches = [(torch.randn(8, 3, 6, 6),) for _ in range(3)]
+    trained = NormStatistics(model, batches)
+    same = copy_model(model)
+    reestimate_batch_norm(same, batches, original=trained)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(same.state_dict()[name], tensor) or name.endswith("num_batches_tracked")
+    # Outputs of the first layer twice as large, and shifted: so are the statistics, wherever they came from.
+    seen = copy_model(model)
+    reestimate_batch_norm(seen, batches)
+    before = {name: [t.clone() for t in statistics_of(model, name)] for name in ("1", "4")}
+    with torch.no_grad():
+        assert conv.bias is not None
+        conv.weight.mul_(2.0)
+        conv.bias.copy_(2 * conv.bias + 1)
+    there = copy_model(model)
+    reestimate_batch_norm(there, batches)
+    reestimate_batch_norm(model, batches, original=trained)
+    for name, (mean, var) in before.items():
+        (shown, shown_var), (now, now_var) = (statistics_of(m, name) for m in (seen, there))
+        new, new_var = statistics_of(model, name)
+        torch.testing.assert_close(new, mean + now - shown)
+        torch.testing.assert_close(new_var, var * now_var / shown_var)
+    torch.testing.assert_close(statistics_of(model, "1")[1], 4 * before["1"][1])
+    assert not any(m.training for m in model.modules())
 
 
 def test_measurements_tell_slow_from_fast() -> None:
