@@ -58,7 +58,7 @@ ADAPTERS: dict[str, str | tuple[str, ...]] = {
     "sqlalchemy": "search/storage.py",
     "grpc": "search/storage.py",
     "matplotlib": "report/plots.py",
-    "scipy": ("search/knapsack.py", "costs/design.py", "costs/predict.py"),
+    "scipy": ("search/multiple_choice.py", "costs/design.py", "costs/predict.py"),
     "safetensors": "files.py",
     "typer": ("cli/__init__.py", "cli/arguments.py", "cli/device.py", "cli/runs.py", "cli/workers.py"),
     "threadpoolctl": "costs/predict.py",

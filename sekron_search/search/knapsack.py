@@ -1,4 +1,4 @@
-"""One option per layer under several budgets, for an additive error: a multiple-choice knapsack (scipy's HiGHS)."""
+"""One option per layer under several budgets, for an additive error: a multiple-choice knapsack."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from sekron_search.errors import InfeasibleBudgetError
 from sekron_search.search.budget import COSTS, CostName
+from sekron_search.search.multiple_choice import MultipleChoice, solve
 from sekron_search.search.options import Assignment, Network
-
-_INFEASIBLE = 2  # scipy.optimize.milp's status
 
 
 @dataclass(frozen=True)
@@ -24,6 +21,11 @@ class KnapsackSolution:
     assignment: Assignment
     error: float
     lower_bound: float
+
+    @property
+    def gap(self) -> float:
+        """How far it may be from the best, relative to its error."""
+        return (self.error - self.lower_bound) / self.error if self.error > 0 else 0.0
 
 
 def additive_errors(network: Network) -> list[NDArray[np.float64]]:
@@ -53,42 +55,36 @@ def solve_knapsack(
         bounds: Absolute bound of every budgeted cost of the whole network.
         errors: Error of every option of every layer; they are added up.
         relative_gap: Stop when the solution is proven that close to the best.
-        time_limit_s: Stop with the best found so far.
+        time_limit_s: Stop with the best found so far; its lower bound tells how good that is.
 
     Raises:
         InfeasibleBudgetError: If no assignment meets the bounds together; carries the best reachable per cost.
     """
-    counts = [len(table.options) for table in network.tables]
+    counts = np.array([len(table.options) for table in network.tables])
     owner = np.repeat(np.arange(len(counts)), counts)
-    columns = np.arange(len(owner))
-    constraints = [LinearConstraint(csr_array((np.ones(len(owner)), (owner, columns))), 1, 1)]
-    upper = np.ones(len(owner))
+    allowed = np.ones(len(owner), dtype=bool)
+    rows, room = [], []
     for name, bound in bounds.items():
         values = np.concatenate(network.values(name))
-        if name == "peak_activation_bytes":
+        if name == "peak_activation_bytes":  # no sum: every layer has to meet it alone
             outside = np.repeat([table.outside_bytes for table in network.tables], counts)
-            upper[outside + values > bound] = 0
-            if network.peak_floor_bytes > bound:
-                upper[:] = 0
+            allowed &= (outside + values <= bound) & (network.peak_floor_bytes <= bound)
             continue
-        room = bound - network.fixed(name)
-        scale = max(abs(room), float(values.max()), 1e-12)  # well-scaled rows: HiGHS has absolute tolerances
-        constraints.append(LinearConstraint(values[None, :] / scale, -np.inf, room / scale))
-    result = milp(
-        np.concatenate(errors),
-        constraints=constraints,
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, upper),
-        options={"mip_rel_gap": relative_gap, "time_limit": time_limit_s},
-    )
-    if result.x is None:
-        if result.status == _INFEASIBLE:
-            raise infeasible(network, bounds)
-        raise InfeasibleBudgetError(f"HiGHS found no assignment in {time_limit_s:g} s: {result.message}", {})
-    starts = np.cumsum([0, *counts[:-1]])
-    assignment = tuple(int(np.argmax(result.x[s : s + n])) for s, n in zip(starts, counts, strict=True))
-    error = float(sum(e[i] for e, i in zip(errors, assignment, strict=True)))
-    return KnapsackSolution(assignment, error, float(result.mip_dual_bound))
+        left = bound - network.fixed(name)
+        scale = max(abs(left), float(values.max()), 1e-12)
+        rows.append(values / scale)
+        room.append(left / scale)
+    kept = np.flatnonzero(allowed)
+    found = None
+    if len(np.unique(owner[kept])) == len(counts):
+        costs = np.array(rows).reshape(len(rows), len(owner))[:, kept]
+        problem = MultipleChoice(np.concatenate(errors)[kept], costs, np.array(room), owner[kept])
+        found = solve(problem, relative_gap, time_limit_s)
+    if found is None:
+        raise infeasible(network, bounds)
+    starts = np.cumsum(counts) - counts
+    assignment = tuple(int(i) for i in kept[found.options] - starts)
+    return KnapsackSolution(assignment, found.error, found.lower_bound)
 
 
 def best_reachable(network: Network, names: Sequence[CostName]) -> dict[CostName, float]:

@@ -21,12 +21,14 @@ def non_dominated(values: ArrayLike) -> NDArray[np.bool_]:
     points = np.asarray(values, dtype=float)
     valid = ~np.isnan(points).any(axis=1)
     order = np.lexsort(points.T[::-1])  # by the first coordinate, then the next: only earlier points can dominate
-    kept: list[int] = []
-    for i in order:
-        if valid[i] and not any(bool((points[j] <= points[i]).all()) for j in kept):
-            kept.append(int(i))
+    kept = np.empty_like(points)
     mask = np.zeros(len(points), dtype=bool)
-    mask[kept] = True
+    count = 0
+    for i in order:
+        if valid[i] and not (kept[:count] <= points[i]).all(axis=1).any():
+            kept[count] = points[i]
+            mask[i] = True
+            count += 1
     return mask
 
 
