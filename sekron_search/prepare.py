@@ -48,7 +48,10 @@ TIMED_SCHEDULES = 3
 
 @dataclass(frozen=True)
 class Tables:
-    """The original's facts, and what every layer can become; `files` is where the options' factors are kept."""
+    """The original's facts, and what every layer can become.
+
+    `files` is where the options' factors are kept, `whole` the tables before what the budget never picks was left out.
+    """
 
     inspection: Inspection
     layers: tuple[LayerInfo, ...]
@@ -57,6 +60,7 @@ class Tables:
     layout: Layout
     fitted: tuple[FittedLayer, ...]
     files: tuple[Path, ...] = ()
+    whole: Network | None = None
 
     @cached_property
     def network(self) -> Network:
@@ -70,6 +74,17 @@ class Tables:
 
 def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     """The tables, with the latencies of their options where latency is budgeted, less what the budget never picks.
+
+    Raises:
+        InfeasibleBudgetError: If a latency budget cannot be met with the options that are faster than the original.
+    """
+    whole = prepare_whole(job, folder, reporter)
+    fitted = tuple(f.pruned(job.settings.bounds.names) for f in whole.fitted)
+    return dataclasses.replace(whole, fitted=fitted, whole=whole.network)
+
+
+def prepare_whole(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
+    """The tables with all their options.
 
     Raises:
         InfeasibleBudgetError: If a latency budget cannot be met with the options that are faster than the original.
@@ -89,7 +104,6 @@ def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
             # What is slower than the original does not make a network faster, whatever its flops. Only a budget that
             # lets the network become slower leaves it in.
             fitted = [f.faster() for f in fitted]
-    fitted = [f.pruned(bounds.names) for f in fitted]
     return dataclasses.replace(tables, fitted=tuple(fitted))
 
 

@@ -27,6 +27,7 @@ from sekron_search.report.facts import RunFacts
 from sekron_search.report.write import write_report
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import MemoryFormat, threads, with_memory_format
+from sekron_search.search.record import SearchRecord
 from sekron_search.sharing import Sharing
 from sekron_search.timing import Layout, network_costs
 
@@ -60,6 +61,8 @@ def run(
         _write_environment(job, folder, tables.layout.memory_format)
         finder = Finder(job, tables, folder, reporter, sharing)
         searched = finder.search()
+        whole = dataclasses.replace(tables.whole or tables.network, latency_scale=searched.network.latency_scale)
+        SearchRecord.of(whole, searched.network, job.settings.bounds.names).save(folder.network)
         chosen = finder.finish(searched)
         reporter.say("measuring the saved and re-loaded network beside the original")
         layout = tables.layout

@@ -45,7 +45,7 @@ def resnet50_tables(seed: int, num_options: int = 200) -> Network:
     for number, (filters, channels, kernel, side) in enumerate(shapes):
         params = filters * channels * kernel**2
         tables.append(_table(f"conv{number}", params, params * side**2, num_options, rng))
-    totals = {name: sum(float(t.options[0].cost(name)) for t in tables) for name in ("flops", "params", "latency_ms")}  # type: ignore[arg-type]
+    totals = {name: sum(float(t.options[0].cost(name)) for t in tables) for name in ("flops", "params", "latency_ms")}
     original = {
         "flops": 1.01 * totals["flops"],
         "params": 1.1 * totals["params"],

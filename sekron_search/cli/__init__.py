@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sekron_search.cli import device, runs, workers
+from sekron_search.cli import device, runs, select, workers
 from sekron_search.errors import SekronError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ for _command in (
     runs.demo,
     runs.run,
     runs.inspect,
+    select.select,
     device.profile,
     device.export,
     runs.report,

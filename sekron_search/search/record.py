@@ -1,0 +1,79 @@
+"""The tables of a search as a file: what another budget is answered from, without network or data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sekron_search.errors import RunFolderError
+from sekron_search.files import read_json, write_json
+from sekron_search.search.budget import CostName
+from sekron_search.search.options import Assignment, LayerTable, Network, Option
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """All options of a network's layers, and which of them a search saw.
+
+    Args:
+        network: With every option that was fitted.
+        searched: For every layer, which options the search saw: those that none beats on the budgeted costs.
+        budgeted: These costs.
+    """
+
+    network: Network
+    searched: tuple[tuple[int, ...], ...]
+    budgeted: tuple[CostName, ...]
+
+    @classmethod
+    def of(cls, network: Network, searched: Network, budgeted: Sequence[CostName]) -> SearchRecord:
+        """The record of a search in part of a network's options."""
+        kept = tuple(
+            tuple(whole.options.index(option) for option in part.options)
+            for whole, part in zip(network.tables, searched.tables, strict=True)
+        )
+        return cls(network, kept, tuple(budgeted))
+
+    def whole(self, assignment: Assignment) -> Assignment:
+        """An assignment of the search as one of all options."""
+        return tuple(kept[i] for kept, i in zip(self.searched, assignment, strict=True))
+
+    def save(self, path: Path) -> None:
+        """Write the record."""
+        data = {"format": FORMAT, "network": network_json(self.network), "budgeted": list(self.budgeted)}
+        write_json(path, {**data, "searched": [list(kept) for kept in self.searched]})
+
+    @classmethod
+    def load(cls, path: Path) -> SearchRecord:
+        """Read a record.
+
+        Raises:
+            RunFolderError: If it is missing, damaged or of another version.
+        """
+        data = read_json(path)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise RunFolderError(f"{path}: expected format {FORMAT}, got {found!r}; run it anew with this version")
+        try:
+            searched = tuple(tuple(int(i) for i in kept) for kept in data["searched"])
+            return cls(network_from_json(data["network"]), searched, tuple(data["budgeted"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunFolderError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def network_json(network: Network) -> dict[str, Any]:
+    """Tables and costs as plain data."""
+    return {**asdict(network), "original": dict(network.original)}
+
+
+def network_from_json(data: Mapping[str, Any]) -> Network:
+    """Inverse of `network_json`."""
+    tables = tuple(
+        LayerTable(**{**table, "options": tuple(Option.from_json(o) for o in table["options"])})
+        for table in data["tables"]
+    )
+    return Network(**{**data, "tables": tables})

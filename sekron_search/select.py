@@ -1,0 +1,227 @@
+"""Another budget for a finished run: answered from its tables and trials, without a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sekron_search.errors import ConfigError, RunFolderError
+from sekron_search.files import read_json, read_yaml, write_json
+from sekron_search.progress import Reporter
+from sekron_search.rundir import RunFolder
+from sekron_search.search.budget import Budget, CostName
+from sekron_search.search.knapsack import additive_errors, solve_knapsack
+from sekron_search.search.options import Assignment
+from sekron_search.search.record import SearchRecord
+from sekron_search.search.trial import Trial
+
+#: A trial is preferred to the knapsack's own solution, whose divergence nobody measured, up to this multiple of its
+#: additive error: additive errors rank networks only so well, and a budget may be far from what the run looked at.
+TRUSTED = 1.5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A network that meets a budget.
+
+    Args:
+        source: "trial N", or "knapsack".
+        assignment: Option of every layer, of all that were fitted.
+        costs: As the tables predict them.
+        error: Additive error.
+        divergence: Of the outputs from the original's, before any training; None if it was not measured.
+    """
+
+    source: str
+    assignment: Assignment
+    costs: Mapping[CostName, float]
+    error: float
+    divergence: float | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The answer to a budget.
+
+    Args:
+        record: What was searched.
+        budget, bounds: What is asked, and as absolute bounds.
+        chosen: The answer.
+        others: What else meets the budget: the knapsack's solution, the best trial.
+        reason: Why the answer is the chosen one.
+        lower_bound: Of the additive error under the budget.
+    """
+
+    record: SearchRecord
+    budget: Budget
+    bounds: Mapping[CostName, float]
+    chosen: Choice
+    others: tuple[Choice, ...]
+    reason: str
+    lower_bound: float
+
+    @property
+    def gap(self) -> float:
+        """How far the additive error of the answer may be from the best, relative to it."""
+        return max(1 - self.lower_bound / self.chosen.error, 0.0) if self.chosen.error > 0 else 0.0
+
+    @property
+    def name(self) -> str:
+        """For a folder."""
+        return "_".join(f"{name}-{bound}" for name, bound in self.budget.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as plain data."""
+        return {
+            "budget": {name: str(bound) for name, bound in self.budget.items()},
+            "bounds": dict(self.bounds),
+            "original": {name: float(value) for name, value in self.record.network.original.items()},
+            "chosen": self._choice_json(self.chosen),
+            "others": [self._choice_json(choice) for choice in self.others],
+            "reason": self.reason,
+            "lower_bound": self.lower_bound,
+            "gap": self.gap,
+            "searched_for": list(self.record.budgeted),
+            "structures": {
+                table.name: {"structure": option.structure, "family": option.family, "execution": option.execution}
+                for table, option in zip(
+                    self.record.network.tables, self.record.network.chosen(self.chosen.assignment), strict=True
+                )
+            },
+        }
+
+    @staticmethod
+    def _choice_json(choice: Choice) -> dict[str, Any]:
+        values = {"error": choice.error, "divergence": choice.divergence}
+        return {"source": choice.source, "costs": dict(choice.costs), **values}
+
+
+def select(folder: RunFolder, budget: Budget) -> Selection:
+    """What a run that has searched says to a budget: the best of its trials, and the knapsack over all its options.
+
+    Args:
+        folder: The run folder.
+        budget: What is asked; multiples are of the original's costs as the tables count them.
+
+    Raises:
+        RunFolderError: If the folder holds no run that has searched.
+        ConfigError: If latency is asked for and the run knows none.
+        InfeasibleBudgetError: If no choice of structures meets the budget; carries the best that can be reached.
+    """
+    folder.read_manifest()
+    if not folder.network.exists() or not folder.search.exists():
+        raise RunFolderError(f"run folder {folder.path}: it has not finished its search; go on with `run --resume`")
+    record = SearchRecord.load(folder.network)
+    network = record.network
+    if "latency_ms" in budget.names and not network.has_latency:
+        raise ConfigError(
+            f"budget.latency_ms: the run in {folder.path} measured no latencies of options, for it had no latency "
+            "budget; start a run that has one"
+        )
+    bounds = budget.resolve(network.original)
+    errors = additive_errors(network)
+    solution = solve_knapsack(network, bounds, errors)
+
+    def choice(source: str, assignment: Assignment, divergence: float | None) -> Choice:
+        error = float(sum(e[i] for e, i in zip(errors, assignment, strict=True)))
+        return Choice(source, assignment, network.costs(assignment), error, divergence)
+
+    trials = [
+        choice(f"trial {trial.index}", record.whole(trial.assignment), trial.divergence)
+        for trial in _trials(folder)
+        if not trial.pruned
+    ]
+    own = next((t for t in trials if t.assignment == solution.assignment), None)
+    knapsack = replace(own or choice("knapsack", solution.assignment, None), source="knapsack")
+    fitting = [t for t in trials if all(t.costs[name] <= bound * (1 + 1e-9) for name, bound in bounds.items())]
+    best = min(fitting, key=lambda t: (t.divergence, t.error), default=None)
+    chosen, reason = _better(best, knapsack)
+    others = tuple(c for c in (best, knapsack) if c is not None and c is not chosen)
+    return Selection(record, budget, bounds, chosen, others, reason, solution.lower_bound)
+
+
+def with_network(folder: RunFolder, selection: Selection, reporter: Reporter, out: Path | None = None) -> Selection:
+    """Write the answer's network, not fine-tuned, where `load` opens it, with a `selection.json` beside it.
+
+    The knapsack's solution is measured first, so that divergences decide what the answer is.
+
+    Args:
+        folder: The run folder.
+        selection: The answer.
+        reporter: Told of the progress.
+        out: Folder to write to; by default one in the run's `selections/`, named after the budget.
+
+    Returns:
+        The answer as it was written.
+
+    Raises:
+        RunFolderError: If the run's network was given as an object, or anything changed since the run.
+    """
+    # These import torch's half of the package, which printing an answer does not need.
+    from sekron_search.api import job_from_config
+    from sekron_search.assembly import Assembler
+    from sekron_search.config import Config
+    from sekron_search.export import save_artefact
+    from sekron_search.prepare import prepare_whole
+
+    if "model" not in read_yaml(folder.config, f"config {folder.config}"):
+        raise RunFolderError(
+            f"run folder {folder.path}: its network was given as an object, which no file names: the selected network "
+            "cannot be assembled, only printed (--print-only)"
+        )
+    job = job_from_config(Config.load(folder.config))
+    job.model.eval()
+    with folder.claimed(job.fingerprint(), resume=True):
+        tables = prepare_whole(job, folder, reporter)
+        _check_unchanged(folder, [f.table.options for f in tables.fitted], selection.record)
+        assembler = Assembler(job, tables)
+        measured = [
+            replace(c, divergence=assembler.evaluate(c.assignment).divergence) if c.divergence is None else c
+            for c in (selection.chosen, *selection.others)
+        ]
+        chosen = min(measured, key=lambda c: c.divergence or 0.0)
+        others = tuple(c for c in measured if c is not chosen)
+        reason = "the least divergence, as measured" if others else selection.reason
+        selection = replace(selection, chosen=chosen, others=others, reason=reason)
+        network = assembler.assemble(chosen.assignment)
+        home = out or folder.selections / selection.name
+        save_artefact(home, network, job.factory, tables.layout.memory_format)
+        write_json(home / "selection.json", selection.to_json())
+    return selection
+
+
+def _trials(folder: RunFolder) -> list[Trial]:
+    data = read_json(folder.search)
+    try:
+        return [Trial.from_json(trial) for trial in data["trials"]]
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(f"{folder.search}: damaged ({type(error).__name__}: {error})") from None
+
+
+def _better(trial: Choice | None, knapsack: Choice) -> tuple[Choice, str]:
+    """The better of the best trial and the knapsack's solution, and why."""
+    if trial is None:
+        return knapsack, "no trial meets the budget: the knapsack's solution, by its additive error"
+    if knapsack.divergence is not None:
+        if knapsack.divergence <= (trial.divergence or 0.0):
+            return knapsack, "the knapsack's solution, which a trial has measured to diverge least"
+        return trial, "the trial of least divergence, as measured"
+    if trial.error <= TRUSTED * knapsack.error:
+        return trial, "the trial of least divergence, as measured"
+    return knapsack, (
+        f"the knapsack's solution, by its additive error: that of the best trial within the budget is "
+        f"{trial.error / knapsack.error:.1f} times as large"
+        if knapsack.error > 0
+        else "the knapsack's solution, which has no error"
+    )
+
+
+def _check_unchanged(folder: RunFolder, options: Sequence[Sequence[Any]], record: SearchRecord) -> None:
+    wanted = [[o.structure for o in table.options] for table in record.network.tables]
+    if [[o.structure for o in own] for own in options] != wanted:
+        raise RunFolderError(
+            f"run folder {folder.path}: the options of its layers are no longer those of its search; was it written by "
+            "another version?"
+        )
