@@ -159,6 +159,37 @@ class FinetuneConfig(_Section):
     autocast: Literal["bfloat16"] | None = None
 
 
+class AuditConfig(_Section):
+    """How far the proxies can be trusted: random candidates are trained shortly, and ranked.
+
+    Args:
+        candidates: How many, over all budgets; 0 leaves the audit out. It takes a training for each.
+        budgets: Like the run's, one for every part of the candidates; the run's own, a looser and a tighter one if
+            none is given.
+        epochs: Of fine-tuning.
+        seed: Of the candidates that are drawn.
+    """
+
+    candidates: NonNegative = 0
+    budgets: tuple[dict[str, float | str], ...] = ()
+    epochs: Positive = 1
+    seed: NonNegative = 0
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _valid_budgets(cls, value: Any) -> Any:
+        for item in value if isinstance(value, list | tuple) else ():
+            Budget.of(item)
+        return value
+
+    @model_validator(mode="after")
+    def _enough(self) -> AuditConfig:
+        needed = 2 * (len(self.budgets) or 3)
+        if 0 < self.candidates < needed:
+            raise ValueError(f"candidates is {self.candidates}; expected 0, or two for every budget: at least {needed}")
+        return self
+
+
 class Settings(_Section):
     """What a run does, whatever the model and the data are.
 
@@ -174,6 +205,7 @@ class Settings(_Section):
     search: SearchConfig = SearchConfig()
     latency: LatencyConfig = LatencyConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    audit: AuditConfig = AuditConfig()
     seed: NonNegative = 0
     device: str = "cpu"
     tables: Path | None = None

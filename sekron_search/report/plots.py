@@ -9,6 +9,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sekron_search.report.audit import best_cheap
+
 # Okabe and Ito's colours, told apart by colour-blind readers; markers repeat what colours say.
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#000000"
 
@@ -27,6 +29,8 @@ def make_plots(report: dict[str, Any]) -> dict[str, Figure]:
     plots["layers"] = lambda: _layers_plot(report)
     if report["curve"]:
         plots["finetuning"] = lambda: _curve_plot(report)
+    if report.get("audit") is not None:
+        plots["audit"] = lambda: audit_plot(report["audit"])
     with mpl.rc_context(
         {"svg.hashsalt": "sekron", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     ):
@@ -121,4 +125,25 @@ def _curve_plot(report: dict[str, Any]) -> Figure:
     axes.set_xticks(epochs)
     axes.legend(fontsize=8)
     axes.set_title("Fine-tuning")
+    return figure
+
+
+def audit_plot(audit: dict[str, Any]) -> Figure:
+    """The metric after training against the best cheap proxy, a marker for every budget."""
+    best = best_cheap(audit)
+    figure, axes = _figure(6.5, 4.2)
+    styles = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (GREY, "D"), (BLACK, "v")]
+    for number, budget in enumerate(best["within"]):
+        own = [c for c in audit["candidates"] if c["budget"] == budget]
+        colour, marker = styles[number % len(styles)]
+        scores, metrics = [c["scores"][best["name"]] for c in own], [c["metric"] for c in own]
+        axes.scatter(scores, metrics, c=colour, marker=marker, s=28, label=budget)
+    if audit["original_metric"] is not None:
+        axes.axhline(audit["original_metric"], color=GREY, linestyle="--", linewidth=1, label="original")
+    if all(c["scores"][best["name"]] > 0 for c in audit["candidates"]):
+        axes.set_xscale("log")
+    axes.set_xlabel(f"{best['label']} (before training)")
+    axes.set_ylabel(f"{audit['metric_name']} after training")
+    axes.set_title(f"{len(audit['candidates'])} random networks: Kendall's tau {best['tau']:.2f}")
+    axes.legend(fontsize=8)
     return figure

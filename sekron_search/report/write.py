@@ -7,6 +7,7 @@ from typing import Any
 
 from sekron_search.errors import RunFolderError
 from sekron_search.files import atomic, read_json, write_text
+from sekron_search.report.audit import audit_section
 from sekron_search.report.facts import FORMAT
 from sekron_search.rundir import RunFolder
 
@@ -67,6 +68,7 @@ def markdown(report: dict[str, Any], plots: list[str], exports: Sequence[dict[st
         _front(report, [p for p in plots if p.startswith("front_")]),
         _layers(report),
         _training(report),
+        audit_section(report.get("audit")),
         _exports(exports),
         _provenance(report),
     ]

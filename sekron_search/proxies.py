@@ -1,0 +1,188 @@
+"""Proxies: what foretells, without training, how good a candidate will be after it. From cheap to dear."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sekron_search.assembly import Assembler
+from sekron_search.divergence import divergence as output_divergence
+from sekron_search.model import Inputs
+from sekron_search.response import LinearResponse, first_samples, normalised_outputs
+from sekron_search.search.knapsack import additive_errors
+from sekron_search.search.options import Assignment
+from sekron_search.sequential import fit_sequentially
+
+#: Held-out samples of the proxy that looks at few.
+FEW_SAMPLES = 64
+
+
+class Judge:
+    """What proxies share, computed once for all candidates, when it is first needed.
+
+    Args:
+        assembler: Makes and measures networks.
+    """
+
+    def __init__(self, assembler: Assembler) -> None:
+        self.assembler, self.job = assembler, assembler.job
+        self.network = assembler.tables.network
+
+    @cached_property
+    def errors(self) -> list[NDArray[np.float64]]:
+        """The knapsack's errors of every option of every layer."""
+        return additive_errors(self.network)
+
+    @cached_property
+    def response(self) -> LinearResponse:
+        """What the outputs change by with every option."""
+        return LinearResponse(self.assembler)
+
+    @cached_property
+    def few(self) -> Inputs:
+        """Few held-out samples."""
+        return first_samples(self.job.holdout[0], FEW_SAMPLES)
+
+    @cached_property
+    def few_outputs(self) -> list[Tensor]:
+        """What the original makes of them."""
+        return normalised_outputs(self.assembler.skeleton((0,) * len(self.network.tables)), self.few)
+
+
+class Subject:
+    """A candidate under judgement.
+
+    Args:
+        judge: What it shares with others.
+        assignment: Option of every layer.
+    """
+
+    def __init__(self, judge: Judge, assignment: Assignment) -> None:
+        self.judge, self.assignment = judge, assignment
+        self.options = judge.network.chosen(assignment)
+
+    @cached_property
+    def fitted(self) -> nn.Module:
+        """The network fitted layer after layer, as it is before it is trained."""
+        job = self.judge.job
+        network = self.judge.assembler.assemble(self.assignment)
+        steps = job.settings.calibration.sequential_steps
+        if steps:
+            layers = self.judge.assembler.tables.layers
+            fit_sequentially(network, job.model, layers, job.calibration, steps=steps, curvature=job.curvature)
+        return network
+
+
+def flops(subject: Subject) -> float:
+    """A proxy that knows no error at all: whatever is no better than this foretells nothing but the budget."""
+    return -float(subject.judge.network.cost(subject.assignment, "flops"))
+
+
+def weight_error(subject: Subject) -> float:
+    """Sum over the layers of the squared relative error of the weight."""
+    return float(sum(o.weight_error**2 for o in subject.options))
+
+
+def output_error(subject: Subject) -> float:
+    """Sum over the layers of the squared relative error of the layer's output on calibration inputs."""
+    return float(sum(o.error**2 for o in subject.options))
+
+
+def curvature(subject: Subject) -> float:
+    """The same, weighted by how sensitive the network's outputs are to each layer: what the knapsack minimises."""
+    return float(sum(errors[i] for errors, i in zip(subject.judge.errors, subject.assignment, strict=True)))
+
+
+def propagated(subject: Subject) -> float:
+    """Divergence of the outputs when what each layer's error changes in them is added up: see `LinearResponse`."""
+    return subject.judge.response.divergence(subject.assignment)
+
+
+def divergence_few(subject: Subject) -> float:
+    """Divergence of the assembled network on few samples, by whose statistics its batch-norms normalise: one pass."""
+    judge = subject.judge
+    outputs = normalised_outputs(judge.assembler.with_factors(subject.assignment), judge.few)
+    return float(output_divergence(judge.job.settings.search.divergence, outputs, judge.few_outputs))
+
+
+def divergence(subject: Subject) -> float:
+    """Divergence of the assembled network, on all held-out samples: what the search minimises."""
+    return subject.judge.assembler.evaluate(subject.assignment).divergence
+
+
+def divergence_fitted(subject: Subject) -> float:
+    """Divergence of the network fitted layer after layer, on all held-out samples: what chooses what is trained."""
+    return subject.judge.assembler.divergence(subject.fitted)
+
+
+def untrained_metric(subject: Subject) -> float:
+    """The metric of the network fitted layer after layer, on the validation split: needs labels, unlike the others."""
+    assert subject.judge.job.validate is not None
+    return -subject.judge.job.validate(subject.fitted)
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A proxy by what people need to know of it.
+
+    Args:
+        score: Of a candidate; the smaller, the better it should be.
+        label: In a few words.
+        needs_fit: Whether the network must be fitted layer after layer first, which is part of the cost.
+    """
+
+    score: Callable[[Subject], float]
+    label: str
+    needs_fit: bool = False
+    needs_labels: bool = False
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether it needs neither a fit of the whole network nor labels."""
+        return not self.needs_fit and not self.needs_labels
+
+
+#: By name, from cheap to dear.
+PROXIES: dict[str, Proxy] = {
+    "flops": Proxy(flops, "flops alone, for comparison"),
+    "weight_error": Proxy(weight_error, "weight error"),
+    "output_error": Proxy(output_error, "output error, data-aware"),
+    "curvature": Proxy(curvature, "output error weighted by curvature"),
+    "propagated": Proxy(propagated, "responses of the outputs, added up"),
+    "divergence_few": Proxy(divergence_few, f"divergence on {FEW_SAMPLES} held-out samples"),
+    "divergence": Proxy(divergence, "divergence on all held-out samples"),
+    "divergence_fitted": Proxy(divergence_fitted, "divergence after the layer-by-layer fit", needs_fit=True),
+    "untrained_metric": Proxy(
+        untrained_metric, "validation metric before training (needs labels)", needs_fit=True, needs_labels=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What every proxy says of a candidate, and the seconds that it took."""
+
+    values: dict[str, float]
+    seconds: dict[str, float]
+
+
+def score(subject: Subject, names: Sequence[str] = tuple(PROXIES)) -> Scores:
+    """The value of proxies, each timed as if it were the only one."""
+    values, seconds = {}, {}
+    fitting = 0.0
+    for name in names:
+        proxy = PROXIES[name]
+        if proxy.needs_fit and not fitting:
+            start = time.perf_counter()
+            _ = subject.fitted
+            fitting = time.perf_counter() - start
+        start = time.perf_counter()
+        values[name] = proxy.score(subject)
+        seconds[name] = time.perf_counter() - start + (fitting if proxy.needs_fit else 0.0)
+    return Scores(values, seconds)

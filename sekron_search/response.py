@@ -1,0 +1,68 @@
+"""How the network's outputs respond to its layers' errors: one option of one layer at a time, then added up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sekron_search.assembly import Assembler
+from sekron_search.divergence import divergence
+from sekron_search.model import Inputs, output_tensors, run_model
+from sekron_search.search.options import Assignment
+
+#: Held-out samples on which responses are recorded.
+RESPONSE_SAMPLES = 128
+
+
+class LinearResponse:
+    """Predicts the divergence of any assignment from the responses to its options, each on its own.
+
+    With z the outputs and d_lo what they change by when option o of layer l is the only one that is not the
+    original, an assignment's outputs are taken for z + sum of its d_lo. So errors of layers may add up, cancel, or be
+    carried on with any weight: what is left out is how one layer's error changes another's. The divergence of those
+    outputs from z costs no pass through the network; a response costs one, the first time it is needed.
+
+    Batch-norms normalise by the statistics of the batch, with the original as with the options: so a response has in
+    it what becomes of the error when the statistics are estimated again.
+
+    Args:
+        assembler: Makes the networks.
+        samples: Held-out samples on which the responses are recorded.
+    """
+
+    def __init__(self, assembler: Assembler, samples: int = RESPONSE_SAMPLES) -> None:
+        self._assembler = assembler
+        self._inputs = first_samples(assembler.job.holdout[0], samples)
+        self._responses: dict[tuple[int, int], list[Tensor]] = {}
+        self._original = normalised_outputs(assembler.skeleton((0,) * len(assembler.tables.layers)), self._inputs)
+
+    def divergence(self, assignment: Assignment) -> float:
+        """Of the outputs that an assignment is predicted to give."""
+        outputs = [z.clone() for z in self._original]
+        for layer, option in enumerate(assignment):
+            for z, change in zip(outputs, self.response(layer, option), strict=True):
+                z += change
+        return float(divergence(self._assembler.job.settings.search.divergence, outputs, self._original))
+
+    def response(self, layer: int, option: int) -> list[Tensor]:
+        """What the outputs change by when one option of one layer stands in the original."""
+        key = (layer, option)
+        if key not in self._responses:
+            alone = tuple(option if i == layer else 0 for i in range(len(self._assembler.tables.layers)))
+            changed = normalised_outputs(self._assembler.with_factors(alone), self._inputs)
+            self._responses[key] = [a - b for a, b in zip(changed, self._original, strict=True)]
+        return self._responses[key]
+
+
+@torch.no_grad()
+def normalised_outputs(network: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The outputs when batch-norms normalise by the statistics of this batch; the network's own statistics change."""
+    for module in network.eval().modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+    return [t.float() for t in output_tensors(run_model(network, inputs))]
+
+
+def first_samples(inputs: Inputs, count: int) -> Inputs:
+    """The first samples of a batch."""
+    return tuple(a[:count] if isinstance(a, Tensor) and a.dim() > 0 else a for a in inputs)
