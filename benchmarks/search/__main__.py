@@ -27,10 +27,10 @@ from benchmarks.search.plot import plot
 from benchmarks.search.task import assembler, path_of
 from sekron_search.divergence import mean_divergence, reference_outputs
 from sekron_search.files import read_json
-from sekron_search.search.pareto import hypervolume
+from sekron_search.search.pareto import hypervolumes
 
 #: Reference point: a divergence at which accuracy is lost, and the original's flops.
-REFERENCE = (1.0, 1.0)
+REFERENCE = (4.0, 1.0)
 
 #: Budgets of flops at which our search is also run with all its trials.
 LEVELS = (0.5, 0.3)
@@ -44,8 +44,7 @@ STARTED = tuple(name for name in METHODS if name.endswith(", started"))
 
 def curve(trials: Sequence[dict[str, Any]]) -> list[float]:
     """Hypervolume after every trial."""
-    points = np.array([[t["divergence"], t["flops"]] for t in trials])
-    return [hypervolume(points[:count], REFERENCE) for count in range(1, len(points) + 1)]
+    return [float(v) for v in hypervolumes([[t["divergence"], t["flops"]] for t in trials], REFERENCE)]
 
 
 def best_at(trials: Sequence[dict[str, Any]], level: float) -> dict[str, Any]:
@@ -70,7 +69,8 @@ def targets_of(curves: dict[str, list[list[float]]], gains: Sequence[dict[str, A
 
 def gains_of(made: Any, runs: Path, seeds: Sequence[int], data: Path) -> list[dict[str, Any]]:
     """Our networks at fixed budgets against the best of the knapsack's, on the held-out and on fresh images."""
-    images = cifar10(str(data / "data/cifar10_jpeg.tar.xz")).validation.tensors[0][:FRESH]
+    split = cifar10(str(data / "data/cifar10_jpeg.tar.xz")).validation
+    images = torch.stack([split[i][0] for i in range(FRESH)])
     fresh = [(part,) for part in images.split(256)]
     references = reference_outputs(made.job.model, fresh)
     knapsack = read_json(path_of(runs, "knapsack alone", seeds[0], None))["trials"]
