@@ -123,8 +123,13 @@ def layer_loss(outputs: Mapping[str, Tensor], references: Mapping[str, Tensor]) 
     for name, output in outputs.items():
         reference = references[name].float()
         others = [axis for axis in range(reference.dim()) if axis != 1]
-        spread = reference.var(others, correction=0).mean().clamp_min(torch.finfo(torch.float32).tiny)
-        errors.append((output.float() - reference).square().mean() / spread)
+        mean = reference.mean(others, keepdim=True)
+        spread = F.mse_loss(reference, mean.expand_as(reference)).clamp_min(torch.finfo(torch.float32).tiny)
+        # A mean gives contiguous gradients, whatever it is of. Where the output is channels last, both are shown to it
+        # as contiguous ones: else every step turns gradients round, which costs as much as a convolution.
+        pair = (output.float(), reference)
+        error = F.mse_loss(*pair) if output.is_contiguous() else F.mse_loss(*(t.movedim(1, -1) for t in pair))
+        errors.append(error / spread)
     return torch.stack(errors).mean()
 
 

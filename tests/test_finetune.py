@@ -87,6 +87,20 @@ def test_the_layer_loss_is_relative_to_the_reference() -> None:
     assert float(scaled) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_layer_loss_hands_gradients_back_in_the_format_of_the_output() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, reference = (3 + torch.randn(4, 8, 5, 6, generator=generator) for _ in range(2))
+    expected = (output - reference).square().mean() / reference.var((0, 2, 3), correction=0).mean()
+    expected_gradient = 2 * (output - reference) / output.numel() / reference.var((0, 2, 3), correction=0).mean()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = output.contiguous(memory_format=layout).requires_grad_()
+        loss = layer_loss({"a": leaf}, {"a": reference.contiguous(memory_format=torch.channels_last)})
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient, expected_gradient)
+        assert gradient.is_contiguous(memory_format=layout)
+
+
 def test_the_loss_is_zero_at_the_teacher_and_mixes_in_the_labels() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]])
     labels = torch.tensor([0, 1])
