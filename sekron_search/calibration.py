@@ -18,7 +18,7 @@ from sekron_search.model import Inputs, LayerInfo, run_model
 
 #: Positions (pixels or rows) that enter a layer's moment, spread over the batches: P unknowns need some multiple of P
 #: samples, and small moments can have more for the same work, so many products of two entries in all.
-POSITIONS_PER_UNKNOWN, MOST_PRODUCTS = 8, 10**11
+POSITIONS_PER_UNKNOWN, MOST_PRODUCTS = 8, 2 * 10**10
 
 #: Entries of unfolded columns that are in memory at a time: 128 MiB. Larger inputs are unfolded in parts.
 MAX_UNFOLDED = 1 << 25

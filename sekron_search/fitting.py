@@ -217,6 +217,10 @@ class _Worker:
         """End it now."""
         self.process.kill()
         self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was not written yet has nobody to read it
+                    pipe.close()
 
 
 def work(cache: Path, lines: Iterator[str], answer: Any) -> None:

@@ -14,8 +14,9 @@ from sekron_search.costs.analytic import LayerCost, layer_cost
 from sekron_search.kron.enumeration import FamilyName, Skeleton, rank_choices, skeletons
 from sekron_search.kron.families import dense, nested_graph
 from sekron_search.kron.projection import pad_channels, project
-from sekron_search.kron.spectra import PairSpectra, error_bound, nested_tails
+from sekron_search.kron.spectra import PairSpectra, core_tails, error_bound, nested_tails
 from sekron_search.kron.structure import Shape, Structure
+from sekron_search.kron.svd import core_of
 from sekron_search.model import LayerInfo
 from sekron_search.search.pareto import non_dominated
 from sekron_search.search.space import SearchSpace
@@ -25,6 +26,9 @@ SCORING_SWEEPS = 10
 
 #: Spectra of unfoldings whose smaller side has at least this size are computed only where a bound leaves them a chance.
 LARGE = 256
+
+#: Leaves of a core of more entries are fitted: all their singular vectors would be too many.
+MOST_LEAF = 2048
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,11 @@ def _skeletons(name: FamilyName, info: LayerInfo, space: SearchSpace) -> Iterato
 def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) -> list[float]:
     """Relative weight error of every candidate, infinity for those that cannot be worth it.
 
-    Two factors, and nested ones: from spectra, without a fit. Other rank graphs: from quick fits, at most `max_fits`,
-    spread evenly over those whose bound on the error leaves them a chance.
+    Two factors, nested ones, and those with a core: from spectra, without a fit. Other rank graphs: from quick fits, at
+    most `max_fits`, spread evenly over those whose bound on the error leaves them a chance.
     """
     scored = _Scored(pool, weight)
+    scored.cores()
     scored.pairs()
     scored.nested()
     cheapest = set(_cheapest(pool))
@@ -122,6 +127,24 @@ class _Scored:
                 kept[whole, first] = own
         self._pairs(kept)
 
+    def cores(self) -> None:
+        """Tucker: one rotation of the weight gives all ranks."""
+        groups: dict[Structure, list[int]] = {}
+        for i, candidate in enumerate(self.pool):
+            structure = candidate.structure
+            if structure.num_factors > 2 and core_of(structure) is not None and _largest_leaf(structure) <= MOST_LEAF:
+                ones = {name: 1 for name, _ in structure.ranks}
+                groups.setdefault(Structure.build(structure.shapes, structure.carries, ones), []).append(i)
+        for structure, own in groups.items():
+            core = core_of(structure)
+            assert core is not None
+            tails = core_tails(structure, self.spectra[structure.weight_shape].unit, core).sum(0)
+            leaves = [carried[0] for k, carried in enumerate(structure.carries) if k != core]
+            for i in own:
+                sizes = self.pool[i].structure.rank_sizes
+                at = tuple(min(sizes[name], n - 1) for name, n in zip(leaves, tails.shape, strict=True))
+                self.errors[i] = float(tails[at]) ** 0.5
+
     def _pairs(self, groups: Mapping[tuple[Shape, Shape], Sequence[int]]) -> None:
         for whole, spectra in self.spectra.items():
             spectra.compute([first for shape, first in groups if shape == whole])
@@ -154,6 +177,10 @@ class _Scored:
         with np.errstate(invalid="ignore"):
             better = (self.costs <= self.costs[i]).all(1) & (self.errors <= error)
         return bool(better.any())
+
+
+def _largest_leaf(structure: Structure) -> int:
+    return max(prod(shape) for k, shape in enumerate(structure.shapes) if k != core_of(structure))
 
 
 def _ranks(structure: Structure) -> list[int]:

@@ -218,6 +218,38 @@ def nested_tails(
     return found
 
 
+def core_tails(structure: Structure, weights: Tensor, core: int) -> Tensor:
+    """Squared errors of a structure with a core at all ranks, its leaves the leading singular vectors of their modes.
+
+    In the bases of all singular vectors the core of every rank is a corner of one tensor: what is outside is lost.
+
+    Args:
+        structure: With the core that `core_of` found; its ranks do not matter.
+        weights: (B, F, C, *kernel), of the structure's own shape.
+        core: The core's position.
+
+    Returns:
+        (B, n_1 + 1, n_2 + 1, ...): entry (r_1, r_2, ...) is the error at those sizes of the leaves' rank indices, in
+        the order of the factors.
+
+    Source: De Lathauwer et al. 2000, A multilinear singular value decomposition (truncated HOSVD).
+    """
+    rotated = structure.unfold(weights)
+    leaves = [k for k in range(structure.num_factors) if k != core]
+    for k in leaves:
+        unfolded = rotated.movedim(1 + k, 1)
+        flat = unfolded.flatten(2)
+        vectors = torch.linalg.eigh(flat @ flat.mT).eigenvectors.flip(-1)
+        rotated = (vectors.mT @ flat).reshape(unfolded.shape).movedim(1, 1 + k)
+    kept = rotated.square().sum(1 + core)
+    for axis in range(1, kept.dim()):
+        kept = kept.cumsum(axis)
+    whole = kept.flatten(1)[:, -1].reshape(-1, *[1] * (kept.dim() - 1))
+    padded = torch.nn.functional.pad(kept, [1, 0] * (kept.dim() - 1))
+    result: Tensor = (whole - padded).clamp_min(0)
+    return result
+
+
 def _split_off(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Tails (B, n + 1) of matrices (B, rows, columns), and S V, (B, count, columns), of their leading terms.
 

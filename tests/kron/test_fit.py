@@ -286,7 +286,7 @@ def rooted(weight: Tensor, metric: InputMetric) -> Tensor:
         if matrix is not None:
             values, vectors = torch.linalg.eigh(matrix)
             roots.append(vectors * values.sqrt()[:, None])
-    found = weight.flatten(2) @ roots[-1]
+    found: Tensor = weight.flatten(2) @ roots[-1]
     return roots[0].mT @ found if len(roots) == 2 else found
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 from sekron_search.kron import families as fam
 from sekron_search.kron import spectra as module
 from sekron_search.kron.enumeration import factor_shapes
-from sekron_search.kron.projection import fit_batch
-from sekron_search.kron.spectra import PairSpectra, error_bound, nested_tails
+from sekron_search.kron.projection import fit_batch, project
+from sekron_search.kron.spectra import PairSpectra, core_tails, error_bound, nested_tails
 from sekron_search.kron.structure import Shape
+from sekron_search.kron.svd import core_of
 from tests.cases import SHAPE, STRUCTURES
 
 
@@ -139,3 +140,21 @@ def test_a_bound_from_single_precision_stays_below_an_exact_fit(monkeypatch: pyt
     weight = (gaussian(256, 8) @ gaussian(8, 256, seed=1))[None, :, :, None, None]
     spectra = PairSpectra(weight)
     assert error_bound(structure, spectra) <= float(fit_batch(weight, structure)[1]) + 1e-9
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (3, 2), (6, 4), (2, 4)])
+def test_errors_of_cores_at_all_ranks_are_those_of_their_bases(ranks: tuple[int, int]) -> None:
+    """The corner of the rotated weight against the projection onto the leading singular vectors of both modes."""
+    weight = gaussian(2, 6, 4, 3, 3)
+    structure = fam.tucker2((6, 4, 3, 3), ranks)
+    core = core_of(structure)
+    assert core is not None
+    tails = core_tails(structure, weight, core)
+    assert tails.shape == (2, 7, 5)
+    for w, found in zip(weight, tails, strict=True):
+        out = torch.linalg.svd(w.flatten(1)).U[:, : ranks[0]]
+        inner = torch.linalg.svd(w.movedim(1, 0).flatten(1)).U[:, : ranks[1]]
+        kept = torch.einsum("fr,fchw,cs->rshw", out, w, inner)
+        assert float(found[ranks]) == pytest.approx(float(w.square().sum() - kept.square().sum()), abs=1e-9)
+        fitted = project(w[None], structure, sweeps=100).rel_error ** 2 * float(w.square().sum())
+        assert fitted <= float(found[ranks]) + 1e-9
