@@ -155,7 +155,7 @@ class Finder:
                     # Training can hurt where there is little data: then the network stays as it was fitted.
                     network = self.load(candidate)
                 metric = max(metric, curve[-1]["metric"])
-            save_artefact(self._home(candidate.assignment), network, self.job.factory, self.tables.layout.memory_format)
+            save_artefact(self.home(candidate.assignment), network, self.job.factory, self.tables.layout.memory_format)
             finished.append(Finished(candidate, curve, metric, network))
 
         def worth(found: Finished) -> float:
@@ -169,7 +169,7 @@ class Finder:
     def load(self, candidate: Candidate) -> nn.Module:
         """A candidate's network as it was before fine-tuning."""
         network = self.assembler.skeleton(candidate.assignment)
-        network.load_state_dict(read_tensors(self._home(candidate.assignment) / "weights.safetensors"))
+        network.load_state_dict(read_tensors(self.home(candidate.assignment) / "weights.safetensors"))
         return network.to(self.job.device).eval()
 
     def _trials(self, bounds: Mapping[CostName, float], number: int) -> list[Trial]:
@@ -199,7 +199,7 @@ class Finder:
 
     def _candidate(self, trial: Trial) -> Candidate:
         """A trial's network, fitted layer after layer and measured; from the run folder if it is there."""
-        home = self._home(trial.assignment)
+        home = self.home(trial.assignment)
         if not (home / "candidate.json").exists():
             network = self.assembler.assemble(trial.assignment)
             divergence = self._fit_sequentially(network, self.assembler.divergence(network))
@@ -254,7 +254,7 @@ class Finder:
         distillation = job.distillation
         if distillation is None:
             return []
-        home = self._home(candidate.assignment)
+        home = self.home(candidate.assignment)
         halving.start()
         with self.reporter.task(what, distillation.total_steps) as task:
             curve = distillation.train(
@@ -267,7 +267,7 @@ class Finder:
         write_json(home / "curve.json", curve)
         return curve
 
-    def _home(self, assignment: Assignment) -> Path:
+    def home(self, assignment: Assignment) -> Path:
         """Folder of a candidate, named after what its layers become."""
         structures = [(o.structure, o.schedule, o.execution) for o in self.network.chosen(assignment)]
         return self.folder.candidates / hashlib.sha256(repr(structures).encode()).hexdigest()[:10]

@@ -74,6 +74,7 @@ def run(
             network=searched.network,
             latency=_latency_facts(job, folder, layout, searched),
             trials=searched.trials,
+            candidates={finder.home(c.assignment).name: c for c in searched.candidates},
             chosen=chosen,
             costs=network_costs(job, {name: (network, formats[name]) for name, network in networks.items()}),
             metrics=_metrics(job, {**networks, "untrained": finder.load(chosen.candidate)}),

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sekron_search.candidate import Finished
+from sekron_search.candidate import Candidate, Finished
 from sekron_search.config import Settings
 from sekron_search.inspection import Inspection
+from sekron_search.report.optimality import WORDS, optimality_facts
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Network, Option
 from sekron_search.search.trial import Trial, pareto_trials
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class RunFacts:
         network: Tables and original costs.
         latency: How latency was measured, and how well sums over layers predict it; None where it was not budgeted.
         trials: All trials of the search.
+        candidates: The candidates that were fitted and measured, by the name of their folder.
         chosen: The candidate that was saved, its curve and its validation metric.
         costs: Of "original" and "compressed", measured on the saved and re-loaded network.
         metrics: Of "original", "compressed" and "untrained".
@@ -39,6 +41,7 @@ class RunFacts:
     network: Network
     latency: Mapping[str, Any] | None
     trials: Sequence[Trial]
+    candidates: Mapping[str, Candidate]
     chosen: Finished
     costs: Mapping[str, Mapping[str, float]]
     metrics: Mapping[str, float | None]
@@ -68,6 +71,25 @@ class RunFacts:
             "trials": [
                 {"divergence": t.divergence, **t.costs, "feasible": t.feasible, "source": t.source} for t in self.trials
             ],
+            "candidates": [
+                {
+                    "folder": name,
+                    "trial": found.trial,
+                    "divergence": found.divergence,
+                    "divergence_before_sequential_fit": found.divergence_before_sequential_fit,
+                    "costs": {cost: found.costs[cost] for cost in budget.names},
+                    "metric": found.metric,
+                    "chosen": found.assignment == candidate.assignment,
+                }
+                for name, found in self.candidates.items()
+            ],
+            "optimality": optimality_facts(
+                self.network,
+                budget.resolve(self.network.original),
+                self.trials,
+                candidate.assignment,
+                candidate.divergence,
+            ),
             "curve": self.chosen.curve,
             "layers": [
                 _layer(table, index, list(budget.names))
@@ -108,7 +130,7 @@ def _candidate(trial: Trial, network: Network, *, chosen: bool) -> dict[str, Any
 
 def _layer(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> dict[str, Any]:
     option, original = table.options[index], table.options[0]
-    runner_up = _runner_up(table, index)
+    runner_up = _runner_up(table, index, budgeted)
     return {
         "name": table.name,
         "structure": option.structure,
@@ -139,40 +161,45 @@ def _facts(option: Option) -> dict[str, Any]:
     return {**_costs(option), "error": option.error}
 
 
-def _runner_up(table: LayerTable, index: int) -> Option | None:
-    """The option nearest in flops to the chosen one."""
-    chosen = table.options[index]
+def _burden(option: Option, table: LayerTable, budgeted: Sequence[CostName]) -> float:
+    """The mean share of the original's budgeted costs that an option takes."""
+    shares = [option.cost(name) / max(table.options[0].cost(name), 1e-12) for name in budgeted]
+    return sum(shares) / len(shares)
+
+
+def _runner_up(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> Option | None:
+    """The option nearest in budgeted costs to the chosen one."""
+    chosen = _burden(table.options[index], table, budgeted)
     others = [o for i, o in enumerate(table.options) if i != index]
-    return min(others, key=lambda o: (abs(o.flops - chosen.flops), o.error), default=None)
+    return min(others, key=lambda o: (abs(_burden(o, table, budgeted) - chosen), o.error), default=None)
 
 
 def _reason(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> str:
     chosen, original = table.options[index], table.options[0]
-    costs = " and ".join(budgeted)
+    costs, words = " and ".join(budgeted), " and ".join(WORDS[name] for name in budgeted)
 
-    def share(flops: int) -> float:
-        return flops / original.flops
+    def burden(option: Option) -> float:
+        return _burden(option, table, budgeted)
 
     if len(table.options) == 1:
         return f"left as it is: none of its options is cheaper than the dense layer in {costs}"
-    dearer = [o for o in table.options if o.flops > chosen.flops and o.error < chosen.error]
-    cheaper = [o for o in table.options if o.flops < chosen.flops]
+    own = burden(chosen)
+    dearer = [o for o in table.options if burden(o) > own and o.error < chosen.error]
+    cheaper = [o for o in table.options if burden(o) < own]
     if chosen.is_original:
         gentle = min(table.options[1:], key=lambda o: o.error)
-        saved = 1 - gentle.flops / original.flops
         return (
-            f"left as it is: the budget is better met elsewhere; its gentlest option saves {saved:.0%} of its flops "
-            f"at an output error of {gentle.error:.3f}"
+            f"left as it is: the budget is better met elsewhere; its gentlest option saves {1 - burden(gentle):.0%} of "
+            f"its {words} at an output error of {gentle.error:.3f}"
         )
-    parts = [
-        f"{chosen.family}, {share(chosen.flops):.0%} of the layer's flops at an output error of {chosen.error:.3f}"
-    ]
+    shares = " and ".join(
+        f"{chosen.cost(name) / max(original.cost(name), 1e-12):.0%} of the layer's {WORDS[name]}" for name in budgeted
+    )
+    parts = [f"{chosen.family}, {shares} at an output error of {chosen.error:.3f}"]
     if dearer:
-        next_up = min(dearer, key=lambda o: o.flops)
-        parts.append(
-            f"{share(next_up.flops - chosen.flops):.1%} more of its flops would lower that to {next_up.error:.3f}"
-        )
+        next_up = min(dearer, key=burden)
+        parts.append(f"{burden(next_up) - own:.1%} more of its {words} would lower that to {next_up.error:.3f}")
     if cheaper:
-        next_down = max(cheaper, key=lambda o: o.flops)
-        parts.append(f"{share(chosen.flops - next_down.flops):.1%} fewer would raise it to {next_down.error:.3f}")
+        next_down = max(cheaper, key=burden)
+        parts.append(f"{own - burden(next_down):.1%} less would raise it to {next_down.error:.3f}")
     return "; ".join(parts) + f"; the search weighed this against all other layers under the budget of {costs}"

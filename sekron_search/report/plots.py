@@ -27,6 +27,8 @@ def make_plots(report: dict[str, Any]) -> dict[str, Figure]:
     budgeted = [b["name"] for b in report["budgets"]]
     plots: dict[str, Callable[[], Figure]] = {f"front_{name}": _front_plot(report, name) for name in budgeted}
     plots["layers"] = lambda: _layers_plot(report)
+    if report["optimality"] is not None:
+        plots["optimality"] = lambda: _optimality_plot(report)
     if report["curve"]:
         plots["finetuning"] = lambda: _curve_plot(report)
     if report.get("audit") is not None:
@@ -113,6 +115,34 @@ def _layers_plot(report: dict[str, Any]) -> Figure:
     left.set_yticks(list(rows), [layer["name"] for layer in layers], fontsize=8)
     left.invert_yaxis()
     figure.suptitle("Layer by layer: costs before and after, error before any training")
+    return figure
+
+
+def _optimality_plot(report: dict[str, Any]) -> Figure:
+    facts, budgets = report["optimality"], report["budgets"]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    cost = budgets[0]["name"]
+    every = [budget["name"] for budget in budgets]
+    for tightened in [every, *([name] for name in every if len(every) > 1)]:
+        points = [p for p in facts["front"] if p["tightened"] == tightened and p["error"] > 0]
+        what = " and ".join(tightened)
+        style = {"color": BLUE, "marker": "."} if tightened == every else {"linestyle": ":", "linewidth": 1.2}
+        left.plot(
+            [p["costs"][cost] for p in points], [p["error"] for p in points], label=f"least under {what}", **style
+        )
+    chosen = sum(layer["after"][cost] - layer["before"][cost] for layer in report["layers"]) + report["original"][cost]
+    if cost in ("flops", "params") and facts["error"] > 0:
+        left.scatter([chosen], [facts["error"]], facecolors="none", edgecolors=BLACK, marker="D", s=90, label="chosen")
+    left.axvline(budgets[0]["bound"], color=GREEN, linestyle="--", linewidth=1.2, label="budget")
+    left.set_yscale("log")
+    left.set_xlabel(LABELS[cost])
+    left.set_ylabel("additive error")
+    left.legend(fontsize=7)
+    right.step(facts["hypervolume"]["trials"], facts["hypervolume"]["shares"], color=ORANGE, where="post")
+    right.set_xlabel("trial")
+    right.set_ylabel("hypervolume, share of the reference box")
+    figure.suptitle("How close to the best: the proven front, and what trials added")
     return figure
 
 

@@ -9,6 +9,7 @@ from sekron_search.errors import RunFolderError
 from sekron_search.files import atomic, read_json, write_text
 from sekron_search.report.audit import audit_section
 from sekron_search.report.facts import FORMAT
+from sekron_search.report.optimality import optimality_section
 from sekron_search.rundir import RunFolder
 
 _UNITS = {
@@ -66,7 +67,9 @@ def markdown(report: dict[str, Any], plots: list[str], exports: Sequence[dict[st
         _costs(report),
         _latency(report),
         _front(report, [p for p in plots if p.startswith("front_")]),
+        optimality_section(report, plots),
         _layers(report),
+        _candidates(report),
         _training(report),
         audit_section(report.get("audit")),
         _exports(exports),
@@ -204,6 +207,24 @@ def _time(layer: dict[str, Any]) -> str:
     if after is None:
         return "not measured"
     return f"{after:.3f} ± {layer['after']['latency_noise_ms']:.3f} ms, {after / before:.2f}x"
+
+
+def _candidates(report: dict[str, Any]) -> str:
+    costs = [budget["name"] for budget in report["budgets"]]
+    rows = [
+        "| folder | trial | divergence | before the fit layer after layer | " + " | ".join(costs) + " | validation |",
+        "| --- |" + " ---: |" * (4 + len(costs)),
+    ]
+    for row in report["candidates"]:
+        values = " | ".join(_UNITS[name][1].format(row["costs"][name]) for name in costs)
+        metric = "" if row["metric"] is None else f"{row['metric']:.4f}"
+        rows.append(
+            f"| `candidates/{row['folder']}`{' **chosen**' if row['chosen'] else ''} | {row['trial']} | "
+            f"{row['divergence']:.4g} | {row['divergence_before_sequential_fit']:.4g} | {values} | {metric} |"
+        )
+    return "## Candidates\n\nThe best trials, fitted layer after layer and measured, before training.\n\n" + "\n".join(
+        rows
+    )
 
 
 def _training(report: dict[str, Any]) -> str:

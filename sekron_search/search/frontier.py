@@ -74,15 +74,16 @@ def additive_front(
 
 def marginal_gains(
     network: Network, errors: Sequence[NDArray[np.float64]], bounds: Mapping[CostName, float], *, step: float = STEP
-) -> dict[CostName, float]:
-    """By how much the least additive error falls when one bound is loosened by a share of it, for every bound.
+) -> tuple[KnapsackSolution, dict[CostName, float]]:
+    """The best under the bounds, and by how much less its error were if one of them were looser by a share of it.
 
     Raises:
         InfeasibleBudgetError: If no assignment meets the bounds.
     """
 
-    def least(bounds: Mapping[CostName, float]) -> float:
-        return solve_knapsack(network, bounds, errors, relative_gap=STEP_GAP, time_limit_s=STEP_TIME_S).error
+    def best(bounds: Mapping[CostName, float]) -> KnapsackSolution:
+        return solve_knapsack(network, bounds, errors, relative_gap=STEP_GAP, time_limit_s=STEP_TIME_S)
 
-    base = least(bounds)
-    return {name: max(base - least({**bounds, name: bound * (1 + step)}), 0.0) for name, bound in bounds.items()}
+    base = best(bounds)
+    looser = {name: best({**bounds, name: bound * (1 + step)}).error for name, bound in bounds.items()}
+    return base, {name: max(base.error - error, 0.0) for name, error in looser.items()}

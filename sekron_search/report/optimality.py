@@ -1,0 +1,131 @@
+"""How close a run came to the best: as facts of its report, and as its section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sekron_search.errors import InfeasibleBudgetError
+from sekron_search.search.budget import CostName
+from sekron_search.search.frontier import STEP, additive_front, marginal_gains
+from sekron_search.search.knapsack import additive_errors
+from sekron_search.search.options import Assignment, Network
+from sekron_search.search.pareto import hypervolumes
+from sekron_search.search.trial import Trial
+
+#: How costs are called in sentences.
+WORDS: dict[CostName, str] = {
+    "flops": "flops",
+    "params": "parameters",
+    "latency_ms": "time",
+    "peak_activation_bytes": "working set",
+}
+
+
+def optimality_facts(
+    network: Network,
+    bounds: Mapping[CostName, float],
+    trials: Sequence[Trial],
+    chosen: Assignment,
+    divergence: float,
+) -> dict[str, Any] | None:
+    """The bound of the additive problem, the gap, the front, the hypervolume, and what more of each budget would buy.
+
+    Args:
+        network: Tables and original costs.
+        bounds: Absolute bounds, in the tables' costs.
+        trials: All of the search.
+        chosen: The assignment that was chosen.
+        divergence: Of its network, as measured.
+
+    Returns:
+        None if no assignment meets the bounds: the run missed them, and there is nothing to compare with.
+    """
+    errors = additive_errors(network)
+    try:
+        best, gains = marginal_gains(network, errors, bounds)
+    except InfeasibleBudgetError:
+        return None
+    error = float(sum(e[i] for e, i in zip(errors, chosen, strict=True)))
+    ratio = divergence / error if error > 0 else 0.0
+    return {
+        "error": error,
+        "best_error": best.error,
+        "lower_bound": best.lower_bound,
+        "gap": max(1 - best.lower_bound / error, 0.0) if error > 0 else 0.0,
+        "within_bounds": all(network.cost(chosen, name) <= bound * (1 + 1e-9) for name, bound in bounds.items()),
+        "gains": [
+            {
+                "name": name,
+                "step": STEP,
+                "error": gain,
+                "share": gain / best.error if best.error > 0 else 0.0,
+                "divergence": gain * ratio,
+            }
+            for name, gain in gains.items()
+        ],
+        "front": [
+            {
+                "tightened": list(point.tightened),
+                "level": point.level,
+                "error": point.solution.error,
+                "lower_bound": point.solution.lower_bound,
+                "costs": dict(point.costs),
+            }
+            for point in additive_front(network, errors, list(bounds))
+        ],
+        "hypervolume": _hypervolume(network, list(bounds), trials),
+    }
+
+
+def _hypervolume(network: Network, names: Sequence[CostName], trials: Sequence[Trial]) -> dict[str, Any]:
+    """The share of the box between nothing and the reference that the first one, two, ... trials dominate."""
+    whole = [t for t in trials if not t.pruned]
+    reference = {"divergence": max((t.divergence for t in whole), default=0.0)}
+    reference |= {str(name): float(network.original[name]) for name in names}
+    scale = [value or 1.0 for value in reference.values()]
+    points = [[t.divergence, *(t.costs[name] for name in names)] for t in whole]
+    relative = [[value / unit for value, unit in zip(point, scale, strict=True)] for point in points]
+    shares = hypervolumes(relative, [1.0] * len(scale)).tolist()
+    return {"reference": reference, "trials": [t.index for t in whole], "shares": shares}
+
+
+def optimality_section(report: Mapping[str, Any], plots: Sequence[str]) -> str:
+    """The section as Markdown."""
+    facts = report["optimality"]
+    if facts is None:
+        return (
+            "## How close to the best\n\nNo choice of structures meets the budget by the tables' costs, so there is no "
+            "best to compare with."
+        )
+    lines = [
+        "## How close to the best",
+        f"The search starts from an additive error: squared output errors of layers, by how much each matters, added "
+        f"up. No choice of the options fitted has one below {facts['lower_bound']:.6g} within the budget: that is "
+        f"proven. The chosen network's is {facts['error']:.6g}, {facts['gap']:.2%} of it above that"
+        + ("." if facts["within_bounds"] else "; by the tables its costs are not quite within the budget.")
+        + " Trials measure divergences, which an additive error only comes near, and may well prefer a network that "
+        "adds up to more.",
+        "| 1 % more of | lowers the least additive error by | and the divergence, in proportion, by |\n"
+        "| --- | ---: | ---: |\n"
+        + "\n".join(
+            f"| {gain['name']} | {gain['error']:.3g} ({gain['share']:.2%}) | {gain['divergence']:.3g} |"
+            for gain in facts["gains"]
+        ),
+        _volume(facts["hypervolume"]),
+    ]
+    if "optimality" in plots:
+        lines.append("![How close to the best](plots/optimality.png)")
+    return "\n\n".join(lines)
+
+
+def _volume(facts: Mapping[str, Any]) -> str:
+    if not facts["shares"]:
+        return "No trial was measured to its end."
+    reference = ", ".join(f"{name} {value:.4g}" for name, value in facts["reference"].items())
+    half = facts["shares"][(len(facts["shares"]) - 1) // 2]
+    return (
+        f"Hypervolume: the trials dominate {facts['shares'][-1]:.2%} of the box from zero to the reference point "
+        f"({reference}: the largest divergence of a trial, and the original's costs); the first half of them "
+        f"{half:.2%}."
+    )

@@ -1,0 +1,93 @@
+"""What the report says about optimality, candidates and layers."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sekron_search.report.facts import _layer
+from sekron_search.report.optimality import optimality_facts, optimality_section
+from sekron_search.search.budget import CostName
+from sekron_search.search.knapsack import additive_errors
+from sekron_search.search.trial import Trial
+from tests.search.test_search import BOUNDS, NETWORK
+
+
+def trial(index: int, assignment: tuple[int, ...], divergence: float, *, pruned: bool = False) -> Trial:
+    costs = {str(n): float(v) for n, v in NETWORK.costs(assignment).items()}
+    return Trial(index, assignment, divergence, costs, True, "search", pruned=pruned)
+
+
+def facts(chosen: tuple[int, ...] = (1, 2, 1), **changed: Any) -> dict[str, Any]:
+    trials = [trial(0, (1, 2, 1), 0.2), trial(1, (3, 3, 3), 0.5), trial(2, (3, 3, 2), 9.0, pruned=True)]
+    found = optimality_facts(NETWORK, changed.get("bounds", BOUNDS), trials, chosen, 0.3)
+    assert found is not None
+    return found
+
+
+def test_the_gap_is_that_to_the_proven_bound() -> None:
+    errors = additive_errors(NETWORK)
+    fitting = [
+        a for a in itertools.product(range(4), repeat=3) if all(NETWORK.cost(a, n) <= b for n, b in BOUNDS.items())
+    ]
+    best = min(sum(float(e[i]) for e, i in zip(errors, a, strict=True)) for a in fitting)
+    for chosen in fitting:
+        found = facts(chosen)
+        own = sum(float(e[i]) for e, i in zip(errors, chosen, strict=True))
+        assert found["error"] == pytest.approx(own)
+        assert found["best_error"] == pytest.approx(best)
+        assert found["lower_bound"] <= best * (1 + 1e-12)
+        assert found["gap"] == pytest.approx(1 - best / own, abs=1e-4)
+        assert found["within_bounds"]
+    assert not facts((0, 0, 0))["within_bounds"]
+
+
+def test_gains_are_in_the_divergence_of_the_chosen_network() -> None:
+    found = facts()
+    for gain in found["gains"]:
+        assert gain["divergence"] == pytest.approx(gain["error"] * 0.3 / found["error"])
+        assert gain["step"] == 0.01
+    assert [gain["name"] for gain in found["gains"]] == list(BOUNDS)
+
+
+def test_hypervolume_counts_trials_that_were_measured_to_the_end() -> None:
+    found = facts()["hypervolume"]
+    assert found["trials"] == [0, 1]
+    assert found["reference"]["divergence"] == 0.5
+    flops, params = (NETWORK.cost((1, 2, 1), n) / NETWORK.original[n] for n in ("flops", "params"))
+    assert found["shares"] == pytest.approx([0.6 * (1 - flops) * (1 - params)] * 2)
+
+
+def test_the_section_says_what_was_proven_and_what_cannot_be_compared() -> None:
+    text = optimality_section({"optimality": facts()}, ["optimality"])
+    assert "that is proven" in text
+    assert "| flops |" in text
+    assert "plots/optimality.png" in text
+    assert optimality_facts(NETWORK, {"flops": 1.0}, [], (3, 3, 3), 0.1) is None
+    assert "nothing" not in text
+    assert "no best to compare with" in optimality_section({"optimality": None}, [])
+    empty = optimality_facts(NETWORK, BOUNDS, [], (1, 2, 1), 0.1)
+    assert "No trial was measured" in optimality_section({"optimality": empty}, [])
+
+
+@pytest.mark.parametrize(("budgeted", "word"), [("latency_ms", "time"), ("params", "parameters"), ("flops", "flops")])
+def test_layers_are_explained_in_the_costs_that_were_budgeted(budgeted: CostName, word: str) -> None:
+    table = NETWORK.tables[0]
+    reason = _layer(table, 1, [budgeted])["reason"]
+    assert f"of the layer's {word}" in reason
+    assert f"more of its {word}" in reason
+    others = {"time", "parameters", "flops"} - {word}
+    assert not any(f"layer's {other}" in reason for other in others)
+    assert f"of its {word}" in _layer(table, 0, [budgeted])["reason"]
+
+
+def test_the_runner_up_is_nearest_in_the_budgeted_cost() -> None:
+    table = NETWORK.tables[0]
+    options = list(table.options)
+    options[3] = replace(options[3], latency_ms=5.9)
+    table = replace(table, options=tuple(options))
+    assert _layer(table, 1, ["latency_ms"])["runner_up"]["structure"] == options[3].structure
+    assert _layer(table, 1, ["flops"])["runner_up"]["structure"] == options[2].structure
