@@ -127,9 +127,10 @@ def layer_loss(outputs: Mapping[str, Tensor], references: Mapping[str, Tensor]) 
         spread = F.mse_loss(reference, mean.expand_as(reference)).clamp_min(torch.finfo(torch.float32).tiny)
         # A mean gives contiguous gradients, whatever it is of. Where the output is channels last, both are shown to it
         # as contiguous ones: else every step turns gradients round, which costs as much as a convolution.
-        pair = (output.float(), reference)
-        error = F.mse_loss(*pair) if output.is_contiguous() else F.mse_loss(*(t.movedim(1, -1) for t in pair))
-        errors.append(error / spread)
+        ours, theirs = output.float(), reference
+        if not ours.is_contiguous():
+            ours, theirs = ours.movedim(1, -1), theirs.movedim(1, -1)
+        errors.append(F.mse_loss(ours, theirs) / spread)
     return torch.stack(errors).mean()
 
 
@@ -258,8 +259,8 @@ def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Te
 
     def keep(name: str, linear: bool) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            # A copy, for what follows may change the output in place.
-            found[name] = (output.flatten(0, -2) if linear else output).clone()
+            # A copy, for what follows may change the output in place; in the precision in which it is compared.
+            found[name] = (output.flatten(0, -2) if linear else output).to(torch.float32, copy=True)
 
         return hook
 
