@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -20,6 +20,7 @@ from sekron_search.model import Inputs, batch_size, layer_like, replace_layers
 from sekron_search.prepare import Tables
 from sekron_search.search.options import Assignment
 from sekron_search.search.trial import Evaluation, Trial
+from sekron_search.sequential import fit_sequentially
 
 #: Samples on which a trial's batch-norm statistics are seen to change; more hardly changes a divergence.
 NORM_SAMPLES = 128
@@ -69,6 +70,31 @@ class Assembler:
         """Of a network's outputs on the held-out inputs."""
         name = self.job.settings.search.divergence
         return mean_divergence(name, network, self.job.holdout, self.job.references)
+
+    def fit(self, network: nn.Module, progress: Callable[[int], None] | None = None) -> float:
+        """Fit a network layer after layer, in place; undone if that does not lower its divergence, which is returned.
+
+        Args:
+            network: From `assemble`.
+            progress: Called with the number of layers done.
+        """
+        before, steps = self.divergence(network), self.job.settings.calibration.sequential_steps
+        if steps == 0:
+            return before
+        start = {name: t.clone() for name, t in network.state_dict().items()}
+        fit_sequentially(
+            network,
+            self.job.model,
+            self.tables.layers,
+            self.job.calibration,
+            steps=steps,
+            curvature=self.job.curvature,
+            progress=progress,
+        )
+        after = self.divergence(network)
+        if after > before:
+            network.load_state_dict(start)
+        return min(after, before)
 
     def with_factors(self, assignment: Assignment) -> nn.Module:
         """The network with the fitted factors, the biases corrected."""

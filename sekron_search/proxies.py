@@ -17,7 +17,6 @@ from sekron_search.model import Inputs
 from sekron_search.response import LinearResponse, first_samples, normalised_outputs
 from sekron_search.search.knapsack import additive_errors
 from sekron_search.search.options import Assignment
-from sekron_search.sequential import fit_sequentially
 
 #: Held-out samples of the proxy that looks at few.
 FEW_SAMPLES = 64
@@ -70,12 +69,8 @@ class Subject:
     @cached_property
     def fitted(self) -> nn.Module:
         """The network fitted layer after layer, as it is before it is trained."""
-        job = self.judge.job
         network = self.judge.assembler.assemble(self.assignment)
-        steps = job.settings.calibration.sequential_steps
-        if steps:
-            layers = self.judge.assembler.tables.layers
-            fit_sequentially(network, job.model, layers, job.calibration, steps=steps, curvature=job.curvature)
+        self.judge.assembler.fit(network)
         return network
 
 

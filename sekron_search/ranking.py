@@ -49,7 +49,7 @@ def kendall(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> float:
 
 
 def rank_correlation(
-    x: Sequence[float], y: Sequence[float], groups: Sequence[str], *, seed: int = 0
+    x: Sequence[float] | Floats, y: Sequence[float] | Floats, groups: Sequence[str], *, seed: int = 0
 ) -> RankCorrelation:
     """How well two rankings of the same candidates agree.
 
