@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from sekron_search.assembly import Assembler
-from sekron_search.errors import ConfigError, DataError
+from sekron_search.errors import ConfigError, DataError, RunFolderError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
@@ -106,6 +106,9 @@ def audit(
         planned: From `plan_audit`.
         folder: The run folder; `audit.json` is written into it.
         reporter: Told of the progress.
+
+    Raises:
+        RunFolderError: If the folder holds the audit of other candidates.
     """
     if not planned:
         return None
@@ -113,7 +116,9 @@ def audit(
     rows = list(read_json(folder.audit)["candidates"]) if folder.audit.exists() else []
     with reporter.task("auditing proxies", len(planned)) as task:
         for number, candidate in enumerate(planned):
-            if number == len(rows):
+            if number < len(rows):
+                examiner.complete(rows[number], candidate)
+            else:
                 rows.append(examiner.examine(number, candidate))
                 write_json(folder.audit, {"candidates": rows})
                 shutil.rmtree(folder.audited / str(number), ignore_errors=True)
@@ -187,6 +192,19 @@ class Examiner:
             "train_seconds": time.perf_counter() - start,
             "metric": metric,
         }
+
+    def complete(self, row: dict[str, Any], candidate: Planned) -> None:
+        """Add what a record lacks that is older than some proxies; what was trained is not trained again for them.
+
+        Raises:
+            RunFolderError: If the record is of another candidate.
+        """
+        if row["assignment"] != list(candidate.assignment):
+            raise RunFolderError(f"{self.folder.audit}: it is of other candidates; delete it to have them audited anew")
+        missing = [name for name in PROXIES if name not in row["scores"]]
+        added = score(self.subject(candidate), missing)
+        row["scores"] |= added.values
+        row["seconds"] |= added.seconds
 
     def subject(self, candidate: Planned) -> Subject:
         """The candidate, for proxies."""

@@ -94,8 +94,14 @@ def curvature(subject: Subject) -> float:
     return float(sum(errors[i] for errors, i in zip(subject.judge.errors, subject.assignment, strict=True)))
 
 
+def responses(subject: Subject) -> float:
+    """Sum over the layers of the divergence with that layer alone compressed: no interaction between layers at all."""
+    response = subject.judge.response
+    return sum(response.divergence_alone(layer, option) for layer, option in enumerate(subject.assignment))
+
+
 def propagated(subject: Subject) -> float:
-    """Divergence of the outputs when what each layer's error changes in them is added up: see `LinearResponse`."""
+    """Divergence of the outputs when what each layer alone changes in them is added up: interactions to first order."""
     return subject.judge.response.divergence(subject.assignment)
 
 
@@ -149,7 +155,8 @@ PROXIES: dict[str, Proxy] = {
     "weight_error": Proxy(weight_error, "weight error"),
     "output_error": Proxy(output_error, "output error, data-aware"),
     "curvature": Proxy(curvature, "output error weighted by curvature"),
-    "propagated": Proxy(propagated, "responses of the outputs, added up"),
+    "responses": Proxy(responses, "divergences with one layer compressed, added up"),
+    "propagated": Proxy(propagated, "divergence of outputs to which each layer's change is added"),
     "divergence_few": Proxy(divergence_few, f"divergence on {FEW_SAMPLES} held-out samples"),
     "divergence": Proxy(divergence, "divergence on all held-out samples"),
     "divergence_fitted": Proxy(divergence_fitted, "divergence after the layer-by-layer fit", needs_fit=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,11 +40,11 @@ class LinearResponse:
 
     def divergence(self, assignment: Assignment) -> float:
         """Of the outputs that an assignment is predicted to give."""
-        outputs = [z.clone() for z in self._original]
-        for layer, option in enumerate(assignment):
-            for z, change in zip(outputs, self.response(layer, option), strict=True):
-                z += change
-        return float(divergence(self._assembler.job.settings.search.divergence, outputs, self._original))
+        return self._divergence([self.response(layer, option) for layer, option in enumerate(assignment)])
+
+    def divergence_alone(self, layer: int, option: int) -> float:
+        """Of the outputs with one option of one layer in the original."""
+        return self._divergence([self.response(layer, option)])
 
     def response(self, layer: int, option: int) -> list[Tensor]:
         """What the outputs change by when one option of one layer stands in the original."""
@@ -52,6 +54,10 @@ class LinearResponse:
             changed = normalised_outputs(self._assembler.with_factors(alone), self._inputs)
             self._responses[key] = [a - b for a, b in zip(changed, self._original, strict=True)]
         return self._responses[key]
+
+    def _divergence(self, changes: Sequence[Sequence[Tensor]]) -> float:
+        outputs = [z + sum(parts) for z, *parts in zip(self._original, *changes, strict=True)]
+        return float(divergence(self._assembler.job.settings.search.divergence, outputs, self._original))
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.audit import Examiner, Planned, audit, check_audit, plan_audit
 from sekron_search.config import Config
-from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError
-from sekron_search.files import read_json
+from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
+from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.prepare import Tables, prepare
@@ -146,6 +146,26 @@ def test_a_killed_audit_goes_on_to_the_same_result(
     assert len(trained) == 3 + 4  # what was finished is not trained again
     assert untimed(resumed) == untimed(record)
     assert [p["tau"] for p in resumed["proxies"]] == [p["tau"] for p in record["proxies"]]
+
+
+def test_what_a_record_lacks_is_added_without_training(
+    record: dict[str, Any], prepared: tuple[Job, Tables, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, tables, out = prepared
+    folder = RunFolder(tmp_path)
+    folder.original.write_text((out / "original.json").read_text())
+    rows = [
+        {**row, "scores": {name: value for name, value in row["scores"].items() if name != "divergence_fitted"}}
+        for row in record["candidates"]
+    ]
+    write_json(folder.audit, {"candidates": rows})
+    monkeypatch.setattr(Distillation, "train", lambda *_, **__: pytest.fail("a candidate was trained"))
+    planned = plan_audit(job, tables.network)
+    resumed = audit(Assembler(job, tables), planned, folder, Reporter())
+    assert resumed is not None
+    assert untimed(resumed) == untimed(record)
+    with pytest.raises(RunFolderError, match=r"audit\.json: it is of other candidates; delete it"):
+        audit(Assembler(job, tables), planned[::-1], folder, Reporter())
 
 
 def test_no_candidates_no_audit(prepared: tuple[Job, Tables, Path], tmp_path: Path) -> None:

@@ -227,6 +227,7 @@ def test_responses_add_up_exactly_where_no_layer_feeds_another(factory: str, tmp
             return kl(assembler.with_factors(assignment)(images), assembler.job.model(images))
 
     assert response.divergence((0, 0)) == 0
+    assert response.divergence_alone(0, both[0]) == pytest.approx(measured(one), rel=1e-3)
     assert response.divergence(one) == pytest.approx(measured(one), rel=1e-3)
     if factory == "parallel":
         assert response.divergence(both) == pytest.approx(measured(both), rel=1e-3)
