@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -33,6 +36,10 @@ LEAST_SECONDS = 10.0
 
 #: Rough times of one evaluation of an option's error: by itself, and per product of two numbers.
 SECONDS_PER_EVALUATION, SECONDS_PER_PRODUCT = 1.5e-3, 3e-11
+
+#: Folders of jobs on their way to a worker, the file that is locked as long as their owner lives, and their age in
+#: seconds from which on it must be.
+PREFIX, LOCK, JUST_MADE_S = ".fit-", ".lock", 60.0
 
 #: What a worker says when it cannot go on is looked for in so many last characters of its log.
 LOG_TAIL = 2000
@@ -157,7 +164,9 @@ class Fitter:
     def _start(self, count: int) -> None:
         if not self._started:
             self.cache.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=".fit-", dir=self.cache)))
+            _sweep(self.cache)
+            self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=self.cache)))
+            fcntl.flock(self._stack.enter_context((self._folder / LOCK).open("w")), fcntl.LOCK_EX)
         for number in range(len(self._started), count):
             worker = _Worker(self.cache, self._folder / f"{number}.log")
             self._started.append(worker)
@@ -177,6 +186,17 @@ class Fitter:
         if fitted is None:
             raise WorkerError(f"layer '{name}': its table in {self.cache} cannot be read back; is the disk full?")
         return fitted
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed processes have left of the jobs that they handed over."""
+    for folder in cache.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is in use, or another process removes it at the same time
+            if time.time() - folder.stat().st_mtime < JUST_MADE_S:
+                continue
+            with (folder / LOCK).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
 
 
 class _Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -102,6 +103,19 @@ def test_workers_end_when_the_fits_are_given_up(tmp_path: Path) -> None:
         workers = [worker.process for worker in fitter._started]
         assert len(workers) == 2
     assert all(process.poll() is not None for process in workers)
+
+
+def test_what_killed_runs_left_is_removed_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    left, used, new = (tmp_path / f".fit-{name}" for name in ("left", "used", "new"))
+    for folder in (left, used, new):
+        folder.mkdir()
+        (folder / "job.json").touch()
+    with (used / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for folder in (left, used):
+            os.utime(folder, (0, 0))
+        fitting._sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".fit-new", ".fit-used"]
 
 
 def test_a_worker_ends_with_its_standard_input(tmp_path: Path) -> None:
