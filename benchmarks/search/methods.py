@@ -164,7 +164,6 @@ METHODS: dict[str, tuple[Method, int]] = {
     "random, started": (raw("random", started=True), 100),
     "multipliers, TPE": (multipliers("TPE"), 100),
     "multipliers, GP": (multipliers("GP"), 100),
-    "multipliers, NSGA-II": (multipliers("NSGA-II"), 100),
     "group multipliers, TPE": (multipliers("TPE", groups=True), 100),
     "swaps": (swaps, 100),
 }
