@@ -135,18 +135,29 @@ class Proxy:
     Args:
         score: Of a candidate; the smaller, the better it should be.
         label: In a few words.
-        needs_fit: Whether the network must be fitted layer after layer first, which is part of the cost.
+        prepare: What has to be done first and is kept for other proxies; part of the cost of each.
     """
 
     score: Callable[[Subject], float]
     label: str
-    needs_fit: bool = False
+    prepare: Callable[[Subject], object] | None = None
     needs_labels: bool = False
 
     @property
     def is_cheap(self) -> bool:
         """Whether it needs neither a fit of the whole network nor labels."""
-        return not self.needs_fit and not self.needs_labels
+        return self.prepare is not _fit and not self.needs_labels
+
+
+def _respond(subject: Subject) -> None:
+    """Record the responses to the candidate's options that no candidate before it has had."""
+    for layer, option in enumerate(subject.assignment):
+        subject.judge.response.response(layer, option)
+
+
+def _fit(subject: Subject) -> None:
+    """Fit the network layer after layer."""
+    _ = subject.fitted
 
 
 #: By name, from cheap to dear.
@@ -155,13 +166,13 @@ PROXIES: dict[str, Proxy] = {
     "weight_error": Proxy(weight_error, "weight error"),
     "output_error": Proxy(output_error, "output error, data-aware"),
     "curvature": Proxy(curvature, "output error weighted by curvature"),
-    "responses": Proxy(responses, "divergences with one layer compressed, added up"),
-    "propagated": Proxy(propagated, "divergence of outputs to which each layer's change is added"),
+    "responses": Proxy(responses, "divergences with one layer compressed, added up", _respond),
+    "propagated": Proxy(propagated, "divergence of outputs to which each layer's change is added", _respond),
     "divergence_few": Proxy(divergence_few, f"divergence on {FEW_SAMPLES} held-out samples"),
     "divergence": Proxy(divergence, "divergence on all held-out samples"),
-    "divergence_fitted": Proxy(divergence_fitted, "divergence after the layer-by-layer fit", needs_fit=True),
+    "divergence_fitted": Proxy(divergence_fitted, "divergence after the layer-by-layer fit", _fit),
     "untrained_metric": Proxy(
-        untrained_metric, "validation metric before training (needs labels)", needs_fit=True, needs_labels=True
+        untrained_metric, "validation metric before training (needs labels)", _fit, needs_labels=True
     ),
 }
 
@@ -177,14 +188,14 @@ class Scores:
 def score(subject: Subject, names: Sequence[str] = tuple(PROXIES)) -> Scores:
     """The value of proxies, each timed as if it were the only one."""
     values, seconds = {}, {}
-    fitting = 0.0
+    prepared: dict[Callable[[Subject], object], float] = {}
     for name in names:
         proxy = PROXIES[name]
-        if proxy.needs_fit and not fitting:
+        if proxy.prepare is not None and proxy.prepare not in prepared:
             start = time.perf_counter()
-            _ = subject.fitted
-            fitting = time.perf_counter() - start
+            proxy.prepare(subject)
+            prepared[proxy.prepare] = time.perf_counter() - start
         start = time.perf_counter()
         values[name] = proxy.score(subject)
-        seconds[name] = time.perf_counter() - start + (fitting if proxy.needs_fit else 0.0)
+        seconds[name] = time.perf_counter() - start + (prepared[proxy.prepare] if proxy.prepare else 0.0)
     return Scores(values, seconds)

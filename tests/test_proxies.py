@@ -260,9 +260,10 @@ def test_every_proxy_prefers_the_original(judge: Judge) -> None:
     assert all(original[n] == pytest.approx(0, abs=1e-6) for n in PROXIES if "error" in n or "divergence" in n)
 
 
-def test_a_fit_counts_for_every_proxy_that_needs_it(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_proxies_share_counts_for_each_of_them(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     monkeypatch.setattr("sekron_search.proxies.time.perf_counter", lambda: float(next(clock)))
-    fitted = [name for name, proxy in PROXIES.items() if proxy.needs_fit]
-    seconds = score(Subject(judge, middle(judge.assembler)), ["curvature", *fitted]).seconds
-    assert seconds == {"curvature": 1.0, **dict.fromkeys(fitted, 2.0)}
+    seconds = score(Subject(judge, middle(judge.assembler))).seconds
+    shared = {"responses", "propagated", "divergence_fitted", "untrained_metric"}
+    assert seconds == {name: 2.0 if name in shared else 1.0 for name in PROXIES}
+    assert not any(PROXIES[name].is_cheap for name in ("divergence_fitted", "untrained_metric"))
