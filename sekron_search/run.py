@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 
+from sekron_search.audit import audit, check_audit, plan_audit
 from sekron_search.candidate import Searched
 from sekron_search.candidates import Finder
 from sekron_search.costs.profile import Provenance
@@ -50,6 +51,7 @@ def run(
     job.model.eval()
     sharing = sharing or Sharing()
     sharing.check()
+    check_audit(job)
     fingerprint = job.fingerprint()
     with folder.claimed(fingerprint, resume=resume), threads(job.settings.latency.num_threads):
         if folder.report.exists():
@@ -58,6 +60,7 @@ def run(
             return finished
         write_text(folder.config, yaml.safe_dump({**fingerprint["settings"], **job.source}, sort_keys=False))
         tables = prepare(job, folder, reporter)
+        planned = plan_audit(job, tables.network)
         _write_environment(job, folder, tables.layout.memory_format)
         finder = Finder(job, tables, folder, reporter, sharing)
         searched = finder.search()
@@ -82,7 +85,7 @@ def run(
             uncounted=traced_flops(networks["compressed"], job.example_inputs).uncounted,
             environment=read_json(folder.environment),
         )
-        report = facts.to_json()
+        report = {**facts.to_json(), "audit": audit(finder.assembler, planned, folder, reporter)}
         write_json(folder.report, report)
         write_report(folder)
         return report

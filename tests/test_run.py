@@ -112,6 +112,16 @@ def test_a_time_limit_ends_the_search_and_is_no_part_of_the_run(tmp_path: Path) 
     assert run_config(write_config(tmp_path), tmp_path / "out", resume=True) == report
 
 
+def test_an_audit_of_the_proxies_is_in_the_report(tmp_path: Path) -> None:
+    audited = write_config(tmp_path, CONFIG, **{"trials: 8": "trials: 2"})
+    audited.write_text(audited.read_text() + "audit: {candidates: 6, epochs: 1}\n")
+    report = run_config(audited, tmp_path / "out")
+    assert len(report["audit"]["candidates"]) == 6
+    assert {"curvature", "divergence"} <= {proxy["name"] for proxy in report["audit"]["proxies"]}
+    assert "plots/audit.png" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "plots" / "audit.png").exists()
+
+
 def test_another_run_is_refused_its_folder(finished: Path, tmp_path: Path) -> None:
     other = write_config(tmp_path, CONFIG, **{"flops: 0.6x": "flops: 0.7x"})
     with pytest.raises(RunFolderError, match=r"another run \(different: settings\)"):
