@@ -63,6 +63,15 @@ class Problem:
 
         return {cost: bound + level * step(cost, bound) for cost, bound in self.bounds.items()}
 
+    def level_of(self, costs: Mapping[str, float]) -> float:
+        """The lowest level whose bounds a network of these costs meets."""
+        levels = []
+        for cost, bound in self.bounds.items():
+            above = costs[cost] > bound
+            step = self.network.original[cost] - bound if above else bound - self.least[cost]
+            levels.append((costs[cost] - bound) / step if step > 0 else 0.0)
+        return max(levels)
+
     def solve(self, level: float, errors: Sequence[NDArray[np.float64]]) -> KnapsackSolution:
         """The assignment of least total error at a level of the budget.
 

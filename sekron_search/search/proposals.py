@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sekron_search.search.options import Assignment
+from sekron_search.search.pareto import front
 from sekron_search.search.problem import Problem
 from sekron_search.search.trial import Trial
 
@@ -69,6 +71,7 @@ def propose(problem: Problem, history: Sequence[Trial], slots: Sequence[int]) ->
     """
     tried = {trial.assignment for trial in history}
     model: WeightModel | None = None
+    gaps = Gaps([(problem.level_of(trial.costs), trial.divergence) for trial in history])
     found: list[Proposal] = []
     for slot in slots:
         if slot < len(problem.starts):
@@ -77,16 +80,48 @@ def propose(problem: Problem, history: Sequence[Trial], slots: Sequence[int]) ->
         else:
             model = model or WeightModel(problem.errors, history)
             rng = np.random.default_rng([problem.seed, slot])
-            level = rng.uniform(-1, 1) if rng.random() < problem.spread else 0.0
+            beside = rng.random() < problem.spread
+            level = gaps.fill() if beside else 0.0
             for attempt in range(ATTEMPTS):
-                # What was tried already is left by bolder draws.
-                boldness = float(rng.choice(BOLDNESS)) * (1 + attempt / 2)
+                # Gaps are filled with what is known to be good. What was tried already is left by bolder draws.
+                boldness = float(rng.choice(BOLDNESS)) * (1 + attempt / 2) * (attempt > 0 or not beside)
                 assignment = problem.solve(level, model.draw(rng, boldness)).assignment
                 if assignment not in tried:
                     break
             found.append(Proposal(assignment, "search"))
         tried.add(found[-1].assignment)
     return found
+
+
+class Gaps:
+    """Where a front of (level of the budget, divergence) is coarse.
+
+    Between two neighbours of the front lies, at most, the rectangle that they span: a trial halfway between them gains
+    part of it. The original stands at one end, at level 1.
+
+    Args:
+        points: (level, divergence) of trials.
+    """
+
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+        ends = [(1.0, 0.0)]
+        if points:
+            # Nobody knows what the least that can be reached diverges by: twice as much as the cheapest trial.
+            level, divergence = min(points)
+            ends.append((min(-1.0, level), 2 * divergence))
+        known = [*points, *ends]
+        self._points = [known[i] for i in front(known)]
+
+    def fill(self) -> float:
+        """The level in the middle of the largest gap, which counts as filled from now on."""
+        if len(self._points) < 2:
+            return 0.0
+        areas = [(b[0] - a[0]) * (a[1] - b[1]) for a, b in pairwise(self._points)]
+        widest = int(np.argmax(areas))
+        (low, worse), (high, better) = self._points[widest : widest + 2]
+        level = (low + high) / 2
+        self._points.insert(widest + 1, (level, (worse + better) / 2))
+        return level
 
 
 class WeightModel:

@@ -20,6 +20,7 @@ from sekron_search.search.ledger import Ledger
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
 from sekron_search.search.pareto import front, non_dominated
 from sekron_search.search.problem import Problem
+from sekron_search.search.proposals import Gaps
 from sekron_search.search.study import Evaluate, objectives, run_study
 from sekron_search.search.trial import Evaluation, Trial, best_feasible, pareto_trials
 from sekron_search.tables import FittedLayer
@@ -203,26 +204,6 @@ def test_trials_of_the_search_stay_within_the_budget(tmp_path: Path) -> None:
     assert any(not t.feasible for t in trials), "some starts show the front beyond the budget"
 
 
-def test_a_share_of_the_trials_looks_for_the_front_beside_the_budget(tmp_path: Path) -> None:
-    problem = Problem(NETWORK, BOUNDS, trials=30, spread=1.0)
-    trials = take_part(tmp_path / "study", problem, lambda a, _: Evaluation(pretend(a)))
-    assert len({t.costs["flops"] for t in trials if t.source == "search"}) > 3
-    assert any(not t.feasible for t in trials if t.source == "search")
-
-
-def test_the_search_improves_on_the_knapsack_where_layers_differ(tmp_path: Path) -> None:
-    """One of two layers has to be compressed; the additive errors name the wrong one by a little."""
-    network = tables([[(100, 9, 0.0), (40, 9, 0.30)], [(100, 9, 0.0), (40, 9, 0.31)]])
-    problem = Problem(network, {"flops": 150.0}, trials=20)
-    trials = take_part(tmp_path / "study", problem, lambda a, _: Evaluation(0.3 * a[0] + 0.1 * a[1]))
-    start = min(t.divergence for t in trials if t.feasible and t.source == "knapsack" and sum(t.assignment) == 1)
-    best = best_feasible(trials, 2)
-    assert start == pytest.approx(0.3)
-    assert best[0].divergence == pytest.approx(0.1)
-    assert best[0].assignment == (0, 1)
-    assert best[1].assignment != best[0].assignment
-
-
 def random_network(seed: int, layers: int = 8, options: int = 12) -> Network:
     rng = np.random.default_rng(seed)
     rows = []
@@ -233,6 +214,31 @@ def random_network(seed: int, layers: int = 8, options: int = 12) -> Network:
         cheaper = [(int(k * whole), int(k * whole), float(e)) for k, e in zip(kept, errors, strict=True)]
         rows.append([(whole, whole, 0.0), *cheaper])
     return tables(rows)
+
+
+def test_a_share_of_the_trials_looks_for_the_front_beside_the_budget(tmp_path: Path) -> None:
+    network = random_network(1)
+    problem = Problem(network, {"flops": 0.5 * network.original["flops"]}, trials=20, spread=1.0)
+    trials = take_part(tmp_path / "study", problem, lambda a, _: Evaluation(sum(a) + 1.0))
+    levels = [problem.level_of(t.costs) for t in trials if t.source == "search"]
+    assert min(levels) < -0.2
+    assert max(levels) > 0.2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(-1, 1))
+def test_a_level_is_the_lowest_whose_bounds_are_met(level: float) -> None:
+    problem = Problem(NETWORK, BOUNDS, trials=1)
+    bounds = problem.bounds_at(level)
+    assert problem.level_of(bounds) == pytest.approx(level, abs=1e-9)
+    assert problem.level_of({**bounds, "params": bounds["params"] - 1}) == pytest.approx(level, abs=1e-9)
+
+
+def test_gaps_of_a_front_are_filled_from_the_largest() -> None:
+    gaps = Gaps([(-0.5, 4.0), (0.0, 1.0), (0.1, 2.0), (0.5, 0.5)])  # the third is dominated
+    # Rectangles: 0.5 x 4 to the least, 0.5 x 3, 0.5 x 0.5 and 0.5 x 0.5 to the original, which diverges by nothing.
+    assert [gaps.fill() for _ in range(3)] == [-0.75, -0.25, -0.875]
+    assert Gaps([]).fill() == 0.0
 
 
 def test_trials_teach_the_weights_of_layers(tmp_path: Path) -> None:
