@@ -27,7 +27,6 @@ from sekron_search.search.options import Assignment
 from sekron_search.search.problem import Problem
 from sekron_search.search.study import Halving, run_study
 from sekron_search.search.trial import Trial, best_feasible
-from sekron_search.sequential import fit_sequentially
 from sekron_search.sharing import Sharing
 from sekron_search.timing import network_costs, network_latencies
 
@@ -202,7 +201,8 @@ class Finder:
         home = self.home(trial.assignment)
         if not (home / "candidate.json").exists():
             network = self.assembler.assemble(trial.assignment)
-            divergence = self._fit_sequentially(network, self.assembler.divergence(network))
+            with self.reporter.task("fitting layer after layer", len(self.tables.layers)) as task:
+                divergence = self.assembler.fit(network, task.update)
             write_tensors(home / "weights.safetensors", dict(network.state_dict()))
             layout = self.tables.layout
             costs = network_costs(
@@ -227,27 +227,6 @@ class Finder:
             write_json(home / "candidate.json", asdict(candidate))
         # What the tables predict changes from round to round, what was measured does not.
         return replace(Candidate.load(home), trial=trial.index, predicted=dict(trial.costs))
-
-    def _fit_sequentially(self, network: nn.Module, before: float) -> float:
-        """Fit a network layer after layer, in place; undone if that does not lower its divergence."""
-        steps = self.job.settings.calibration.sequential_steps
-        if steps == 0:
-            return before
-        start = {name: t.clone() for name, t in network.state_dict().items()}
-        with self.reporter.task("fitting layer after layer", len(self.tables.layers)) as task:
-            fit_sequentially(
-                network,
-                self.job.model,
-                self.tables.layers,
-                self.job.calibration,
-                steps=steps,
-                curvature=self.job.curvature,
-                progress=task.update,
-            )
-        after = self.assembler.divergence(network)
-        if after > before:
-            network.load_state_dict(start)
-        return min(after, before)
 
     def _train(self, candidate: Candidate, network: nn.Module, halving: Halving, what: str) -> list[dict[str, float]]:
         job = self.job

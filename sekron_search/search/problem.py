@@ -63,7 +63,7 @@ class Problem:
 
         return {cost: bound + level * step(cost, bound) for cost, bound in self.bounds.items()}
 
-    def level_of(self, costs: Mapping[str, float]) -> float:
+    def level_of(self, costs: Mapping[Any, float]) -> float:
         """The lowest level whose bounds a network of these costs meets."""
         levels = []
         for cost, bound in self.bounds.items():

@@ -231,7 +231,7 @@ def test_a_level_is_the_lowest_whose_bounds_are_met(level: float) -> None:
     problem = Problem(NETWORK, BOUNDS, trials=1)
     bounds = problem.bounds_at(level)
     assert problem.level_of(bounds) == pytest.approx(level, abs=1e-9)
-    assert problem.level_of({**bounds, "params": bounds["params"] - 1}) == pytest.approx(level, abs=1e-9)
+    assert problem.level_of(bounds | {"params": bounds["params"] - 1}) == pytest.approx(level, abs=1e-9)
 
 
 def test_gaps_of_a_front_are_filled_from_the_largest() -> None:
