@@ -123,6 +123,14 @@ class Contraction:
         held = [sizes[i] for i in kept] if lone else last.held
         self._final = _Layout.of(kept, output, [sizes[i] for i in output], sizes, held=held)
 
+    @property
+    def first_layout(self) -> tuple[tuple[int, ...] | None, ...]:
+        """What `lay_out` does to the first operand: contractions in which it is equal can share the result."""
+        if self._first is None:
+            return ()
+        layout = self._first[1]
+        return layout.split, layout.permutation, layout.shape
+
     def lay_out(self, first: Tensor) -> Tensor:
         """The first operand as its product needs it, for calls with `laid_out`: a large one is then copied once."""
         return first if self._first is None else self._first[1](first).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,13 +20,21 @@ WINDOW = 4
 Point = list[Tensor]
 
 
+@dataclass(frozen=True)
+class Minimum:
+    """The lowest point found, and its value."""
+
+    point: Point
+    value: float
+
+
 def minimise(
     value_and_gradient: Callable[[Sequence[Tensor]], tuple[float, Point]],
     start: Sequence[Tensor],
     *,
     evaluations: int,
     tolerance: float,
-) -> Point:
+) -> Minimum:
     """The lowest point found.
 
     The inverse Hessian starts as the identity, so variables should be scaled to a Hessian of about one: then nearly
@@ -69,7 +78,7 @@ def minimise(
         values.append(value)
         if len(values) > WINDOW and values[-1 - WINDOW] - value <= tolerance * value:
             break
-    return _shaped(x, start)
+    return Minimum(_shaped(x, start), value)
 
 
 def _inverse_times(gradient: Tensor, memory: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

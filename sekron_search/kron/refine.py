@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sekron_search.kron.als import scaled_by_others
 from sekron_search.kron.descent import minimise
-from sekron_search.kron.metric import InputMetric, Whitening, square_root
+from sekron_search.kron.metric import DOUBLE_UP_TO, InputMetric, Whitening, square_root
+from sekron_search.kron.products import MetricProduct
 from sekron_search.kron.projection import Fit, balance, pad_channels, project, reconstruct_batch
 from sekron_search.kron.structure import Structure
 from sekron_search.kron.svd import left_basis
@@ -23,6 +24,10 @@ FIT_SWEEPS, FIT_STARTS = 30, 3
 
 #: Some steps that lower the squared error by less than this part of it are the last.
 TOLERANCE = 1e-6
+
+#: Operations that may be spent on the descent of an option: small layers take all the steps that are asked for, at the
+#: largest the first few have to do. They gain most.
+OPERATIONS, LEAST_STEPS = 2e10, 4
 
 #: Added to the curvature that the other factors give a factor, relative to its mean: they will change.
 LIFT = 1e-2
@@ -43,21 +48,55 @@ class Refiner:
         #: Of largest entry one: float32 and the line search rely on it.
         self.unit = (weight.double() / self.scale if self.scale > 0 else weight.double()).to(dtype)
         self.norm = float(metric.norm(self.unit))
+        #: For moments so large that products with them take all the time.
+        self._product = MetricProduct(metric) if metric.moment.shape[-1] > DOUBLE_UP_TO else None
         self._whitened: tuple[object, Whitening, Tensor, tuple[Tensor, Tensor] | None] | None = None
 
     def error(self, structure: Structure, factors: Sequence[Tensor]) -> float:
         """The relative error of the output, of factors for the weight of largest entry one."""
         if self.norm == 0:
             return 0.0
-        rebuilt = _cropped(structure, [a.to(self.unit) for a in factors], self.unit)
-        return float(self.metric.norm(self.unit - rebuilt)) / self.norm
+        factors = [a.to(self.unit) for a in factors]
+        difference = _cropped(structure, factors, self.unit) - self.unit
+        spread = self._spread(structure, factors, difference)
+        return float((difference.flatten(2) * spread).sum().clamp_min(0).sqrt())
+
+    @cached_property
+    def _single(self) -> InputMetric:
+        """The metric in float32, of which the weight has norm one."""
+        return InputMetric((self.metric.moment / self.norm**2).float(), self.metric.mean, self.metric.curvature)
+
+    @cached_property
+    def _exact(self) -> Tensor:
+        """H W M."""
+        return self.metric.weighted(self.unit)
+
+    def _spread(self, structure: Structure, factors: Sequence[Tensor], difference: Tensor) -> Tensor:
+        """H (W^ - W) M / |W|^2, (G, F, P), from the factors of W^ or the difference itself."""
+        if self._product is not None and structure.weight_shape == tuple(self.unit.shape[1:]):
+            return (self._product(structure, factors) - self._exact).div_(self.norm**2)
+        metric = self._single if difference.dtype == torch.float32 else self.metric
+        return metric.weighted(difference) / (1.0 if metric is self._single else self.norm**2)
+
+    def _affordable(self, structure: Structure, steps: int) -> int:
+        """Steps of the descent at most."""
+        if self._product is None:
+            return steps
+        rebuilding = 6 * self.unit[0].numel() * max(size for _, size in structure.ranks)
+        return min(steps, max(LEAST_STEPS, int(OPERATIONS / (self._product.cost(structure) + rebuilding))))
 
     def fit(self, structure: Structure, *, steps: int, tolerance: float = TOLERANCE) -> Fit:
         """Factors of the weight from `start` and `descend`."""
-        found = self.start(structure)
-        if not self.is_closed(structure):
-            found = self.descend(structure, found, steps=steps, tolerance=tolerance)
-        return self.scaled(structure, found)
+        closed = self.is_closed(structure)
+        if self._product is None or closed or self.norm == 0:
+            found = self.start(structure)
+            if not closed:
+                found = self.descend(structure, found, steps=steps, tolerance=tolerance)
+            return self.scaled(structure, found)
+        # The descent knows the errors of its ends, and they are dear.
+        start = self._whitened_fit(structure)
+        factors, error = self._descended(structure, start, self._affordable(structure, steps), tolerance)
+        return self.scaled(structure, Fit(tuple(factors), error))
 
     def start(self, structure: Structure) -> Fit:
         """The best factors where the metric is a Kronecker product of one per factor; else a start.
@@ -72,7 +111,7 @@ class Refiner:
         """L-BFGS from factors of the weight of largest entry one; the start, if no step lowered the error."""
         if structure.is_dense or steps == 0 or self.norm == 0 or start.rel_error == 0:
             return start
-        found = self._descended(structure, start.factors, steps, tolerance)
+        found, _ = self._descended(structure, start.factors, steps, tolerance)
         if not all(bool(torch.isfinite(a).all()) for a in found):
             return start
         error = self.error(structure, found)
@@ -155,8 +194,13 @@ class Refiner:
         assert pair is not None
         return pair
 
-    def _descended(self, structure: Structure, start: Sequence[Tensor], steps: int, tolerance: float) -> list[Tensor]:
-        """Factors are A + undo(scale(X)) in variables X of which the curvature is about one."""
+    def _descended(
+        self, structure: Structure, start: Sequence[Tensor], steps: int, tolerance: float
+    ) -> tuple[list[Tensor], float]:
+        """The factors where a descent ends, and their error as it was computed, in float32.
+
+        Factors are A + undo(scale(X)) in variables X of which the curvature is about one.
+        """
         whitening = Whitening(structure, self.metric, most=WHITENED_UP_TO)
         fixed = [a.detach().double() for a in start]
         whitened = [a.flatten(1 + len(c)) for a, c in zip(whitening.apply(fixed), structure.carries, strict=True)]
@@ -165,7 +209,6 @@ class Refiner:
         mean = 1.0 if curvature is None else float(curvature.diagonal(dim1=-2, dim2=-1).mean())
         unit = 2 * mean * float(moment.diagonal(dim1=-2, dim2=-1).mean()) / self.norm**2
         exact, base = self.unit.float(), [a.float() for a in fixed]
-        metric = InputMetric((moment / self.norm**2).float(), self.metric.mean, curvature)
 
         def factors(variables: Sequence[Tensor]) -> list[Tensor]:
             scaled = [how(x) / unit**0.5 for how, x in zip(scalings, variables, strict=True)]
@@ -175,16 +218,17 @@ class Refiner:
         def value_and_gradient(variables: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
             leaves = [x.detach().requires_grad_() for x in variables]
             with torch.enable_grad():
-                rebuilt = _cropped(structure, factors(leaves), exact)
+                shaped = factors(leaves)
+                rebuilt = _cropped(structure, shaped, exact)
             difference = rebuilt.detach() - exact
-            gradient = metric.weighted(difference).reshape(difference.shape)
+            gradient = self._spread(structure, [a.detach() for a in shaped], difference).reshape(difference.shape)
             value = float((difference * gradient).sum())
             return value, list(torch.autograd.grad(rebuilt, leaves, 2 * gradient))
 
         zeros = [torch.zeros_like(a, dtype=torch.float32) for a in whitened]
         found = minimise(value_and_gradient, zeros, evaluations=1 + steps, tolerance=tolerance)
         base = fixed
-        return factors([x.double() for x in found])
+        return factors([x.double() for x in found.point]), max(found.value, 0.0) ** 0.5
 
 
 def refine(

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sekron_search.kron import families as fam
+from sekron_search.kron import refine
+from sekron_search.kron.metric import InputMetric
+from sekron_search.kron.products import MetricProduct
+from sekron_search.kron.projection import reconstruct_batch
+from sekron_search.kron.structure import Structure
+
+SHAPE = (8, 6, 3, 3)
+
+STRUCTURES = [
+    fam.channel_svd(SHAPE, 2),
+    fam.spatial_svd(SHAPE, 3),
+    fam.tucker2(SHAPE, (3, 2)),
+    fam.cp(SHAPE, 4),
+    Structure.parse("2x3x1x3[a] * 4x2x3x1[a]; a=5"),
+    Structure.parse("2x1x3x1[a] * 2x3x1x1[a,b] * 2x2x1x3[b]; a=2, b=3"),
+]
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def metric_of(groups: int, *, curvature: bool) -> InputMetric:
+    f, unknowns = SHAPE[0], 6 * 9
+    x, g = gaussian(groups, 100, unknowns, seed=1), gaussian(groups, 20, f, seed=2)
+    metric = InputMetric(x.mT @ x / 100, gaussian(groups, unknowns, seed=3))
+    return replace(metric, curvature=g.mT @ g / 20) if curvature else metric
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("curvature", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_product_is_that_of_the_rebuilt_weight(structure: Structure, curvature: bool, groups: int) -> None:
+    metric = metric_of(groups, curvature=curvature)
+    factors = [gaussian(groups, *shape, seed=5 + k) for k, shape in enumerate(structure.factor_shapes)]
+    expected = metric.weighted(reconstruct_batch(structure, factors))
+    assert torch.allclose(MetricProduct(metric)(structure, factors), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_structures_of_all_layouts_share_one_product() -> None:
+    """The copy of the moment that is kept for the last structure serves no other layout."""
+    metric = metric_of(1, curvature=True)
+    product = MetricProduct(metric)
+    for structure in [*STRUCTURES, *STRUCTURES[::-1]]:
+        factors = [gaussian(1, *shape, seed=5 + k) for k, shape in enumerate(structure.factor_shapes)]
+        expected = metric.weighted(reconstruct_batch(structure, factors))
+        assert torch.allclose(product(structure, factors), expected, rtol=1e-10, atol=1e-10), structure
+
+
+def test_small_ranks_cost_less_than_the_weight() -> None:
+    f, c = 64, 64
+    product = MetricProduct(InputMetric(torch.zeros(1, c * 9, c * 9), torch.zeros(1, c * 9)))
+    costs = [product.cost(fam.spatial_svd((f, c, 3, 3), rank)) for rank in (2, 16)]
+    assert costs[0] < costs[1] < 2 * f * (c * 9) ** 2
+
+
+@pytest.mark.parametrize("structure", STRUCTURES[1:], ids=str)
+def test_fits_of_large_layers_are_those_of_small_ones(structure: Structure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of large layers on a small one: the same error, which is that of the factors that come back."""
+    weight, metric = gaussian(1, *SHAPE, seed=4), metric_of(1, curvature=True)
+    small = refine.Refiner(weight, metric).fit(structure, steps=40)
+    monkeypatch.setattr(refine, "DOUBLE_UP_TO", 16)
+    large = refine.Refiner(weight, metric).fit(structure, steps=40)
+    assert large.rel_error == pytest.approx(metric.rel_error(weight, reconstruct_batch(structure, large.factors)), 1e-4)
+    assert large.rel_error == pytest.approx(small.rel_error, rel=0.02)
+
+
+def test_the_largest_layers_get_the_first_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, metric, structure = gaussian(1, *SHAPE, seed=4), metric_of(1, curvature=False), STRUCTURES[4]
+    monkeypatch.setattr(refine, "DOUBLE_UP_TO", 16)
+    long = refine.Refiner(weight, metric).fit(structure, steps=40).rel_error
+    monkeypatch.setattr(refine, "OPERATIONS", 0.0)
+    short = refine.Refiner(weight, metric)
+    error = short.fit(structure, steps=40).rel_error
+    assert long < error < short.start(structure).rel_error
