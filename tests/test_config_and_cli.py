@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("search:", "serach:", "key 'serach' is not known; expected one of: budget, calibration"),
+        ("search:", "serach:", "key 'serach' is not known; expected one of: audit, budget, calibration"),
         ("trials: 8", "trails: 8", "key 'search.trails' is not known; expected one of: divergence, generation, "),
         ("trials: 8", "trials: many", "key 'search.trials': input should be a valid integer"),
         ("trials: 8", "trials: 0", "key 'search.trials': input should be greater than or equal to 1"),

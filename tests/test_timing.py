@@ -83,7 +83,8 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def finder_in(folder: Path, text: str = LATENCY) -> Finder:
     job, out = job_from_config(Config.load(write_config(folder, text))), RunFolder(folder / "out")
-    return Finder(job, prepare(job, out, Reporter()), out, Reporter())
+    with out.claimed(job.fingerprint(), resume=False):
+        return Finder(job, prepare(job, out, Reporter()), out, Reporter())
 
 
 def test_exact_clocks_need_no_correction(clocks: Callable[..., None], tmp_path: Path) -> None:

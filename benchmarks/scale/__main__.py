@@ -59,7 +59,7 @@ MOST_SECONDS, MOST_GIB = 300.0, 6.0
 USAGES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 #: Seconds between two looks at the memory.
-LOOK_S = 0.2
+LOOK_S = 1.0
 
 
 class Clock(ConsoleReporter):
@@ -165,10 +165,11 @@ def candidate(depth: int, width: float) -> dict[str, Any]:
     job = Job(model, (images[:1],), fit, holdout, settings)
     with tempfile.TemporaryDirectory() as home:
         folder = RunFolder(home)
-        with clock.timed("all tables"):
-            tables = prepare(job, folder, clock)
-        with clock.timed("candidate"):
-            found = Finder(job, tables, folder, clock).search()
+        with folder.claimed(job.fingerprint(), resume=False):
+            with clock.timed("all tables"):
+                tables = prepare(job, folder, clock)
+            with clock.timed("candidate"):
+                found = Finder(job, tables, folder, clock).search()
     best = found.candidates[0]
     usage = {name: best.costs[name] / tables.original[name] for name in ("flops", "params")}
     return {
