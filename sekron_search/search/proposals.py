@@ -97,7 +97,9 @@ class Gaps:
     """Where a front of (level of the budget, divergence) is coarse.
 
     Between two neighbours of the front lies, at most, the rectangle that they span: a trial halfway between them gains
-    part of it. The original stands at one end, at level 1.
+    part of it. Divergences count on a scale that is linear below that of the first trial, at the budget, and
+    logarithmic above it: else networks that are good for nothing would take all trials. The original stands at one
+    end, at level 1.
 
     Args:
         points: (level, divergence) of trials.
@@ -109,7 +111,8 @@ class Gaps:
             # Nobody knows what the least that can be reached diverges by: twice as much as the cheapest trial.
             level, divergence = min(points)
             ends.append((min(-1.0, level), 2 * divergence))
-        known = [*points, *ends]
+        unit = max(points[0][1] if points else 1.0, 1e-12)
+        known = [(level, float(np.log1p(divergence / unit))) for level, divergence in (*points, *ends)]
         self._points = [known[i] for i in front(known)]
 
     def fill(self) -> float:

@@ -235,9 +235,9 @@ def test_a_level_is_the_lowest_whose_bounds_are_met(level: float) -> None:
 
 
 def test_gaps_of_a_front_are_filled_from_the_largest() -> None:
-    gaps = Gaps([(-0.5, 4.0), (0.0, 1.0), (0.1, 2.0), (0.5, 0.5)])  # the third is dominated
-    # Rectangles: 0.5 x 4 to the least, 0.5 x 3, 0.5 x 0.5 and 0.5 x 0.5 to the original, which diverges by nothing.
-    assert [gaps.fill() for _ in range(3)] == [-0.75, -0.25, -0.875]
+    gaps = Gaps([(0.0, 1.0), (-0.5, 7.0), (0.1, 2.0), (0.5, 1 / 3)])  # the third is dominated
+    # In octaves of 1 + divergence: 3.9 at the least, 3 at -0.5, 1 at the budget, 0.4 at 0.5, and 0 at the original.
+    assert [gaps.fill() for _ in range(3)] == [-0.25, -0.75, 0.25]
     assert Gaps([]).fill() == 0.0
 
 
