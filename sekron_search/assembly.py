@@ -26,8 +26,8 @@ from sekron_search.sequential import fit_sequentially
 NORM_SAMPLES = 128
 
 #: A trial is given up when it is behind a cheaper network by so many standard errors of their difference, after so many
-#: batches of the held-out samples at least.
-PRUNING_ERRORS, PRUNING_BATCHES = 3.0, 3
+#: batches of the held-out samples at least: by Student's distribution an equal one is given up once in a thousand.
+PRUNING_ERRORS, PRUNING_BATCHES = 6.0, 6
 
 
 class Assembler:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from sekron_search.assembly import Assembler
-from sekron_search.errors import ConfigError, DataError, RunFolderError
+from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
@@ -24,12 +24,16 @@ from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import with_memory_format
 from sekron_search.search.budget import Budget, CostName
 from sekron_search.search.draws import draw_assignment
+from sekron_search.search.knapsack import solve_knapsack
 from sekron_search.search.options import Assignment, Network
 from sekron_search.search.problem import Problem
 
 #: Where no budgets are given: the run's own, and this much of the way from it to the original and to the least that can
 #: be reached.
 LEVELS = (0.5, 0.0, -0.5)
+
+#: How often a level that is out of reach is halved before it is given up.
+HALVINGS = 4
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,19 @@ def _bounds(job: Job, network: Network) -> list[dict[CostName, float]]:
     if given:
         return [Budget.of(budget).resolve(network.original) for budget in given]
     problem = Problem(network, job.settings.bounds.resolve(network.original), trials=0)
-    return [problem.bounds_at(level) for level in LEVELS]
+    return [_reachable(problem, level) for level in LEVELS]
+
+
+def _reachable(problem: Problem, level: float) -> dict[CostName, float]:
+    """The bounds at a level, or halfway to it from the budget, and so on: several costs may not be had together."""
+    for _ in range(HALVINGS):
+        try:
+            solve_knapsack(problem.network, problem.bounds_at(level), problem.errors, relative_gap=1.0)
+        except InfeasibleBudgetError:
+            level /= 2
+        else:
+            return problem.bounds_at(level)
+    return problem.bounds_at(0.0)
 
 
 def audit(

@@ -63,11 +63,14 @@ class Finder:
         self.network = tables.network
         self.budget = job.settings.bounds
         self.bounds = self.budget.resolve(tables.original)
+        self.deadline: float | None = None
 
     def search(self) -> Searched:
         """Search, measure the candidates as whole networks, and search again where the tables were too hopeful."""
         if "latency_ms" in self.bounds:
             self.network = replace(self.network, latency_scale=self._calibration())
+        limit_s = self.job.settings.search.time_limit_s
+        self.deadline = None if limit_s is None else time.monotonic() + limit_s
         corrected = dict(self.bounds)
         best: Searched | None = None
         for number in range(1, MAX_ROUNDS + 1):
@@ -181,14 +184,13 @@ class Finder:
             generation=settings.generation,
             spread=settings.spread,
         )
-        deadline = None if settings.time_limit_s is None else time.monotonic() + settings.time_limit_s
         name = f"round {number}: " + ", ".join(f"{n} <= {b:.6g}" for n, b in bounds.items())
         found: dict[int, Trial] = {}
         with (
             self.sharing.open(self.folder, self.tables, name, problem) as ledger,
             self.reporter.task("searching", settings.trials) as task,
         ):
-            for found in run_study(problem, self.assembler.evaluate, ledger, deadline=deadline):
+            for found in run_study(problem, self.assembler.evaluate, ledger, deadline=self.deadline):
                 best = min((t.divergence for t in found.values() if t.feasible and not t.pruned), default=inf)
                 task.update(len(found), f"best divergence {best:.4g}")
         trials = [found[slot] for slot in sorted(found)]

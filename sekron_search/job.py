@@ -146,7 +146,7 @@ class Job:
         """What makes this run another one than the next: a folder is gone on with only by the same."""
         profile = self.settings.latency.profile
         return {
-            # How long the search may take is no part of what the run is: a run can be given more time, or less.
+            # How long the search may take is no part of what the run is; one that was ended by it stays ended.
             "settings": self.settings.model_dump(mode="json", exclude={"search": {"time_limit_s"}}),
             "model": self.model_digest,
             "inputs": digest([self.example_inputs, list(self.calibration), list(self.holdout)]),

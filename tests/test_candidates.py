@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import pytest
 
 import sekron_search.candidates
 from sekron_search.api import job_from_config
+from sekron_search.assembly import Assembler
 from sekron_search.candidates import Finder
 from sekron_search.config import Config
 from sekron_search.files import read_json
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
+from sekron_search.search.trial import Trial
 from sekron_search.timing import network_costs
 from tests.cases import CONFIG, write_config
 
@@ -69,3 +72,30 @@ def test_a_candidate_is_fitted_once_and_is_what_its_record_says(finder: Finder) 
         candidate.divergence_before_sequential_fit, rel=1e-5
     )
     assert finder.search() == searched
+
+
+def trial(divergence: float, partial: tuple[float, ...]) -> Trial:
+    return Trial(0, (), divergence, {}, feasible=True, source="search", partial=partial)
+
+
+def test_what_is_clearly_behind_a_cheaper_network_is_not_measured_to_the_end(
+    finder: Finder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembler = finder.assembler
+    start = (0,) * len(finder.network.tables)
+    sizes = [inputs[0][:8] for inputs in assembler.job.holdout for _ in range(5)]
+    measured = lambda self, network, number, inputs: 2.0 + 0.01 * (number % 2)  # noqa: E731
+    monkeypatch.setattr(Assembler, "_divergence", measured)
+    monkeypatch.setattr(assembler, "job", replace(assembler.job, holdout=[(x,) for x in sizes]))
+    count = len(sizes)
+    assert count == 10
+    whole = assembler.evaluate(start)
+    assert (len(whole.partial), whole.pruned) == (count, False)
+    far = trial(1.0, tuple(1.0 + 0.02 * (i % 3) for i in range(count)))
+    behind = assembler.evaluate(start, [far])
+    assert behind.pruned
+    assert len(behind.partial) == 6
+    assert behind.divergence == pytest.approx(2.0, rel=0.02)
+    near = trial(2.0, tuple(2.0 + 0.5 * (-1) ** i for i in range(count)))
+    assert not assembler.evaluate(start, [near]).pruned, "no more than chance"
+    assert not assembler.evaluate(start, [trial(1.0, (1.0, 1.0))]).pruned, "a rival that has not seen as much"

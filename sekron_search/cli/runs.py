@@ -85,7 +85,9 @@ def run(
     try:
         report = run_stages(job, folder, ConsoleReporter(), resume=resume, sharing=Sharing(storage, artifacts))
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with: sekron-search run {config} --out {folder.path} --resume", file=sys.stderr)
+        again = f"sekron-search run {config} --out {folder.path} --resume"
+        shared = " with the same --storage and --artifacts" if storage or artifacts else ""  # URLs may hold passwords
+        print(f"\ninterrupted; go on with: {again}{shared}", file=sys.stderr)
         raise typer.Exit(130) from None
     _conclude(report, folder.path)
 

@@ -228,7 +228,8 @@ class Refiner:
         zeros = [torch.zeros_like(a, dtype=torch.float32) for a in whitened]
         found = minimise(value_and_gradient, zeros, evaluations=1 + steps, tolerance=tolerance)
         base = fixed
-        return factors([x.double() for x in found.point]), max(found.value, 0.0) ** 0.5
+        # Errors below 1e-4 are rounding: an option must not look free for it.
+        return factors([x.double() for x in found.point]), max(found.value, 1e-8) ** 0.5
 
 
 def refine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ def solve_knapsack(
     errors: Sequence[NDArray[np.float64]],
     *,
     relative_gap: float = 1e-3,
-    time_limit_s: float = 10.0,
+    time_limit_s: float = inf,
 ) -> KnapsackSolution:
     """The assignment of least total error whose costs stay within the bounds.
 
@@ -55,7 +56,8 @@ def solve_knapsack(
         bounds: Absolute bound of every budgeted cost of the whole network.
         errors: Error of every option of every layer; they are added up.
         relative_gap: Stop when the solution is proven that close to the best.
-        time_limit_s: Stop with the best found so far; its lower bound tells how good that is.
+        time_limit_s: Stop with the best found so far; its lower bound tells how good that is. Without a limit the
+            solution is the same on every machine; the work has bounds of its own.
 
     Raises:
         InfeasibleBudgetError: If no assignment meets the bounds together; carries the best reachable per cost.

@@ -179,13 +179,15 @@ class Ledger:
             here = self._process.to_json()
             alone = all(t.system_attrs.get(_PROCESS) == here for t in trials)
             # Several that ask at the same time seldom draw the same one.
-            slot = free[0] if alone else self._random.choice(free)
+            # The first slots come first: what ends early shall have them.
+            begun = any(t.state == TrialState.COMPLETE for t in trials)
+            slot = self._random.choice(free) if begun and not alone else free[0]
             claim = self._propose(slot)
-            owner = _owners(self._trials())[slot]
+            owner = _owners(self._trials()).get(slot)
             if owner == claim.number:
                 self._mine.add(claim.number)
                 return claim
-            self._fail(claim.trial_id, f"trial {owner} was first")
+            self._fail(claim.trial_id, f"trial {owner} was first" if owner is not None else "given up on by others")
 
     @contextlib.contextmanager
     def working(self, claim: Claim) -> Iterator[None]:

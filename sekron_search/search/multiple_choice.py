@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, replace
+from math import isinf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,7 @@ class MultipleChoice:
         """(bounds,) what a unit of room is worth in the relaxed problem; None if even that has no solution."""
         if not len(self.room):
             return np.zeros(0)
-        scale = float(self.errors.max()) or 1.0
+        scale = float(np.abs(self.errors).max()) or 1.0
         found = linprog(
             self.errors / scale,
             A_ub=self.costs,
@@ -150,7 +151,7 @@ class MultipleChoice:
                 ],
                 integrality=np.ones(len(self.errors)),
                 bounds=Bounds(0, 1),
-                options={"time_limit": max(deadline - time.monotonic(), 0.1)},
+                options={} if isinf(deadline) else {"time_limit": max(deadline - time.monotonic(), 0.1)},
             )
             if result.x is None:
                 return None

@@ -72,17 +72,24 @@ class Problem:
             levels.append((costs[cost] - bound) / step if step > 0 else 0.0)
         return max(levels)
 
-    def solve(self, level: float, errors: Sequence[NDArray[np.float64]]) -> KnapsackSolution:
+    def solve(
+        self, level: float, errors: Sequence[NDArray[np.float64]], *, relative_gap: float = 1e-3
+    ) -> KnapsackSolution:
         """The assignment of least total error at a level of the budget.
+
+        Args:
+            level: 0 is the budget, 1 the original's costs, -1 the least that can be reached.
+            errors: Of every option of every layer.
+            relative_gap: How close to the best the solution is proven to be.
 
         Raises:
             InfeasibleBudgetError: If no assignment meets the budget itself.
         """
         try:
-            return solve_knapsack(self.network, self.bounds_at(level), errors)
+            return solve_knapsack(self.network, self.bounds_at(level), errors, relative_gap=relative_gap)
         except InfeasibleBudgetError:
             # Tighter than the budget may be too tight for several costs at once.
-            return solve_knapsack(self.network, self.bounds, errors)
+            return solve_knapsack(self.network, self.bounds, errors, relative_gap=relative_gap)
 
     def slots(self, generation: int) -> range:
         """The trials of a generation."""

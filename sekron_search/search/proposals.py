@@ -39,6 +39,9 @@ BOLDNESS = (0.1, 0.3, 0.6)
 #: No weight gets smaller: an option of no error would be chosen whatever it does.
 LEAST_WEIGHT = 0.05
 
+#: How close to the best the knapsack answers a draw, which is random anyway.
+DRAW_GAP = 0.005
+
 #: Draws until an assignment is new.
 ATTEMPTS = 8
 
@@ -85,7 +88,8 @@ def propose(problem: Problem, history: Sequence[Trial], slots: Sequence[int]) ->
             for attempt in range(ATTEMPTS):
                 # Gaps are filled with what is known to be good. What was tried already is left by bolder draws.
                 boldness = float(rng.choice(BOLDNESS)) * (1 + attempt / 2) * (attempt > 0 or not beside)
-                assignment = problem.solve(level, model.draw(rng, boldness)).assignment
+                drawn = model.draw(rng, boldness)
+                assignment = problem.solve(level, drawn, relative_gap=DRAW_GAP).assignment
                 if assignment not in tried:
                     break
             found.append(Proposal(assignment, "search"))

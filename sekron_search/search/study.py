@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isfinite
 
 import optuna
 
@@ -41,7 +42,8 @@ def run_study(
         problem: What is searched.
         evaluate: What a trial does.
         ledger: Where the trials are.
-        deadline: When to begin no more trials and close the study, as `time.monotonic` counts.
+        deadline: When to begin no more trials and close the study, as `time.monotonic` counts; not before there is a
+            trial within the budget.
 
     Yields:
         All finished trials by number, whenever there are new ones; at least once.
@@ -62,7 +64,8 @@ def run_study(
                 return
             if {*slots} <= {*finished}:
                 break
-            if deadline is not None and finished and time.monotonic() > deadline:
+            late = deadline is not None and time.monotonic() > deadline
+            if late and any(t.feasible and not t.pruned for t in finished.values()):
                 ledger.close()
                 return
             claim = ledger.claim(slots)
@@ -91,6 +94,10 @@ def _do(
     known = next((t for t in history if t.assignment == proposal.assignment), None)
     rivals = [t for t in history if not t.pruned and all(t.costs[cost] <= costs[cost] for cost in bounds)]
     found = known.evaluation if known is not None else evaluate(proposal.assignment, rivals)
+    if not isfinite(found.divergence):
+        # Some networks overflow. They are worse than all others, by a number that storages and regressions can take.
+        worst = max((t.divergence for t in history), default=1.0)
+        found = Evaluation(2 * max(worst, 1.0), pruned=True)
     violations = {str(cost): costs[cost] / bound - 1 for cost, bound in bounds.items()}
     trial = Trial(
         index=claim.slot,

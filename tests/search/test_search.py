@@ -166,7 +166,7 @@ def pretend(assignment: Assignment) -> float:
 BOUNDS: dict[CostName, float] = {"flops": 200.0, "params": 250.0}
 
 
-def take_part(path: Path, problem: Problem, evaluate: Evaluate, *, deadline: float | None = None) -> list[Trial]:
+def take_part(path: Path | str, problem: Problem, evaluate: Evaluate, *, deadline: float | None = None) -> list[Trial]:
     with Ledger.open(path, "test", objectives=objectives(problem.bounds), facts=problem.facts()) as ledger:
         *_, found = run_study(problem, evaluate, ledger, deadline=deadline)
     return list(found.values())
@@ -298,6 +298,30 @@ def test_a_deadline_ends_a_study_with_its_best_so_far(tmp_path: Path) -> None:
     assert len(trials) == 1
     assert best_feasible(trials, 1) == trials
     assert trials_of(tmp_path / "study", 16) == trials, "a study that is over stays over"
+
+
+def test_a_deadline_waits_for_a_trial_within_the_budget(tmp_path: Path) -> None:
+    """Whoever comes second may get a looser start first."""
+    problem = Problem(NETWORK, BOUNDS, trials=16, starts=(0.5, 0.3, 0.0))
+    trials = take_part(tmp_path / "study", problem, lambda a, _: Evaluation(pretend(a)), deadline=time.monotonic() - 1)
+    assert [t.feasible for t in trials] == [False, False, True]
+
+
+@pytest.mark.parametrize("divergence", [math.nan, math.inf])
+@pytest.mark.parametrize("storage", ["sqlite:///{}.db", "{}.journal"])
+def test_networks_that_overflow_are_worse_than_all_others(tmp_path: Path, divergence: float, storage: str) -> None:
+    problem = Problem(NETWORK, BOUNDS, trials=16)
+
+    def evaluate(assignment: Assignment, _: Sequence[Trial]) -> Evaluation:
+        broken = sum(assignment) % 2 == 0
+        return Evaluation(divergence, partial=(divergence,)) if broken else Evaluation(pretend(assignment))
+
+    trials = take_part(storage.format(tmp_path / "study"), problem, evaluate)
+    broken = [t for t in trials if sum(t.assignment) % 2 == 0]
+    assert len(trials) == 16
+    assert broken
+    assert all(t.pruned and math.isfinite(t.divergence) for t in broken)
+    assert not {t.assignment for t in broken} & {t.assignment for t in best_feasible(trials, 16)}
 
 
 def test_joining_another_study_is_refused(tmp_path: Path) -> None:
