@@ -219,8 +219,10 @@ def _better(trial: Choice | None, knapsack: Choice) -> tuple[Choice, str]:
 
 
 def _check_unchanged(folder: RunFolder, options: Sequence[Sequence[Any]], record: SearchRecord) -> None:
-    wanted = [[o.structure for o in table.options] for table in record.network.tables]
-    if [[o.structure for o in own] for own in options] != wanted:
+    def told(own: Sequence[Any]) -> list[Any]:
+        return [(o.structure, o.schedule, o.execution, o.error) for o in own]
+
+    if [told(own) for own in options] != [told(table.options) for table in record.network.tables]:
         raise RunFolderError(
             f"run folder {folder.path}: the options of its layers are no longer those of its search; was it written by "
             "another version?"

@@ -69,7 +69,14 @@ class RunFacts:
             "num_trials": len(self.trials),
             "num_distinct_networks": len({t.assignment for t in self.trials}),
             "trials": [
-                {"divergence": t.divergence, **t.costs, "feasible": t.feasible, "source": t.source} for t in self.trials
+                {
+                    "divergence": t.divergence,
+                    **t.costs,
+                    "feasible": t.feasible,
+                    "source": t.source,
+                    "pruned": t.pruned,
+                }
+                for t in self.trials
             ],
             "candidates": [
                 {

@@ -48,7 +48,7 @@ def _front_plot(report: dict[str, Any], cost: str) -> Callable[[], Figure]:
     def draw() -> Figure:
         figure, axes = _figure(7, 4.5)
         bound = next(b["bound"] for b in report["budgets"] if b["name"] == cost)
-        trials = report["trials"]
+        trials = [t for t in report["trials"] if not t["pruned"]]  # their divergences are extrapolated
         for source, colour, marker, label in (
             ("knapsack", ORANGE, "s", "knapsack's starts"),
             (None, GREY, "o", "trials of the search"),
