@@ -8,13 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sekron_search.kron.als import scaled_by_others
 from sekron_search.kron.descent import minimise
 from sekron_search.kron.metric import DOUBLE_UP_TO, InputMetric, Whitening, square_root
 from sekron_search.kron.products import MetricProduct
 from sekron_search.kron.projection import Fit, balance, pad_channels, project, reconstruct_batch
 from sekron_search.kron.structure import Structure
 from sekron_search.kron.svd import left_basis
+from sekron_search.kron.sweep import scaled_by_others
 
 #: Factors of more entries per channel are not whitened while they are refined: that would cost as much as the error.
 WHITENED_UP_TO = 512
