@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from sekron_search.config import Config, make_settings
@@ -28,7 +28,7 @@ from sekron_search.errors import ConfigError, DataError
 from sekron_search.export import Factory, check_factory, guess_factory, load, load_weights
 from sekron_search.finetune import TrainingData
 from sekron_search.job import Job, checked_metric
-from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, run_model
+from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, part_of, run_model
 from sekron_search.progress import ConsoleReporter, Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
@@ -184,12 +184,8 @@ def _halves(found: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
         if size < 2:
             raise DataError("calibration: expected at least two samples, got one")
         first, second = slice(size // 2), slice(size // 2, None)
-        return [_part(found[0], first)], [_part(found[0], second)]
+        return [part_of(found[0], first)], [part_of(found[0], second)]
     return found[: (len(found) + 1) // 2], found[(len(found) + 1) // 2 :]
-
-
-def _part(inputs: Inputs, samples: slice) -> Inputs:
-    return tuple(a[samples] if isinstance(a, Tensor) and a.dim() > 0 else a for a in inputs)
 
 
 def _example_batch(batches: Sequence[Inputs], size: int) -> Inputs:
@@ -203,4 +199,4 @@ def _example_batch(batches: Sequence[Inputs], size: int) -> Inputs:
         raise ConfigError(
             f"latency.batch_size is {size}, but there are only {batch_size(joined)} calibration samples to fill it"
         )
-    return _part(joined, slice(size))
+    return part_of(joined, slice(size))

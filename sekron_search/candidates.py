@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from math import inf
 from pathlib import Path
 
 from torch import nn
@@ -25,7 +24,7 @@ from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, infeasible, solve_knapsack
 from sekron_search.search.options import Assignment
 from sekron_search.search.problem import Problem
-from sekron_search.search.study import Halving, run_study
+from sekron_search.search.study import Halving, take_part
 from sekron_search.search.trial import Trial, best_feasible
 from sekron_search.sharing import Sharing
 from sekron_search.timing import network_costs, network_latencies
@@ -185,15 +184,8 @@ class Finder:
             spread=settings.spread,
         )
         name = f"round {number}: " + ", ".join(f"{n} <= {b:.6g}" for n, b in bounds.items())
-        found: dict[int, Trial] = {}
-        with (
-            self.sharing.open(self.folder, self.tables, name, problem) as ledger,
-            self.reporter.task("searching", settings.trials) as task,
-        ):
-            for found in run_study(problem, self.assembler.evaluate, ledger, deadline=self.deadline):
-                best = min((t.divergence for t in found.values() if t.feasible and not t.pruned), default=inf)
-                task.update(len(found), f"best divergence {best:.4g}")
-        trials = [found[slot] for slot in sorted(found)]
+        with self.sharing.open(self.folder, self.tables, name, problem) as ledger:
+            trials = take_part(problem, self.assembler.evaluate, ledger, self.reporter, deadline=self.deadline)
         record = {"round": number, "bounds": dict(bounds), "trials": [t.to_json() for t in trials]}
         write_json(self.folder.search, record)
         return trials

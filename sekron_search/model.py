@@ -76,6 +76,11 @@ def batch_size(inputs: Inputs) -> int:
     raise DataError(f"expected an example input with a tensor whose first axis is the batch, got {shown}")
 
 
+def part_of(inputs: Inputs, samples: slice) -> Inputs:
+    """Some samples of a batch; arguments that have no batch axis stay."""
+    return tuple(a[samples] if isinstance(a, Tensor) and a.dim() > 0 else a for a in inputs)
+
+
 def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None) -> nn.Module:
     """A deep copy of a network; nothing is shared with the original.
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence as output_divergence
-from sekron_search.model import Inputs
-from sekron_search.response import LinearResponse, first_samples, normalised_outputs
-from sekron_search.search.knapsack import additive_errors
+from sekron_search.model import Inputs, part_of
+from sekron_search.response import LinearResponse, normalised_outputs
+from sekron_search.search.knapsack import additive_error, additive_errors
 from sekron_search.search.options import Assignment
 
 #: Held-out samples of the proxy that looks at few.
@@ -46,7 +46,7 @@ class Judge:
     @cached_property
     def few(self) -> Inputs:
         """Few held-out samples."""
-        return first_samples(self.job.holdout[0], FEW_SAMPLES)
+        return part_of(self.job.holdout[0], slice(FEW_SAMPLES))
 
     @cached_property
     def few_outputs(self) -> list[Tensor]:
@@ -91,7 +91,7 @@ def output_error(subject: Subject) -> float:
 
 def curvature(subject: Subject) -> float:
     """The same, weighted by how sensitive the network's outputs are to each layer: what the knapsack minimises."""
-    return float(sum(errors[i] for errors, i in zip(subject.judge.errors, subject.assignment, strict=True)))
+    return additive_error(subject.judge.errors, subject.assignment)
 
 
 def responses(subject: Subject) -> float:

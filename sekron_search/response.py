@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence
-from sekron_search.model import Inputs, output_tensors, run_model
+from sekron_search.model import Inputs, output_tensors, part_of, run_model
 from sekron_search.search.options import Assignment
 
 #: Held-out samples on which responses are recorded.
@@ -34,7 +34,7 @@ class LinearResponse:
 
     def __init__(self, assembler: Assembler, samples: int = RESPONSE_SAMPLES) -> None:
         self._assembler = assembler
-        self._inputs = first_samples(assembler.job.holdout[0], samples)
+        self._inputs = part_of(assembler.job.holdout[0], slice(samples))
         self._responses: dict[tuple[int, int], list[Tensor]] = {}
         self._original = normalised_outputs(assembler.skeleton((0,) * len(assembler.tables.layers)), self._inputs)
 
@@ -67,8 +67,3 @@ def normalised_outputs(network: nn.Module, inputs: Inputs) -> list[Tensor]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
     return [t.float() for t in output_tensors(run_model(network, inputs))]
-
-
-def first_samples(inputs: Inputs, count: int) -> Inputs:
-    """The first samples of a batch."""
-    return tuple(a[:count] if isinstance(a, Tensor) and a.dim() > 0 else a for a in inputs)

@@ -11,8 +11,8 @@ from sekron_search.errors import ConfigError, RunFolderError
 from sekron_search.files import read_json, read_yaml, write_json
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
-from sekron_search.search.budget import Budget, CostName
-from sekron_search.search.knapsack import additive_errors, solve_knapsack
+from sekron_search.search.budget import Budget, CostName, meets
+from sekron_search.search.knapsack import additive_error, additive_errors, gap, solve_knapsack
 from sekron_search.search.options import Assignment
 from sekron_search.search.record import SearchRecord
 from sekron_search.search.trial import Trial
@@ -65,7 +65,7 @@ class Selection:
     @property
     def gap(self) -> float:
         """How far the additive error of the answer may be from the best, relative to it."""
-        return max(1 - self.lower_bound / self.chosen.error, 0.0) if self.chosen.error > 0 else 0.0
+        return gap(self.chosen.error, self.lower_bound)
 
     @property
     def name(self) -> str:
@@ -125,7 +125,7 @@ def select(folder: RunFolder, budget: Budget) -> Selection:
     solution = solve_knapsack(network, bounds, errors)
 
     def choice(source: str, assignment: Assignment, divergence: float | None) -> Choice:
-        error = float(sum(e[i] for e, i in zip(errors, assignment, strict=True)))
+        error = additive_error(errors, assignment)
         return Choice(source, assignment, network.costs(assignment), error, divergence)
 
     trials = [
@@ -135,7 +135,7 @@ def select(folder: RunFolder, budget: Budget) -> Selection:
     ]
     own = next((t for t in trials if t.assignment == solution.assignment), None)
     knapsack = replace(own or choice("knapsack", solution.assignment, None), source="knapsack")
-    fitting = [t for t in trials if all(t.costs[name] <= bound * (1 + 1e-9) for name, bound in bounds.items())]
+    fitting = [t for t in trials if meets(t.costs, bounds)]
     best = min(fitting, key=lambda t: (t.divergence, t.error), default=None)
     chosen, reason = _better(best, knapsack)
     others = tuple(c for c in (best, knapsack) if c is not None and c is not chosen)

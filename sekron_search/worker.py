@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from math import inf
 
 from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
@@ -22,7 +21,7 @@ from sekron_search.search.ledger import Ledger
 from sekron_search.search.problem import Problem
 from sekron_search.search.searches import RUN, Search, searches
 from sekron_search.search.storage import Store, open_store
-from sekron_search.search.study import run_study
+from sekron_search.search.study import take_part
 
 #: Seconds between looks for a search that has begun.
 POLL_S = 1.0
@@ -170,23 +169,12 @@ def _job(folder: RunFolder) -> Job:
 def _take_part(assembler: Assembler, ledger: Ledger, reporter: Reporter) -> int:
     """Evaluate trials of a search until it is over; how many."""
     facts = ledger.facts
-    problem = Problem(
-        dataclasses.replace(assembler.tables.network, latency_scale=facts["latency_scale"]),
-        facts["bounds"],
-        trials=facts["trials"],
-        seed=facts["seed"],
-        generation=facts["generation"],
-        spread=facts["spread"],
-        starts=facts["starts"],
-    )
+    problem = Problem.from_facts(assembler.tables.network, facts)
     if different := sorted(key for key, value in problem.facts().items() if facts.get(key) != value):
         raise StorageError(
             f"{ledger.where}: {ledger.name} is another search than this worker's (different: {', '.join(different)}); "
             "run and workers need the same version of sekron-search, and the same run folder or artifacts"
         )
     reporter.say(f"taking part in {ledger.name}")
-    with reporter.task("searching", problem.trials) as task:
-        for found in run_study(problem, assembler.evaluate, ledger):
-            best = min((t.divergence for t in found.values() if t.feasible and not t.pruned), default=inf)
-            task.update(len(found), f"best divergence {best:.4g}")
+    take_part(problem, assembler.evaluate, ledger, reporter)
     return ledger.num_finished

@@ -7,7 +7,6 @@ Everything that was measured is kept in FOLDER, so a task that was killed goes o
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def main() -> None:
             best = min((r["divergence"] for r in rows if r["flops"] <= 0.5), default=np.inf)
             print(f"{method}, seed {seed}: {len(rows)}/{trials}, best at half the flops {best:.4g}", flush=True)
             if len(rows) >= len(known) or len(rows) == trials:
-                write_json(path, json.loads(json.dumps({"done": len(rows) == trials, "trials": rows})))
+                write_json(path, {"done": len(rows) == trials, "trials": rows})
 
 
 if __name__ == "__main__":

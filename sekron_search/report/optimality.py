@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sekron_search.errors import InfeasibleBudgetError
-from sekron_search.search.budget import CostName
+from sekron_search.search.budget import CostName, meets
 from sekron_search.search.frontier import STEP, additive_front, marginal_gains
-from sekron_search.search.knapsack import additive_errors
+from sekron_search.search.knapsack import additive_error, additive_errors, gap
 from sekron_search.search.options import Assignment, Network
 from sekron_search.search.pareto import hypervolumes
 from sekron_search.search.trial import Trial
@@ -46,14 +46,14 @@ def optimality_facts(
         best, gains = marginal_gains(network, errors, bounds)
     except InfeasibleBudgetError:
         return None
-    error = float(sum(e[i] for e, i in zip(errors, chosen, strict=True)))
+    error = additive_error(errors, chosen)
     ratio = divergence / error if error > 0 else 0.0
     return {
         "error": error,
         "best_error": best.error,
         "lower_bound": best.lower_bound,
-        "gap": max(1 - best.lower_bound / error, 0.0) if error > 0 else 0.0,
-        "within_bounds": all(network.cost(chosen, name) <= bound * (1 + 1e-9) for name, bound in bounds.items()),
+        "gap": gap(error, best.lower_bound),
+        "within_bounds": meets(network.costs(chosen), bounds),
         "gains": [
             {
                 "name": name,

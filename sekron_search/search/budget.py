@@ -21,6 +21,15 @@ COSTS: dict[CostName, str] = {
 COST_NAMES: tuple[CostName, ...] = get_args(CostName)
 
 
+#: What costs may exceed their bounds by, relative to them: the rounding of sums.
+ROUNDING = 1e-9
+
+
+def meets(costs: Mapping[Any, float], bounds: Mapping[CostName, float]) -> bool:
+    """Whether costs are within their bounds."""
+    return all(costs[name] <= bound * (1 + ROUNDING) for name, bound in bounds.items())
+
+
 @dataclass(frozen=True)
 class Bound:
     """An upper bound: absolute, or a multiple of the original's cost."""

@@ -37,10 +37,11 @@ def draw_assignment(
     Raises:
         InfeasibleBudgetError: If no assignment meets the bounds.
     """
+    additive = additive_errors(network)
     for _ in range(ATTEMPTS):
         errors = [
             e * 2 ** (rng.uniform(-LAYER_OCTAVES, LAYER_OCTAVES) + rng.uniform(-OPTION_OCTAVES, OPTION_OCTAVES, len(e)))
-            for e in additive_errors(network)
+            for e in additive
         ]
         assignment = solve_knapsack(network, bounds, errors, relative_gap=GAP).assignment
         if assignment not in known:

@@ -26,7 +26,12 @@ class KnapsackSolution:
     @property
     def gap(self) -> float:
         """How far it may be from the best, relative to its error."""
-        return (self.error - self.lower_bound) / self.error if self.error > 0 else 0.0
+        return gap(self.error, self.lower_bound)
+
+
+def gap(error: float, lower_bound: float) -> float:
+    """How far an additive error may be from the least, relative to it."""
+    return max((error - lower_bound) / error, 0.0) if error > 0 else 0.0
 
 
 def additive_errors(network: Network) -> list[NDArray[np.float64]]:
@@ -39,6 +44,11 @@ def additive_errors(network: Network) -> list[NDArray[np.float64]]:
         weight * np.array([o.error**2 for o in table.options])
         for weight, table in zip(weights, network.tables, strict=True)
     ]
+
+
+def additive_error(errors: Sequence[NDArray[np.float64]], assignment: Assignment) -> float:
+    """Of an assignment: what its options' errors add up to."""
+    return float(sum(own[i] for own, i in zip(errors, assignment, strict=True)))
 
 
 def solve_knapsack(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -100,6 +100,12 @@ class Problem:
     def num_generations(self) -> int:
         """Of how many generations the search consists."""
         return -(-self.trials // self.generation)
+
+    @classmethod
+    def from_facts(cls, network: Network, facts: Mapping[str, Any]) -> Problem:
+        """The search that another process has told of, on the tables that are here: compare `facts` to be sure."""
+        told = {name: facts[name] for name in ("bounds", "trials", "seed", "generation", "spread", "starts")}
+        return cls(replace(network, latency_scale=facts["latency_scale"]), **told)
 
     def facts(self) -> dict[str, Any]:
         """What every process that shares the search has to agree on, as plain data."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 
 import optuna
 
-from sekron_search.search.budget import CostName
+from sekron_search.progress import Reporter
+from sekron_search.search.budget import CostName, meets
 from sekron_search.search.ledger import Claim, Ledger
 from sekron_search.search.options import Assignment
 from sekron_search.search.problem import Problem
@@ -80,6 +81,18 @@ def run_study(
     ledger.close()
 
 
+def take_part(
+    problem: Problem, evaluate: Evaluate, ledger: Ledger, reporter: Reporter, *, deadline: float | None = None
+) -> list[Trial]:
+    """Take part in a study as `run_study`, with progress; all trials in the order of their numbers."""
+    found: dict[int, Trial] = {}
+    with reporter.task("searching", problem.trials) as task:
+        for found in run_study(problem, evaluate, ledger, deadline=deadline):
+            best = min((t.divergence for t in found.values() if t.feasible and not t.pruned), default=inf)
+            task.update(len(found), f"best divergence {best:.4g}")
+    return [found[slot] for slot in sorted(found)]
+
+
 def _do(
     problem: Problem,
     proposal: Proposal,
@@ -104,7 +117,7 @@ def _do(
         assignment=proposal.assignment,
         divergence=found.divergence,
         costs=costs,
-        feasible=all(v <= 1e-9 for v in violations.values()),
+        feasible=meets(costs, bounds),
         source=proposal.source,
         lower_bound=proposal.lower_bound,
         partial=found.partial,
