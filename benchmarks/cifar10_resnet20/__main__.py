@@ -14,9 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.cifar10_resnet20.config import TEMPLATE, config_of
 from benchmarks.results_file import Target, write_results
 from sekron_search.api import job_from_config
-from sekron_search.config import Config
 from sekron_search.progress import ConsoleReporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
@@ -47,27 +47,16 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/cifar10_resnet20"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
-    template = yaml.safe_load((Path(__file__).parent / "config.yaml").read_text())
+    template = yaml.safe_load(TEMPLATE.read_text())
     targets, samples = [], []
     for seed in args.seeds:
         for case in CASES:
-            config = Config.model_validate(
-                {
-                    **template,
-                    "finetune": {**template["finetune"], "learning_rate": case.learning_rate},
-                    "budget": {"flops": case.budget},
-                    "seed": seed,
-                    "tables": args.runs / "tables",
-                    "model": {
-                        "factory": "benchmarks.cifar10_resnet20.network:ResNet20",
-                        "weights": (args.data / "models/resnet20_cifar10_jpeg.pt").resolve(),
-                    },
-                    "data": {
-                        "source": "factory",
-                        "factory": "benchmarks.cifar10_resnet20.data:cifar10",
-                        "kwargs": {"archive": str((args.data / "data/cifar10_jpeg.tar.xz").resolve())},
-                    },
-                }
+            config = config_of(
+                args.data,
+                finetune={**template["finetune"], "learning_rate": case.learning_rate},
+                budget={"flops": case.budget},
+                seed=seed,
+                tables=args.runs / "tables",
             )
             folder = RunFolder(args.runs / f"flops-{case.budget}-seed-{seed}")
             report = run(job_from_config(config), folder, ConsoleReporter(), resume=True)

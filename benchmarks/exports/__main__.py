@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
+from benchmarks.cifar10_resnet20.config import config_of
 from benchmarks.results_file import RESULTS, Target, write_results
 from sekron_search import deploy, export_network
 from sekron_search.api import job_from_config
-from sekron_search.config import Config
 from sekron_search.deployment import relative_difference
 from sekron_search.files import read_json
 from sekron_search.kron import families as fam
@@ -126,24 +125,7 @@ def _schedules(structure: Structure) -> Iterator[Schedule]:
 
 def quantized(data: Path, runs: Path) -> dict[str, Any]:
     """ResNet-20 at half the flops, untrained, beside the original, in float32 and int8."""
-    template = yaml.safe_load((Path(__file__).parents[1] / "cifar10_resnet20" / "config.yaml").read_text())
-    config = Config.model_validate(
-        {
-            **template,
-            "budget": {"flops": "0.5x"},
-            "finetune": {"epochs": 0, "candidates": 1},
-            "search": {"trials": 12},
-            "model": {
-                "factory": "benchmarks.cifar10_resnet20.network:ResNet20",
-                "weights": (data / "models/resnet20_cifar10_jpeg.pt").resolve(),
-            },
-            "data": {
-                "source": "factory",
-                "factory": "benchmarks.cifar10_resnet20.data:cifar10",
-                "kwargs": {"archive": str((data / "data/cifar10_jpeg.tar.xz").resolve())},
-            },
-        }
-    )
+    config = config_of(data, budget={"flops": "0.5x"}, finetune={"epochs": 0, "candidates": 1}, search={"trials": 12})
     folder = RunFolder(runs / "resnet20-half")
     run(job_from_config(config), folder, ConsoleReporter(), resume=True)
     record = export_run(folder, ConsoleReporter(), format="onnx", int8=True)

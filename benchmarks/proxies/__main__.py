@@ -11,37 +11,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import yaml
-
+from benchmarks.cifar10_resnet20.config import config_of
 from benchmarks.proxies.plot import plot
 from benchmarks.results_file import Target, write_results
 from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.audit import audit, check_audit, plan_audit
-from sekron_search.config import Config
 from sekron_search.prepare import prepare
 from sekron_search.progress import ConsoleReporter
 from sekron_search.report.audit import best_cheap
 from sekron_search.rundir import RunFolder
 
-
-def config_of(data: Path, runs: Path) -> Config:
-    template = yaml.safe_load((Path(__file__).parent / "config.yaml").read_text())
-    return Config.model_validate(
-        {
-            **template,
-            "tables": runs / "tables",
-            "model": {
-                "factory": "benchmarks.cifar10_resnet20.network:ResNet20",
-                "weights": (data / "models/resnet20_cifar10_jpeg.pt").resolve(),
-            },
-            "data": {
-                "source": "factory",
-                "factory": "benchmarks.cifar10_resnet20.data:cifar10",
-                "kwargs": {"archive": str((data / "data/cifar10_jpeg.tar.xz").resolve())},
-            },
-        }
-    )
+CONFIG = Path(__file__).parent / "config.yaml"
 
 
 def main() -> None:
@@ -49,7 +30,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/proxies"))
     args = parser.parse_args()
-    job = job_from_config(config_of(args.data, args.runs))
+    job = job_from_config(config_of(args.data, CONFIG, tables=args.runs / "tables"))
     job.model.eval()
     check_audit(job)
     folder, reporter = RunFolder(args.runs / "run"), ConsoleReporter()

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
+from benchmarks.cifar10_resnet20.config import config_of
 from benchmarks.search.methods import METHODS
 from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
-from sekron_search.config import Config
 from sekron_search.files import read_json, write_json
 from sekron_search.prepare import prepare
 from sekron_search.progress import ConsoleReporter
@@ -32,22 +31,7 @@ EVERY = 10
 
 def assembler(folder: Path, data: Path) -> Assembler:
     """ResNet-20's tables, made if they are not there yet, and what assembles and measures networks."""
-    template = yaml.safe_load((Path(__file__).parent / "config.yaml").read_text())
-    config = Config.model_validate(
-        {
-            **template,
-            "tables": folder / "tables",
-            "model": {
-                "factory": "benchmarks.cifar10_resnet20.network:ResNet20",
-                "weights": (data / "models/resnet20_cifar10_jpeg.pt").resolve(),
-            },
-            "data": {
-                "source": "factory",
-                "factory": "benchmarks.cifar10_resnet20.data:cifar10",
-                "kwargs": {"archive": str((data / "data/cifar10_jpeg.tar.xz").resolve())},
-            },
-        }
-    )
+    config = config_of(data, Path(__file__).parent / "config.yaml", tables=folder / "tables")
     job = job_from_config(config)
     job.model.eval()
     run = RunFolder(folder / "run")
