@@ -89,6 +89,7 @@ class Assembler:
             self.job.calibration,
             steps=steps,
             curvature=self.job.curvature,
+            trained=self._statistics,
             progress=progress,
         )
         after = self.divergence(network)

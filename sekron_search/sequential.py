@@ -31,6 +31,7 @@ def fit_sequentially(
     *,
     steps: int,
     curvature: Mapping[str, Tensor] | None = None,
+    trained: NormStatistics | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Fit every layer in running order to what makes up for the errors before it.
@@ -49,6 +50,7 @@ def fit_sequentially(
         batches: Calibration inputs.
         steps: L-BFGS steps per layer.
         curvature: H by layer, from `output_curvature`; layers without one weigh all errors alike.
+        trained: Of the original on the batches, where they are at hand; else they are computed.
         progress: Called with the number of layers done.
 
     Source: Zhang et al. 2016, Accelerating Very Deep Convolutional Networks (asymmetric reconstruction); He et al.
@@ -56,23 +58,14 @@ def fit_sequentially(
     """
     compressed.eval()
     original.eval()
-    trained = NormStatistics(original, batches)
+    trained = trained or NormStatistics(original, batches)
     changed = False
     for done, info in enumerate(layers, start=1):
-        layer, dense = compressed.get_submodule(info.name), original.get_submodule(info.name)
+        layer = compressed.get_submodule(info.name)
         changed = changed or isinstance(layer, KroneckerLayer)
         if changed and isinstance(layer, _FITTED):
             reestimate_batch_norm(compressed, batches, original=trained, until=info.name)
-            scale = scale_at_sum(original, batches[0], info)
-            moments = Moments(info, seed=0, batches=len(batches))
-            for inputs in batches:
-                ours = observe(compressed, inputs, info.name, to_sum=scale is not None)
-                theirs = observe(original, inputs, info.name, to_sum=scale is not None)
-                rows = output_rows(theirs.output.float(), info)
-                if scale is not None and ours.other is not None and theirs.other is not None:
-                    missing = output_rows((theirs.other - ours.other).float(), info)
-                    rows = rows + missing / scale[:, :, None].to(missing)
-                moments.add(ours.entered, dense, output=theirs.output, rows=rows)
+            moments = _observed(compressed, original, info, batches)
             weight = layer_weight(original, info).double()
             target, metric = moments.best_weight(weight), moments.metric((curvature or {}).get(info.name))
             _set_weight(layer, target, metric, steps)
@@ -84,6 +77,21 @@ def fit_sequentially(
         if progress is not None:
             progress(done)
     reestimate_batch_norm(compressed, batches, original=trained)
+
+
+def _observed(compressed: nn.Module, original: nn.Module, info: LayerInfo, batches: Sequence[Inputs]) -> Moments:
+    """The moments of what a layer gets in the compressed network, and of its products with the layer's targets."""
+    scale = scale_at_sum(original, batches[0], info)
+    moments = Moments(info, seed=0, batches=len(batches))
+    for inputs in batches:
+        ours = observe(compressed, inputs, info.name, to_sum=scale is not None)
+        theirs = observe(original, inputs, info.name, to_sum=scale is not None)
+        rows = output_rows(theirs.output.float(), info)
+        if scale is not None and ours.other is not None and theirs.other is not None:
+            missing = output_rows((theirs.other - ours.other).float(), info)
+            rows = rows + missing / scale[:, :, None].to(missing)
+        moments.add(ours.entered, original.get_submodule(info.name), output=theirs.output, rows=rows)
+    return moments
 
 
 def _set_weight(layer: nn.Module, target: Tensor, metric: InputMetric, steps: int) -> None:

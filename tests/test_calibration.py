@@ -31,7 +31,7 @@ def case(name: str) -> tuple[Any, Tensor, LayerInfo]:
 def exact_metric(dense: nn.Module, x: Tensor, info: LayerInfo) -> InputMetric:
     columns = unfold_input(x, info, dense).double()
     second = columns @ columns.mT / columns.shape[-1]
-    return InputMetric.from_moments(second, columns.mean(-1), centered=False, damping=0.0)
+    return InputMetric.damped(second, columns.mean(-1), damping=0.0)
 
 
 @pytest.mark.parametrize("name", LAYERS)

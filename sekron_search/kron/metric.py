@@ -39,25 +39,18 @@ class InputMetric:
     curvature: Tensor | None = None
 
     @classmethod
-    def from_moments(
-        cls, second: Tensor, mean: Tensor, *, centered: bool, damping: float = DAMPING, curvature: Tensor | None = None
+    def damped(
+        cls, moment: Tensor, mean: Tensor, *, damping: float = DAMPING, curvature: Tensor | None = None
     ) -> InputMetric:
-        """The metric of a second moment (G, P, P) and a mean (G, P).
+        """The metric of a moment that is centered or not, with a little added to the diagonals.
 
         Args:
-            second: E[x x'] of the unfolded input.
-            mean: E[x].
-            centered: Whether a constant shift of the output costs nothing, because a batch-norm that is re-estimated
-                or a bias that is corrected follows: then the covariance is used.
-            damping: Added to the diagonal, relative to its mean.
+            moment: E[x x'] of the unfolded input, (G, P, P); the covariance where a constant shift of the output costs
+                nothing, because a batch-norm that is re-estimated or a bias that is corrected follows.
+            mean: E[x], (G, P).
+            damping: Added to the moment's diagonal, relative to its mean.
             curvature: H of the output, (G, F, F); all errors of the output count alike if None.
         """
-        moment = second - mean[:, :, None] * mean[:, None, :] if centered else second
-        return cls.damped(moment, mean, damping=damping, curvature=curvature)
-
-    @classmethod
-    def damped(cls, moment: Tensor, mean: Tensor, *, damping: float, curvature: Tensor | None) -> InputMetric:
-        """The metric of a moment that is centered or not, with a little added to the diagonals."""
         damped = None if curvature is None else lifted(curvature, CURVATURE_DAMPING)
         return cls(lifted(moment, damping), mean, damped)
 

@@ -30,7 +30,7 @@ def metric_of(weight: Tensor, *, seed: int = 1) -> InputMetric:
     """A badly conditioned second moment of the right size."""
     size = weight[0, 0].numel()
     root = gaussian(weight.shape[0], size, size, seed=seed) * torch.logspace(0, -2, size, dtype=torch.float64)
-    return InputMetric.from_moments(root @ root.mT, torch.zeros(weight.shape[0], size).double(), centered=False)
+    return InputMetric.damped(root @ root.mT, torch.zeros(weight.shape[0], size).double())
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -244,7 +244,7 @@ def test_output_error_is_what_the_metric_says() -> None:
     x = gaussian(2000, 6 * 9, seed=5)
     weight, other = gaussian(1, *SHAPE), gaussian(1, *SHAPE, seed=7)
     moment = (x.mT @ x / len(x))[None]
-    metric = InputMetric.from_moments(moment, x.mean(0)[None], centered=False, damping=0.0)
+    metric = InputMetric.damped(moment, x.mean(0)[None], damping=0.0)
     expected = (x @ (weight - other).flatten(2)[0].mT).norm() / (x @ weight.flatten(2)[0].mT).norm()
     assert metric.rel_error(weight, other) == pytest.approx(float(expected), rel=1e-9)
 
@@ -322,7 +322,7 @@ def test_refinement_takes_singular_moments_and_zero_weights(second: str) -> None
     direction = gaussian(1, size, 1) if second == "rank one" else torch.zeros(1, size, 1, dtype=torch.float64)
     mean = torch.zeros(1, size, dtype=torch.float64)
     singular = torch.zeros(1, SHAPE[0], SHAPE[0], dtype=torch.float64)
-    metric = InputMetric.from_moments(direction @ direction.mT, mean, centered=False, curvature=singular)
+    metric = InputMetric.damped(direction @ direction.mT, mean, curvature=singular)
     for weight in (gaussian(1, *SHAPE), torch.zeros(1, *SHAPE, dtype=torch.float64)):
         refined = refine(structure, project(weight, structure), weight, metric, steps=5)
         assert refined.rel_error <= 1
