@@ -33,8 +33,15 @@ ROUNDING = 1e-12
 #: Powers of e by which the multipliers of the relaxed problem are changed, in all combinations, for other bounds.
 CHANGES = (0.1, 0.3)
 
-#: Partial choices that a sweep goes on with: the next number where one does not prove the gap.
-WIDTHS = (200, 2_000, 20_000, 100_000)
+#: Partial choices that a sweep goes on with: the next number where one does not prove the gap. What even the last does
+#: not prove is left to HiGHS: close to what no choice meets, it branches on what a sweep has to keep.
+WIDTHS = (200, 2_000)
+
+#: Nodes of HiGHS at most, which take a minute or so: without a limit of time a solution is the same on every machine.
+NODES = 20_000
+
+#: What HiGHS says where nothing meets the bounds.
+INFEASIBLE = 2
 
 #: Partial choices that are looked at in one step of a sweep; what bounds its memory.
 LOOKED_AT = 4_000_000
@@ -139,27 +146,37 @@ class MultipleChoice:
                 return current
             current = step
 
-    def any_choice(self, deadline: float) -> Indices | None:
-        """A choice that meets the bounds, by HiGHS; None if there is none, or none was found in time."""
+    def solved(self, errors: Floats, relative_gap: float, deadline: float) -> tuple[Indices | None, float]:
+        """A choice by HiGHS that meets the bounds, of errors (options,) that are close to the least, and their bound.
+
+        No choice if there is none, or none was found in time; then the bound is infinity if that is proven.
+        """
+        bound, scale = -np.inf, float(np.abs(errors).max()) or 1.0
         for tighter in (0.0, SOLVER_TOLERANCE):
             room = self.room - tighter * np.abs(self.room)
+            limits: dict[str, float] = {"mip_rel_gap": relative_gap, "node_limit": NODES}
+            if not isinf(deadline):
+                limits["time_limit"] = max(deadline - time.monotonic(), 0.1)
             result = milp(
-                np.zeros(len(self.errors)),
+                errors / scale,
                 constraints=[
                     LinearConstraint(self._one_of_each(), 1, 1),
                     LinearConstraint(self.costs, -np.inf, room),
                 ],
-                integrality=np.ones(len(self.errors)),
+                integrality=np.ones(len(errors)),
                 bounds=Bounds(0, 1),
-                options={} if isinf(deadline) else {"time_limit": max(deadline - time.monotonic(), 0.1)},
+                options=limits,
             )
+            if tighter == 0:  # what is shown of tighter bounds holds for them alone
+                known = result.mip_dual_bound
+                bound = np.inf if result.status == INFEASIBLE else -np.inf if known is None else known * scale
             if result.x is None:
-                return None
+                break
             ranges = zip(self.starts, self._ends, strict=True)
             found = np.array([start + int(np.argmax(result.x[start:end])) for start, end in ranges])
             if self.excess(found) == 0:
-                return found
-        return None
+                return found, bound
+        return None, bound
 
     def _one_of_each(self) -> csr_array:
         count = len(self.errors)
@@ -224,18 +241,23 @@ def solve(problem: MultipleChoice, relative_gap: float, time_limit_s: float) -> 
         return None
     relaxed, reduced = problem.reduced(multipliers)
     found = _local_search(problem, reduced)
-    if found is None and (found := problem.any_choice(deadline)) is None:
-        return None
+    if found is None:
+        found, _ = problem.solved(np.zeros(len(reduced)), relative_gap, deadline)
+        if found is None:
+            return None
     best = Choice(found, problem.error(found), relaxed)
-    for width in WIDTHS:
+    for width in (*WIDTHS, None):
         if best.proves(relative_gap) or time.monotonic() > deadline:
             break
         cutoff = best.error - relative_gap * SHARE * abs(best.error)
         part, kept = problem.part(relaxed + reduced < cutoff)
         if len(part.starts) < len(problem.starts):  # a group has nothing that could make the choice better
             return replace(best, lower_bound=cutoff)
-        better, proven = part.better(multipliers, cutoff, width)
-        proven = max(proven, best.lower_bound)
+        if width is None:
+            better, proven = part.solved(part.errors, relative_gap / 2, deadline)
+        else:
+            better, proven = part.better(multipliers, cutoff, width)
+        proven = max(min(proven, cutoff), best.lower_bound)
         if better is not None and part.error(better) < best.error:
             best = Choice(kept[better], part.error(better), proven)
         best = replace(best, lower_bound=min(proven, best.error))

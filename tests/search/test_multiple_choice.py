@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from benchmarks.knapsack.networks import resnet50_tables
 from sekron_search.errors import InfeasibleBudgetError
+from sekron_search.search import multiple_choice
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, solve_knapsack
 from sekron_search.search.multiple_choice import MultipleChoice, solve
@@ -145,3 +146,18 @@ def test_time_that_is_up_gives_the_best_so_far_and_an_honest_bound() -> None:
     assert exact is not None
     assert hasty.lower_bound <= exact.error <= hasty.error
     assert exact.lower_bound > hasty.lower_bound
+
+
+def test_what_no_sweep_proves_the_solver_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps that keep one partial choice prove next to nothing: then HiGHS has the last word, whose bound is true."""
+    for seed in range(8):
+        problem = drawn(seed, groups=7, options=6, room=0.5)
+        exact = solve(problem, 0.0, 10.0)
+        assert exact is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(multiple_choice, "WIDTHS", (1,))
+            found = solve(problem, 1e-6, 10.0)
+        assert found is not None
+        assert found.error == pytest.approx(exact.error, rel=1e-6)
+        assert found.error * (1 - 1e-5) <= found.lower_bound <= exact.error * (1 + 1e-9)
+        assert problem.excess(found.options) == 0
