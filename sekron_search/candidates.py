@@ -102,7 +102,7 @@ class Finder:
             if ratio > 1:
                 corrected[name] = bound / ratio * MARGIN
         if "latency_ms" in self.bounds and min(c.ratio("latency_ms", self.budget) for c in candidates) > 1:
-            whole, scale = self.network.original["latency_ms"], self.network.latency_scale
+            whole, scale = self.network.unchanged("latency_ms"), self.network.latency_scale
             savings = (
                 (1 - c.costs["latency_ms"] / c.base_latency_ms, 1 - c.predicted["latency_ms"] / whole)
                 for c in candidates
@@ -119,7 +119,7 @@ class Finder:
             self.reporter.say("calibrating sums of layers against whole networks")
             errors = additive_errors(self.network)
             least = best_reachable(self.network, ["latency_ms"])["latency_ms"]
-            original = self.network.original["latency_ms"]
+            original = self.network.unchanged("latency_ms")
             found: dict[str, Assignment] = {}
             for level in CALIBRATION_LEVELS:
                 bounds: dict[CostName, float] = {"latency_ms": original + level * (least - original)}

@@ -34,8 +34,8 @@ from sekron_search.tables import FittedLayer, build_layer_table, load_table, sav
 #: Work of less is done here: workers take seconds to start.
 LEAST_SECONDS = 10.0
 
-#: Rough times of one evaluation of an option's error: by itself, and per product of two numbers.
-SECONDS_PER_EVALUATION, SECONDS_PER_PRODUCT = 1.5e-3, 3e-11
+#: Rough times of an option: of one evaluation of its error by itself, and of all of them per product of two numbers.
+SECONDS_PER_EVALUATION, SECONDS_PER_PRODUCT = 1.5e-3, 1.5e-10
 
 #: Folders of jobs on their way to a worker, the file that is locked as long as their owner lives, and their age in
 #: seconds from which on it must be.
@@ -69,8 +69,10 @@ class FitJob:
     @property
     def seconds(self) -> float:
         """About how long the fit takes."""
-        products = self.weight.numel() * prod(self.weight.shape[2:])
-        return self.space.max_options * self.steps * (SECONDS_PER_EVALUATION + products * SECONDS_PER_PRODUCT)
+        groups, rows = self.weight.shape[:2]
+        columns = prod(self.weight.shape[2:])
+        products = groups * rows * columns * (rows + columns)
+        return self.space.max_options * (self.steps * SECONDS_PER_EVALUATION + products * SECONDS_PER_PRODUCT)
 
     def fit(self) -> FittedLayer:
         """The table."""
@@ -174,7 +176,12 @@ class Fitter:
 
     def _fit(self, job: FitJob) -> FittedLayer:
         path, name = self._folder / f"{job.key}.json", job.info.name
-        job.save(path)
+        try:
+            job.save(path)
+        except OSError as error:
+            raise WorkerError(
+                f"layer '{name}': cannot write to {self.cache}: {error}; free some space there"
+            ) from error
         worker = self._idle.get()
         try:
             answer = worker.ask(str(path))

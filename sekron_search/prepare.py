@@ -64,12 +64,11 @@ class Tables:
 
     @cached_property
     def network(self) -> Network:
-        """The tables as the search sees them; savings count from the original in the memory format of the tables."""
+        """The tables as the search sees them."""
         tables = (dataclasses.replace(f.table, outside_bytes=self.memory.outside[f.table.name]) for f in self.fitted)
         formats = self.layout.original_ms
         drift = formats[self.layout.memory_format] / formats[self.layout.original_format]
-        original = {**self.original, "latency_ms": self.original["latency_ms"] * drift}
-        return Network(tuple(tables), original, float(self.memory.floor))
+        return Network(tuple(tables), self.original, float(self.memory.floor), latency_drift=drift)
 
 
 def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:

@@ -136,17 +136,20 @@ class Proxy:
         score: Of a candidate; the smaller, the better it should be.
         label: In a few words.
         prepare: What has to be done first and is kept for other proxies; part of the cost of each.
+        needs_labels: Whether labels of the validation split enter.
+        knows_errors: Whether it looks at what a candidate gets wrong; not so the one that others are compared with.
     """
 
     score: Callable[[Subject], float]
     label: str
     prepare: Callable[[Subject], object] | None = None
     needs_labels: bool = False
+    knows_errors: bool = True
 
     @property
     def is_cheap(self) -> bool:
-        """Whether it needs neither a fit of the whole network nor labels."""
-        return self.prepare is not _fit and not self.needs_labels
+        """Whether it needs neither a fit of the whole network nor labels, and is more than a budget in disguise."""
+        return self.knows_errors and self.prepare is not _fit and not self.needs_labels
 
 
 def _respond(subject: Subject) -> None:
@@ -162,7 +165,7 @@ def _fit(subject: Subject) -> None:
 
 #: By name, from cheap to dear.
 PROXIES: dict[str, Proxy] = {
-    "flops": Proxy(flops, "flops alone, for comparison"),
+    "flops": Proxy(flops, "flops alone, for comparison", knows_errors=False),
     "weight_error": Proxy(weight_error, "weight error"),
     "output_error": Proxy(output_error, "output error, data-aware"),
     "curvature": Proxy(curvature, "output error weighted by curvature"),

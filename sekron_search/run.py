@@ -123,7 +123,7 @@ def _latency_facts(job: Job, folder: RunFolder, layout: Layout, searched: Search
         "scale": searched.network.latency_scale,
         "candidates": [
             {
-                "predicted": c.predicted["latency_ms"] / searched.network.original["latency_ms"],
+                "predicted": c.predicted["latency_ms"] / searched.network.unchanged("latency_ms"),
                 "measured": c.costs["latency_ms"] / c.base_latency_ms,
                 "noise": c.costs["latency_noise_ms"] / c.base_latency_ms,
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -173,3 +174,13 @@ def test_groups_of_layers_fit_into_memory_and_give_the_same_metrics() -> None:
         for name, metric in collect_metrics(model, group, [(images,)]).items():
             assert torch.equal(metric.moment, whole[name].moment)
             assert torch.equal(metric.mean, whole[name].mean)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_full_disk_is_an_error_that_names_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(job: FitJob, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(FitJob, "save", full)
+    with pytest.raises(WorkerError, match=r"layer 'conv\d'.*No space left.*free some"):
+        fitted(tmp_path, 2)

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: The first step: variables of which the curvature is about one have directions of which it is several.
+FIRST = 0.3
+
+#: A step that is too long is followed by one of at least this part of it: few evaluations are all there may be.
+SHORTEST = 1e-4
+
 #: Pairs of steps and changes of the gradient that are remembered.
 HISTORY = 20
 
@@ -38,7 +44,7 @@ def minimise(
     """The lowest point found.
 
     The inverse Hessian starts as the identity, so variables should be scaled to a Hessian of about one: then nearly
-    every step of one is taken at the first attempt. Shorter ones follow by interpolation.
+    every step is taken at the first attempt. Shorter ones follow by interpolation.
 
     Args:
         value_and_gradient: Of the function; a value that is not finite counts as too large.
@@ -57,7 +63,7 @@ def minimise(
         slope = float(direction @ gradient)
         if not slope < 0:
             break
-        step, found = 1.0, None
+        step, found = 1.0 if memory else FIRST, None
         while left > 0 and step > 1e-8:
             left -= 1
             trial = x + step * direction
@@ -68,7 +74,7 @@ def minimise(
             # The minimum of the parabola through both values and the slope.
             curved = (new_value - value - step * slope) / step**2
             best = -slope / (2 * curved) if 0 < curved < float("inf") else 0.1 * step
-            step = min(max(best, 0.1 * step), 0.5 * step)
+            step = min(max(best, SHORTEST * step), 0.5 * step)
         if found is None:
             break
         moved, change = trial - x, found - gradient

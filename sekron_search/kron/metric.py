@@ -114,7 +114,8 @@ class Whitening:
     Args:
         structure: The structure; its ranks do not matter.
         metric: Of the layer.
-        most: Factors of more entries per channel keep their coordinates: what whitening them costs gains too little.
+        most: Factors of more entries per out-channel are whitened mode by mode, by the partial traces of M_k in turn:
+            the channels' makes up most of it, and is small.
     """
 
     def __init__(self, structure: Structure, metric: InputMetric, *, most: int | None = None) -> None:
@@ -124,54 +125,59 @@ class Whitening:
         if curvature is None:
             own = metric.moment.shape[0]
             curvature = torch.eye(f, dtype=torch.float64, device=metric.moment.device).expand(own, f, f)
-        rows = [shape[:1] for shape in structure.shapes]
-        columns = [shape[1:] for shape in structure.shapes]
-        outer = partial_traces(_padded(curvature, f), rows)
-        inner = partial_traces(_padded(metric.moment, c * prod(kernel)), columns)
-        #: Per factor, triangular roots (G, f, f) and (G, p, p) with p its entries per out-channel; None: the identity.
-        self.roots = [
-            tuple(None if m.shape[-1] == 1 or (most and m.shape[-1] > most) else square_root(m) for m in pair)
-            for pair in zip(outer, inner, strict=True)
-        ]
+        outer = partial_traces(_padded(curvature, f), [shape[:1] for shape in structure.shapes])
+        inner = partial_traces(_padded(metric.moment, c * prod(kernel)), [shape[1:] for shape in structure.shapes])
+        #: Per factor, the parts of its mode and their triangular roots; None: the identity.
+        self.sizes: list[list[int]] = []
+        self.roots: list[list[Tensor | None]] = []
+        for shape, own_rows, moment in zip(structure.shapes, outer, inner, strict=True):
+            parts = [own_rows, moment]
+            if most is not None and moment.shape[-1] > most:
+                modes = range(1, len(shape))
+                parts = [own_rows, *partial_traces(moment, [[shape[m] if m == k else 1 for m in modes] for k in modes])]
+            self.sizes.append([part.shape[-1] for part in parts])
+            self.roots.append([None if part.shape[-1] == 1 else square_root(part) for part in parts])
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The (G, F, C, *kernel) weight, of the structure's own shape, in these coordinates."""
         modes = self.structure.unfold(weight)
-        for k, roots in enumerate(self.roots):
+        for k, (sizes, roots) in enumerate(zip(self.sizes, self.roots, strict=True)):
             moved = modes.movedim(1 + k, -1)
-            sizes = (self.structure.shapes[k][0], prod(self.structure.shapes[k][1:]))
-            white = _between(moved.reshape(len(moved), -1, *sizes), *roots)
-            modes = white.reshape(moved.shape).movedim(-1, 1 + k)
+            modes = _times(moved, sizes, roots).movedim(-1, 1 + k)
         return self.structure.fold(modes)
 
     def apply(self, factors: Sequence[Tensor]) -> list[Tensor]:
         """Factors (G, rank indices, f, c, *kernel), in these coordinates."""
-        return [self._each(a, k, _between) for k, a in enumerate(factors)]
+        return [_times(a, sizes, roots) for a, sizes, roots in zip(factors, self.sizes, self.roots, strict=True)]
 
     def undo(self, factors: Sequence[Tensor]) -> list[Tensor]:
         """Factors that are given in these coordinates, in the weight's."""
-        return [self._each(a, k, _solved) for k, a in enumerate(factors)]
-
-    def _each(self, factor: Tensor, k: int, how: Callable[..., Tensor]) -> Tensor:
-        f, *inner = self.structure.shapes[k]
-        return how(factor.reshape(len(factor), -1, f, prod(inner)), *self.roots[k]).reshape(factor.shape)
+        return [_solved(a, sizes, roots) for a, sizes, roots in zip(factors, self.sizes, self.roots, strict=True)]
 
 
-def _between(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """R' X L for X of shape (G, n, f, p)."""
-    if left is not None:
-        x = left.to(x).mT[:, None] @ x
-    return x if right is None else x @ right.to(x)[:, None]
+def _times(x: Tensor, sizes: Sequence[int], roots: Sequence[Tensor | None]) -> Tensor:
+    """X of shape (G, ..., parts of the mode) with every part multiplied by its root R: x' R."""
+    return _part_by_part(x, sizes, roots, lambda vectors, root: vectors @ root)
 
 
-def _solved(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """R'^-1 X L^-1 for X of shape (G, n, f, p)."""
-    if left is not None:
-        x = torch.linalg.solve_triangular(left.to(x).mT[:, None], x, upper=True)
-    if right is not None:
-        flat = x.flatten(1, 2)
-        x = torch.linalg.solve_triangular(right.to(x), flat, upper=False, left=False).reshape(x.shape)
-    return x
+def _solved(x: Tensor, sizes: Sequence[int], roots: Sequence[Tensor | None]) -> Tensor:
+    """The inverse of `_times`."""
+    return _part_by_part(
+        x, sizes, roots, lambda vectors, root: torch.linalg.solve_triangular(root, vectors, upper=False, left=False)
+    )
+
+
+def _part_by_part(
+    x: Tensor, sizes: Sequence[int], roots: Sequence[Tensor | None], how: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    parts = x.reshape(len(x), -1, *sizes)
+    for axis, root in enumerate(roots, start=2):
+        if root is not None:
+            # At once: a matrix with many vectors, not many matrices with one.
+            moved = parts.movedim(axis, -1)
+            done = how(moved.reshape(len(x), -1, moved.shape[-1]), root.to(x))
+            parts = done.reshape(moved.shape).movedim(-1, axis)
+    return parts.reshape(x.shape)
 
 
 def partial_traces(moment: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -13,10 +13,11 @@ from sekron_search.kron.metric import DOUBLE_UP_TO, InputMetric, Whitening, squa
 from sekron_search.kron.products import MetricProduct
 from sekron_search.kron.projection import Fit, balance, pad_channels, project, reconstruct_batch
 from sekron_search.kron.structure import Structure
-from sekron_search.kron.svd import left_basis
+from sekron_search.kron.svd import core_of, left_basis, mode_basis, orthogonal_iteration
 from sekron_search.kron.sweep import scaled_by_others
 
-#: Factors of more entries per channel are not whitened while they are refined: that would cost as much as the error.
+#: Factors of more entries per channel are whitened mode by mode while they are refined: whole roots would cost as much
+#: as the error.
 WHITENED_UP_TO = 512
 
 #: Passes of a fit that has no closed form in whitened coordinates, and its starts where it is no tree.
@@ -25,12 +26,58 @@ FIT_SWEEPS, FIT_STARTS = 30, 3
 #: Some steps that lower the squared error by less than this part of it are the last.
 TOLERANCE = 1e-6
 
-#: Operations that may be spent on the descent of an option: small layers take all the steps that are asked for, at the
+#: Products that may be spent on the descent of an option: small layers take all the steps that are asked for, at the
 #: largest the first few have to do. They gain most.
-OPERATIONS, LEAST_STEPS = 2e10, 4
+PRODUCTS, LEAST_STEPS = 1e10, 3
+
+#: An evaluation of more products is dear: then the passes of a start, with a core and without, and the decrease that
+#: ends a descent.
+CHEAP_PRODUCTS = 10**8
+DEAR_PASSES, DEAR_SWEEPS, DEAR_TOLERANCE = 1, 10, 2e-3
 
 #: Added to the curvature that the other factors give a factor, relative to its mean: they will change.
 LIFT = 1e-2
+
+
+class _Shared:
+    """What structures of equal shapes share: coordinates, and decompositions of the weight in them."""
+
+    def __init__(self, structure: Structure, metric: InputMetric, weight: Tensor) -> None:
+        self.shapes = structure.shapes
+        self._structure, self._metric, self._weight = structure, metric, weight
+        self._bases: dict[int, Tensor] = {}
+
+    @cached_property
+    def whitening(self) -> Whitening:
+        """Of starts."""
+        return Whitening(self._structure, self._metric)
+
+    @cached_property
+    def descent(self) -> Whitening:
+        """Of descents, which go to and fro at every step."""
+        return Whitening(self._structure, self._metric, most=WHITENED_UP_TO)
+
+    @cached_property
+    def white(self) -> Tensor:
+        """The whitened weight, (G, F, C, *kernel)."""
+        return self.whitening(pad_channels(self._weight, self._structure))
+
+    @cached_property
+    def modes(self) -> Tensor:
+        """The same unfolded, (G, m_1, ..., m_S)."""
+        return self._structure.unfold(self.white)
+
+    @cached_property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Two factors of all ranks at once: (G, m_1, n) and (G, n, m_2)."""
+        left = left_basis(self.modes, min(self.modes.shape[1:]))
+        return left, left.mT @ self.modes
+
+    def basis(self, k: int) -> Tensor:
+        """All singular vectors of a mode."""
+        if k not in self._bases:
+            self._bases[k] = mode_basis(self.modes, k, self.modes.shape[1 + k])
+        return self._bases[k]
 
 
 class Refiner:
@@ -50,7 +97,10 @@ class Refiner:
         self.norm = float(metric.norm(self.unit))
         #: For moments so large that products with them take all the time.
         self._product = MetricProduct(metric) if metric.moment.shape[-1] > DOUBLE_UP_TO else None
-        self._whitened: tuple[object, Whitening, Tensor, tuple[Tensor, Tensor] | None] | None = None
+        _, f, p = self.unit.flatten(2).shape
+        self._products = f * p * (f + p)
+        self._is_dear = self._products > CHEAP_PRODUCTS
+        self._shared: _Shared | None = None
 
     def error(self, structure: Structure, factors: Sequence[Tensor]) -> float:
         """The relative error of the output, of factors for the weight of largest entry one."""
@@ -80,21 +130,21 @@ class Refiner:
 
     def _affordable(self, structure: Structure, steps: int) -> int:
         """Steps of the descent at most."""
-        if self._product is None:
-            return steps
-        rebuilding = 6 * self.unit[0].numel() * max(size for _, size in structure.ranks)
-        return min(steps, max(LEAST_STEPS, int(OPERATIONS / (self._product.cost(structure) + rebuilding))))
+        rebuilding = 6 * self.unit[0].numel() * max((size for _, size in structure.ranks), default=1)
+        product = self._products if self._product is None else self._product.cost(structure)
+        return min(steps, max(LEAST_STEPS, int(PRODUCTS / (product + rebuilding))))
 
     def fit(self, structure: Structure, *, steps: int, tolerance: float = TOLERANCE) -> Fit:
         """Factors of the weight from `start` and `descend`."""
         closed = self.is_closed(structure)
-        if self._product is None or closed or self.norm == 0:
+        if not self._is_dear or closed or self.norm == 0:
             found = self.start(structure)
             if not closed:
                 found = self.descend(structure, found, steps=steps, tolerance=tolerance)
             return self.scaled(structure, found)
         # The descent knows the errors of its ends, and they are dear.
         start = self._whitened_fit(structure)
+        tolerance = max(tolerance, DEAR_TOLERANCE)
         factors, error = self._descended(structure, start, self._affordable(structure, steps), tolerance)
         return self.scaled(structure, Fit(tuple(factors), error))
 
@@ -111,7 +161,7 @@ class Refiner:
         """L-BFGS from factors of the weight of largest entry one; the start, if no step lowered the error."""
         if structure.is_dense or steps == 0 or self.norm == 0 or start.rel_error == 0:
             return start
-        found, _ = self._descended(structure, start.factors, steps, tolerance)
+        found, _ = self._descended(structure, start.factors, self._affordable(structure, steps), tolerance)
         if not all(bool(torch.isfinite(a).all()) for a in found):
             return start
         error = self.error(structure, found)
@@ -163,36 +213,27 @@ class Refiner:
         factors = [left[..., :rank].mT, right[:, :rank]]
         if structure.shapes[0][0] == 1:
             factors.reverse()
-        return [a.reshape(-1, *shape) for a, shape in zip(factors, structure.factor_shapes, strict=True)]
+        return _shaped(structure, factors)
 
     def _whitened_fit(self, structure: Structure) -> list[Tensor]:
-        whitening, white = self._white(structure)
+        shared, core = self._shared_by(structure), core_of(structure)
         if structure.num_factors == 2 and len(structure.ranks) == 1:
             rank = structure.ranks[0][1]
-            left, right = self._pair(structure, white)
+            left, right = shared.pair
             if rank <= left.shape[-1]:
-                factors = [left[..., :rank].mT, right[:, :rank]]
-                shaped = [a.reshape(-1, *s) for a, s in zip(factors, structure.factor_shapes, strict=True)]
-                return whitening.undo(shaped)
-        starts = 1 if structure.is_tree else FIT_STARTS  # more starts gain trees little
-        return whitening.undo(project(white, structure, sweeps=FIT_SWEEPS, starts=starts).factors)
+                return shared.whitening.undo(_shaped(structure, [left[..., :rank].mT, right[:, :rank]]))
+        if self._is_dear and core is not None:
+            bases = {k: shared.basis(k) for k in range(structure.num_factors) if k != core}
+            found = orthogonal_iteration(structure, core, shared.modes, DEAR_PASSES, bases)
+            return shared.whitening.undo(_shaped(structure, found))
+        starts = 1 if structure.is_tree or self._is_dear else FIT_STARTS  # more starts gain trees little
+        sweeps = DEAR_SWEEPS if self._is_dear else FIT_SWEEPS
+        return shared.whitening.undo(project(shared.white, structure, sweeps=sweeps, starts=starts).factors)
 
-    def _white(self, structure: Structure) -> tuple[Whitening, Tensor]:
-        if self._whitened is None or self._whitened[0] != structure.shapes:
-            whitening = Whitening(structure, self.metric)
-            self._whitened = (structure.shapes, whitening, whitening(pad_channels(self.unit, structure)), None)
-        return self._whitened[1], self._whitened[2]
-
-    def _pair(self, structure: Structure, white: Tensor) -> tuple[Tensor, Tensor]:
-        """Of all ranks at once, the two factors of a whitened weight."""
-        assert self._whitened is not None
-        if self._whitened[3] is None:
-            matrix = structure.unfold(white)
-            left = left_basis(matrix, min(matrix.shape[1:]))
-            self._whitened = (*self._whitened[:3], (left, left.mT @ matrix))
-        pair = self._whitened[3]
-        assert pair is not None
-        return pair
+    def _shared_by(self, structure: Structure) -> _Shared:
+        if self._shared is None or self._shared.shapes != structure.shapes:
+            self._shared = _Shared(structure, self.metric, self.unit)
+        return self._shared
 
     def _descended(
         self, structure: Structure, start: Sequence[Tensor], steps: int, tolerance: float
@@ -201,7 +242,7 @@ class Refiner:
 
         Factors are A + undo(scale(X)) in variables X of which the curvature is about one.
         """
-        whitening = Whitening(structure, self.metric, most=WHITENED_UP_TO)
+        whitening = self._shared_by(structure).descent
         fixed = [a.detach().double() for a in start]
         whitened = [a.flatten(1 + len(c)) for a, c in zip(whitening.apply(fixed), structure.carries, strict=True)]
         scalings = scaled_by_others(structure, whitened, LIFT)
@@ -266,6 +307,11 @@ def refine(
     result = refiner.scaled(structure, found)
     error = metric.rel_error(weight, _cropped(structure, result.factors, weight))
     return Fit(result.factors, error) if error < start_error else Fit(fit.factors, start_error)
+
+
+def _shaped(structure: Structure, factors: Sequence[Tensor]) -> list[Tensor]:
+    """Factors (G, rank indices, m_k) as (G, rank indices, f, c, *kernel)."""
+    return [a.reshape(-1, *shape) for a, shape in zip(factors, structure.factor_shapes, strict=True)]
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

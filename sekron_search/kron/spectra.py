@@ -15,7 +15,7 @@ from sekron_search.kron.structure import Shape, Structure
 Sizes = tuple[int, ...]
 
 #: Spectra of larger Gram matrices are computed in float32: twice as fast, but relative errors below 1e-3 are rounding.
-DOUBLE_UP_TO = 512
+DOUBLE_UP_TO = 256
 
 #: What that rounding adds to a squared relative error at most, per eigenvalue; bounds are lowered by it.
 SINGLE_SLACK = 1e-8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 import torch
@@ -112,8 +113,13 @@ def mode_bases(structure: Structure, modes: Tensor) -> list[Tensor]:
 
 def _mode_basis(structure: Structure, modes: Tensor, k: int) -> Tensor:
     ranks = structure.factor_shapes[k][: -len(structure.shapes[k])]
-    basis = filled(left_basis(modes.movedim(1 + k, 1).flatten(2), prod(ranks)), prod(ranks))
+    basis = filled(mode_basis(modes, k, prod(ranks)), prod(ranks))
     return basis.mT.reshape(modes.shape[0], *ranks, -1)
+
+
+def mode_basis(modes: Tensor, k: int, count: int) -> Tensor:
+    """(B, m_k, at most count): the leading singular vectors of an unfolded weight's own mode k."""
+    return left_basis(modes.movedim(1 + k, 1).flatten(2), count)
 
 
 def core_of(structure: Structure) -> int | None:
@@ -125,7 +131,9 @@ def core_of(structure: Structure) -> int | None:
     return None
 
 
-def orthogonal_iteration(structure: Structure, core: int, modes: Tensor, iterations: int) -> list[Tensor]:
+def orthogonal_iteration(
+    structure: Structure, core: int, modes: Tensor, iterations: int, bases: Mapping[int, Tensor] | None = None
+) -> list[Tensor]:
     """Factors of a structure with a core: every leaf in turn is the best basis for what the other leaves leave.
 
     Leaf and core are optimal together, given the other leaves, so this needs far fewer passes than updates of one
@@ -136,13 +144,16 @@ def orthogonal_iteration(structure: Structure, core: int, modes: Tensor, iterati
         core: Its position.
         modes: (B, m_1, ..., m_S), a batch of unfolded weights.
         iterations: Passes over all leaves.
+        bases: Of every leaf, from `mode_basis`, with as many vectors as there are; computed if not given.
 
     Returns:
         Factors of shapes (B, rank indices, m_k); the leaves are orthonormal as far as there are enough columns.
 
     Source: De Lathauwer, De Moor and Vandewalle 2000, On the best rank-1 and rank-(R1, ..., RN) approximation.
     """
-    leaves = {k: _mode_basis(structure, modes, k) for k in range(structure.num_factors) if k != core}
+    sizes = {k: structure.factor_shapes[k][0] for k in range(structure.num_factors) if k != core}
+    known = bases or {k: mode_basis(modes, k, size) for k, size in sizes.items()}
+    leaves = {k: filled(known[k][..., :size], size).mT for k, size in sizes.items()}
 
     def projected(skipped: int | None) -> Tensor:
         rest = modes

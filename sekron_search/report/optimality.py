@@ -82,7 +82,7 @@ def _hypervolume(network: Network, names: Sequence[CostName], trials: Sequence[T
     """The share of the box between nothing and the reference that the first one, two, ... trials dominate."""
     whole = [t for t in trials if not t.pruned]
     reference = {"divergence": max((t.divergence for t in whole), default=0.0)}
-    reference |= {str(name): float(network.original[name]) for name in names}
+    reference |= {str(name): network.unchanged(name) for name in names}
     scale = [value or 1.0 for value in reference.values()]
     points = [[t.divergence, *(t.costs[name] for name in names)] for t in whole]
     relative = [[value / unit for value, unit in zip(point, scale, strict=True)] for point in points]

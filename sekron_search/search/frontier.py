@@ -61,7 +61,7 @@ def additive_front(
         for level in np.linspace(0, 1, levels):
             # At the ends the very costs, not what rounding makes of them.
             bounds = {
-                n: least[n] if level == 1 else network.original[n] + level * (least[n] - network.original[n])
+                n: least[n] if level == 1 else network.unchanged(n) + level * (least[n] - network.unchanged(n))
                 for n in tightened
             }
             try:

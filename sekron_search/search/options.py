@@ -98,20 +98,26 @@ class Network:
 
     Args:
         tables: One per replaceable layer.
-        original: Costs of the original network.
+        original: Costs of the original network, of which budgets are multiples.
         peak_floor_bytes: Peak of the parts of the network that no option changes.
         latency_scale: What the network gains for a millisecond that its layers gain each on its own, as calibrated
             against whole networks.
+        latency_drift: What the original takes in the memory format of the tables, relative to its own.
     """
 
     tables: tuple[LayerTable, ...]
     original: Mapping[str, float]
     peak_floor_bytes: float = 0.0
     latency_scale: float = 1.0
+    latency_drift: float = 1.0
 
     def fixed(self, name: CostName) -> float:
         """Cost of everything but the layers' weights: the original's total less its dense layers."""
-        return self.original[name] - sum(float(values[0]) for values in self.values(name))
+        return self.unchanged(name) - sum(float(values[0]) for values in self.values(name))
+
+    def unchanged(self, name: CostName) -> float:
+        """Cost of the network with every layer left as it is, in the memory format of the tables."""
+        return self.original[name] * (self.latency_drift if name == "latency_ms" else 1.0)
 
     def values(self, name: CostName) -> list[NDArray[np.float64]]:
         """The cost of every option of every layer."""

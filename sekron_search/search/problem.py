@@ -59,7 +59,7 @@ class Problem:
         """The bounds at a level: 0 is the budget, 1 the original's costs, -1 the least that can be reached."""
 
         def step(cost: CostName, bound: float) -> float:
-            return max(self.network.original[cost] - bound, 0.0) if level > 0 else max(bound - self.least[cost], 0.0)
+            return max(self.network.unchanged(cost) - bound, 0.0) if level > 0 else max(bound - self.least[cost], 0.0)
 
         return {cost: bound + level * step(cost, bound) for cost, bound in self.bounds.items()}
 
@@ -68,7 +68,7 @@ class Problem:
         levels = []
         for cost, bound in self.bounds.items():
             above = costs[cost] > bound
-            step = self.network.original[cost] - bound if above else bound - self.least[cost]
+            step = self.network.unchanged(cost) - bound if above else bound - self.least[cost]
             levels.append((costs[cost] - bound) / step if step > 0 else 0.0)
         return max(levels)
 

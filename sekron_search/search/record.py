@@ -12,7 +12,7 @@ from sekron_search.files import read_json, write_json
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -54,3 +54,12 @@ def test_values_that_are_not_finite_are_stepped_back_from() -> None:
 
     found = minimise(barrier, [torch.tensor([0.5], dtype=torch.float64)], evaluations=60, tolerance=0.0).point
     assert float(found[0]) == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("steepness", [1.0, 30.0, 3000.0])
+def test_a_first_step_that_is_much_too_long_costs_one_evaluation(steepness: float) -> None:
+    def bowl(x: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        return float(0.5 * steepness * x[0].square().sum()), [steepness * x[0]]
+
+    found = minimise(bowl, [torch.ones(3, dtype=torch.float64)], evaluations=4, tolerance=0.0)
+    assert found.value <= 1e-6 * steepness

@@ -86,6 +86,25 @@ def test_whitening_keeps_the_structure(name: str) -> None:
     assert float(white.norm() / whitening(other).norm()) == pytest.approx(ratio, rel=1e-6)
 
 
+def test_large_factors_are_whitened_mode_by_mode() -> None:
+    """Undone exactly, and where the inputs' moment is a product over the modes their squares are the norm still."""
+    structure = fam.sekron([(2, 4, 3, 1), (4, 2, 1, 3)], [3])
+    parts = [definite(n, seed=n) for n in (4, 2, 3, 3)]  # channels of both factors, height (first), width (second)
+    c1, c2, h, w = (p[0] for p in parts)
+    moment = torch.kron(torch.kron(torch.kron(c1, c2), h), w)[None]
+    outer = torch.kron(definite(2, seed=7)[0], definite(4, seed=8)[0])[None]
+    metric = InputMetric(moment, torch.zeros(1, len(moment[0])).double(), outer)
+    whitening = Whitening(structure, metric, most=2)
+    assert whitening.sizes == [[2, 4, 3, 1], [4, 2, 1, 3]]
+    factors = [a.double() for a in random_factors(structure, groups=1)]
+    weight, other = reconstruct_batch(structure, factors), gaussian(1, *structure.weight_shape, seed=8)
+    torch.testing.assert_close(reconstruct_batch(structure, whitening.apply(factors)), whitening(weight))
+    for a, back in zip(factors, whitening.undo(whitening.apply(factors)), strict=True):
+        torch.testing.assert_close(back, a)
+    ratio = float(metric.norm(weight) / metric.norm(other))
+    assert float(whitening(weight).norm() / whitening(other).norm()) == pytest.approx(ratio, rel=1e-6)
+
+
 def test_partial_traces_are_those_of_the_definition() -> None:
     shapes = [(2, 1, 3), (2, 3, 1)]
     moment = definite(36, seed=1)

@@ -69,6 +69,7 @@ def test_fits_of_large_layers_are_those_of_small_ones(structure: Structure, monk
     weight, metric = gaussian(1, *SHAPE, seed=4), metric_of(1, curvature=True)
     small = refine.Refiner(weight, metric).fit(structure, steps=40)
     monkeypatch.setattr(refine, "DOUBLE_UP_TO", 16)
+    monkeypatch.setattr(refine, "CHEAP_PRODUCTS", 0)
     large = refine.Refiner(weight, metric).fit(structure, steps=40)
     assert large.rel_error == pytest.approx(metric.rel_error(weight, reconstruct_batch(structure, large.factors)), 1e-4)
     assert large.rel_error == pytest.approx(small.rel_error, rel=0.02)
@@ -77,8 +78,9 @@ def test_fits_of_large_layers_are_those_of_small_ones(structure: Structure, monk
 def test_the_largest_layers_get_the_first_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, metric, structure = gaussian(1, *SHAPE, seed=4), metric_of(1, curvature=False), STRUCTURES[4]
     monkeypatch.setattr(refine, "DOUBLE_UP_TO", 16)
+    monkeypatch.setattr(refine, "CHEAP_PRODUCTS", 0)
     long = refine.Refiner(weight, metric).fit(structure, steps=40).rel_error
-    monkeypatch.setattr(refine, "OPERATIONS", 0.0)
+    monkeypatch.setattr(refine, "PRODUCTS", 0.0)
     short = refine.Refiner(weight, metric)
     error = short.fit(structure, steps=40).rel_error
     assert long < error < short.start(structure).rel_error

@@ -337,3 +337,16 @@ def test_front_of_trials_is_not_dominated(tmp_path: Path) -> None:
     for trial in kept:
         own = np.array([trial.divergence, trial.costs["flops"], trial.costs["params"]])
         assert not any((p <= own).all() and (p < own).any() for p in points)
+
+
+def test_the_memory_format_of_the_tables_moves_latencies_but_not_budgets() -> None:
+    """What the original takes in the tables' format is where savings start; budgets are multiples of its own."""
+    options = tuple(
+        Option(f"s{i}", "sekron", "0", "factored", 10, 10, 4, error=float(i), weight_error=0.0, latency_ms=ms)
+        for i, ms in enumerate((6.0, 2.0))
+    )
+    network = Network((LayerTable("a", options),), {"flops": 10, "latency_ms": 10.0}, latency_drift=1.2)
+    assert network.cost((0,), "latency_ms") == network.unchanged("latency_ms") == pytest.approx(12.0)
+    assert network.cost((1,), "latency_ms") == pytest.approx(8.0)
+    assert network.unchanged("flops") == 10
+    assert Budget.of({"latency_ms": "0.9x"}).resolve(network.original) == {"latency_ms": 9.0}
