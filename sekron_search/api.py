@@ -6,17 +6,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from sekron_search.config import Config, make_settings
+from sekron_search.config import Config, MetricName, make_settings
 from sekron_search.data import (
     DataBundle,
     batches,
     evaluate,
+    import_reference,
     input_batches,
     length,
     load_data,
@@ -160,8 +161,13 @@ def make_job(model: nn.Module, factory: Factory, data: DataBundle, config: Confi
 
     fit, holdout = drawn(order[: section.samples]), drawn(order[section.samples : needed])
 
+    own = import_reference(config.metric, "metric") if ":" in config.metric else None
+
     def metric(split: Dataset[Any]) -> Callable[[nn.Module], float]:
-        return lambda network: evaluate(network, split, config.metric, batch_size=EVALUATION_BATCH, device=device)
+        if own is not None:
+            return checked_metric(lambda network: own(network, split), f"metric {config.metric!r}")
+        name = cast(MetricName, config.metric)
+        return lambda network: evaluate(network, split, name, batch_size=EVALUATION_BATCH, device=device)
 
     return Job(
         model,

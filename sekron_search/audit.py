@@ -141,7 +141,7 @@ def audit(
             task.update(number + 1, f"{rows[number]['metric']:.4f}")
     record = {
         "epochs": assembler.job.settings.audit.epochs,
-        "metric_name": assembler.job.settings.metric,
+        "metric_name": assembler.job.settings.metric_name,
         "original_metric": read_json(folder.original)["validation_metric"],
         "train_seconds": float(np.median([row["train_seconds"] for row in rows])),
         "proxies": compare(rows),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sekron_search.divergence import DivergenceName
 from sekron_search.errors import ConfigError
@@ -17,9 +18,28 @@ from sekron_search.search.budget import Budget
 from sekron_search.search.space import SearchSpace, explain
 
 MetricName = Literal["accuracy", "neg_mse", "psnr"]
+LossName = Literal["auto", "l1"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-Reference = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+REFERENCE = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*"
+Reference = Annotated[str, Field(pattern=f"^{REFERENCE}$")]
+
+
+def _or_own(*names: str) -> AfterValidator:
+    """Of a string: that it is one of the names, or a reference to a function of the user's."""
+
+    def check(value: str) -> str:
+        if value not in names and re.fullmatch(REFERENCE, value) is None:
+            raise ValueError(f"expected {', '.join(names)} or a function of your own as 'package.module:function'")
+        return value
+
+    return AfterValidator(check)
+
+
+#: A metric by name, or a function of (network, dataset) that returns a number, higher is better.
+Metric = Annotated[str, _or_own(*get_args(MetricName))]
+#: A loss by name, or a function of (output, target) that returns a scalar tensor.
+Loss = Annotated[str, _or_own(*get_args(LossName))]
 
 
 class _Section(BaseModel):
@@ -143,7 +163,10 @@ class FinetuneConfig(_Section):
         candidates: How many of the front's best feasible networks are trained, with successive halving.
         batch_size, learning_rate, weight_decay: Of AdamW, with cosine decay after a warm-up.
         temperature: Of the distillation, for "kl".
-        label_weight: Weight of the labels' loss; the original's outputs get the rest.
+        loss: Of the outputs: "auto" compares logits by divergence and labels by cross-entropy, other outputs by squared
+            errors; "l1" compares these by absolute ones; a function of (output, target), `package.module:function`,
+            replaces what the targets are compared by.
+        label_weight: Weight of the targets' loss; the original's outputs get the rest.
         layer_weight: Weight of the error of the replaced layers' outputs, which is added; 0 leaves it out.
         autocast: "bfloat16" computes forward and backward passes in it.
     """
@@ -154,6 +177,7 @@ class FinetuneConfig(_Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     temperature: Annotated[float, Field(gt=0)] = 3.0
+    loss: Loss = "auto"
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     layer_weight: Annotated[float, Field(ge=0)] = 4.0
     autocast: Literal["bfloat16"] | None = None
@@ -194,13 +218,15 @@ class Settings(_Section):
     """What a run does, whatever the model and the data are.
 
     Args:
+        metric: For choosing and for the report, higher is better: "accuracy", "neg_mse", "psnr", or
+            `package.module:function` of (network, dataset) that returns a number.
         tables: Folder in which fitted tables are kept by their content, for other budgets and runs of the same network;
             by default the run folder's own.
     """
 
     budget: dict[str, float | str]
     space: SearchSpace = SearchSpace()
-    metric: MetricName = "accuracy"
+    metric: Metric = "accuracy"
     calibration: CalibrationConfig = CalibrationConfig()
     search: SearchConfig = SearchConfig()
     latency: LatencyConfig = LatencyConfig()
@@ -229,6 +255,17 @@ class Settings(_Section):
         if kind not in ("cpu", "cuda"):
             raise ValueError("expected 'cpu' or 'cuda'")
         return value
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> Settings:
+        if self.finetune.loss == "l1" and self.search.divergence == "kl":
+            raise ValueError("finetune.loss 'l1' compares values, not logits: set search.divergence to 'mse'")
+        return self
+
+    @property
+    def metric_name(self) -> str:
+        """For people: a function of the user's by its own name."""
+        return self.metric.rpartition(":")[2]
 
     @property
     def bounds(self) -> Budget:

@@ -271,7 +271,7 @@ def _labelled(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
 def evaluate(
     model: nn.Module, dataset: Dataset[Any], metric: MetricName, *, batch_size: int, device: torch.device
 ) -> float:
-    """The metric over a dataset; higher is better.
+    """A metric by name over a dataset; higher is better.
 
     Raises:
         DataError: If a label is not one of the network's classes, or the metric is not a number.

@@ -35,6 +35,13 @@ def relative_mse(output: Tensor, reference: Tensor) -> Tensor:
     return (output.float() - reference).square().mean() / spread
 
 
+def relative_l1(output: Tensor, reference: Tensor) -> Tensor:
+    """Absolute error relative to the reference's mean deviation from its mean."""
+    reference = reference.float()
+    spread = (reference - reference.mean()).abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (output.float() - reference).abs().mean() / spread
+
+
 #: Divergences by name: functions of (output, reference), both tensors of the same shape.
 DIVERGENCES: dict[DivergenceName, Callable[[Tensor, Tensor], Tensor]] = {"kl": kl_divergence, "mse": relative_mse}
 

@@ -11,17 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sekron_search.config import FinetuneConfig
-from sekron_search.data import Augment, Batch, as_batch, batches, check_labels, length, sample_order, to_device
-from sekron_search.divergence import DivergenceName, relative_mse
-from sekron_search.errors import DataError
+from sekron_search.data import (
+    Augment,
+    Batch,
+    as_batch,
+    batches,
+    import_reference,
+    length,
+    sample_order,
+    to_device,
+)
+from sekron_search.divergence import DivergenceName
+from sekron_search.errors import DataError, SekronError
 from sekron_search.files import read_checkpoint, write_checkpoint
 from sekron_search.kron.linear import KroneckerLinear
-from sekron_search.model import kronecker_layers, output_tensors, run_model
+from sekron_search.losses import TargetLoss, distillation_loss, layer_loss
+from sekron_search.model import kronecker_layers, run_model
 
 #: Gradients are scaled down to this norm over all parameters: the first steps of a bad start stay small.
 MAX_GRADIENT_NORM = 5.0
@@ -83,57 +92,6 @@ class TrainingData:
             yield inputs, target
 
 
-def distillation_loss(name: DivergenceName, output: Any, reference: Any, target: Any, config: FinetuneConfig) -> Tensor:
-    """The divergence from the original's outputs, mixed with the labels' loss where there are class labels.
-
-    "kl": (1 - w) T^2 KL(softmax(reference / T) || softmax(output / T)) + w cross-entropy; "mse": the mean squared
-    error relative to the reference's variance, mixed with the same against the target.
-
-    Source: Hinton, Vinyals and Dean 2015, Sec. 2.
-    """
-    weight = config.label_weight if isinstance(target, Tensor) else 0.0
-    ours, theirs = output_tensors(output), output_tensors(reference)
-    if name == "mse":
-        loss = torch.stack([relative_mse(a, b) for a, b in zip(ours, theirs, strict=True)]).mean()
-        if weight and target.shape == ours[0].shape:
-            return (1 - weight) * loss + weight * relative_mse(ours[0], target)
-        return loss
-    hot = config.temperature
-    losses = []
-    for a, b in zip(ours, theirs, strict=True):
-        log_q, log_p = F.log_softmax(a.float() / hot, 1), F.log_softmax(b.float() / hot, 1)
-        losses.append(F.kl_div(log_q, log_p, log_target=True, reduction="sum") * (a.shape[1] / a.numel()) * hot**2)
-    loss = torch.stack(losses).mean()
-    if weight and not target.is_floating_point():
-        check_labels(target, ours[0])
-        return (1 - weight) * loss + weight * F.cross_entropy(ours[0].float(), target)
-    return loss
-
-
-def layer_loss(outputs: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> Tensor:
-    """Squared error of layers' outputs, relative to the variance of the reference's channels, averaged over the layers.
-
-    Args:
-        outputs: Of the replaced layers by name, (N, channels, ...).
-        references: Of the layers they replaced.
-
-    Source: hints, Romero et al. 2015 (FitNets); every replaced layer has its counterpart, so no regressor is needed.
-    """
-    errors = []
-    for name, output in outputs.items():
-        reference = references[name].float()
-        others = [axis for axis in range(reference.dim()) if axis != 1]
-        mean = reference.mean(others, keepdim=True)
-        spread = F.mse_loss(reference, mean.expand_as(reference)).clamp_min(torch.finfo(torch.float32).tiny)
-        # A mean gives contiguous gradients, whatever it is of. Where the output is channels last, both are shown to it
-        # as contiguous ones: else every step turns gradients round, which costs as much as a convolution.
-        ours, theirs = output.float(), reference
-        if not ours.is_contiguous():
-            ours, theirs = ours.movedim(1, -1), theirs.movedim(1, -1)
-        errors.append(F.mse_loss(ours, theirs) / spread)
-    return torch.stack(errors).mean()
-
-
 @dataclass(frozen=True)
 class Distillation:
     """Training of compressed networks towards their original.
@@ -169,7 +127,21 @@ class Distillation:
         inputs, target = to_device(first, device)
         with torch.no_grad():
             output = run_model(self.teacher.eval(), inputs)
-            distillation_loss(self.divergence, output, output, target, self.config)
+            try:
+                distillation_loss(self.divergence, output, output, target, self.config, self.own_loss)
+            except SekronError:
+                raise
+            except Exception as error:
+                if self.own_loss is None:
+                    raise
+                raise DataError(
+                    f"finetune.loss {self.config.loss!r}: it failed: {type(error).__name__}: {error}"
+                ) from error
+
+    @cached_property
+    def own_loss(self) -> TargetLoss | None:
+        """The user's loss against the targets, if the configuration names one."""
+        return import_reference(self.config.loss, "finetune.loss") if ":" in self.config.loss else None
 
     def train(
         self,
@@ -242,7 +214,7 @@ class Distillation:
             with torch.no_grad():
                 reference = self.teacher(*inputs)
             output = model(*inputs)
-        loss = distillation_loss(self.divergence, output, reference, target, config)
+        loss = distillation_loss(self.divergence, output, reference, target, config, self.own_loss)
         if replaced:
             loss = loss + config.layer_weight * layer_loss(ours, theirs)
         return loss

@@ -156,7 +156,7 @@ def _side_by_side(job: Job, path: Path, reporter: Reporter, *, int8: bool) -> di
     return {
         "int8_file": str(int8_path) if int8 else None,
         "tolerance": TOLERANCE,
-        "metric_name": job.settings.metric,
+        "metric_name": job.settings.metric_name,
         **networks,
     }
 

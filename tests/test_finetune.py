@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sekron_search.config import FinetuneConfig
-from sekron_search.errors import DataError
+from sekron_search.config import FinetuneConfig, make_settings
+from sekron_search.errors import ConfigError, DataError
 from sekron_search.files import read_checkpoint
-from sekron_search.finetune import Distillation, TrainingData, _outputs_of, distillation_loss, layer_loss
+from sekron_search.finetune import Distillation, TrainingData, _outputs_of
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
+from sekron_search.losses import distillation_loss, layer_loss
 from sekron_search.model import replace_layers
 from tests.cases import blobs, small_net
 
@@ -112,6 +113,57 @@ def test_the_loss_is_zero_at_the_teacher_and_mixes_in_the_labels() -> None:
     assert float(distillation_loss("mse", logits + 1, logits, None, pure)) == pytest.approx(
         1 / float(logits.var(correction=0))
     )
+
+
+def test_values_are_compared_by_absolute_errors_where_that_is_asked_for() -> None:
+    images, target = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
+    output = images + 0.1
+    config = FinetuneConfig(loss="l1", label_weight=0.5)
+    deviations = [(t - t.mean()).abs().mean() for t in (images, target)]
+    expected = 0.5 * 0.1 / deviations[0] + 0.5 * (output - target).abs().mean() / deviations[1]
+    assert float(distillation_loss("mse", output, images, target, config)) == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ConfigError, match=r"'l1' compares values, not logits: set search\.divergence to 'mse'"):
+        make_settings({"flops": "0.5x"}, {"finetune": {"loss": "l1"}})
+
+
+def half_of_it(output: Any, target: Any) -> torch.Tensor:
+    """A user's loss."""
+    return nn.functional.cross_entropy(output, target) / 2
+
+
+def a_number(output: Any, target: Any) -> float:
+    """No loss."""
+    return 1.0
+
+
+def a_failure(output: Any, target: Any) -> torch.Tensor:
+    """A loss with a bug."""
+    raise KeyError("boxes")
+
+
+def test_the_users_own_loss_stands_for_the_labels(tmp_path: Path) -> None:
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
+    config = FinetuneConfig(loss=f"{__name__}:half_of_it", label_weight=0.5)
+    expected = 0.25 * float(nn.functional.cross_entropy(logits, labels))
+    assert float(distillation_loss("kl", logits, logits, labels, config, half_of_it)) == pytest.approx(expected)
+    task = distillation(loss=f"{__name__}:half_of_it", label_weight=1.0)
+    task.check()
+    curve = train(task, compressed(task.teacher), tmp_path / "checkpoint.pt")
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    for name, problem in (("a_number", "returns a scalar, got float"), ("a_failure", "it failed: KeyError: 'boxes'")):
+        with pytest.raises(DataError, match=rf"finetune\.loss.*{problem}"):
+            distillation(loss=f"{__name__}:{name}").check()
+    with pytest.raises(ConfigError, match=r"finetune\.loss'.*cannot import"):
+        distillation(loss="nowhere.at_all:loss").check()
+
+
+@pytest.mark.parametrize("wrong", ["l2", "module.function", ":loss", "os.path:"])
+def test_a_loss_or_metric_that_is_no_name_is_refused(wrong: str) -> None:
+    for settings in ({"finetune": {"loss": wrong}}, {"metric": wrong}):
+        with pytest.raises(
+            ConfigError, match=r"expected \w+, .*or a function of your own as 'package\.module:function'"
+        ):
+            make_settings({"flops": "0.5x"}, settings)
 
 
 def test_layers_are_compared_over_their_channels_before_anything_changes_them() -> None:

@@ -31,6 +31,7 @@ LAYERS = [
     ["selection"],
     ["variants"],
     ["finetune", "sequential", "tables"],
+    ["losses"],
     ["scoring", "export"],
     ["exchange"],
     ["deployment"],

@@ -58,7 +58,7 @@ class RunFacts:
             "original": {**self.costs["original"], "metric": self.metrics["original"]},
             "compressed": {**self.costs["compressed"], "metric": self.metrics["compressed"]},
             "metric_without_training": self.metrics["untrained"],
-            "metric_name": self.settings.metric,
+            "metric_name": self.settings.metric_name,
             "divergence_name": self.settings.search.divergence,
             "divergence": candidate.divergence,
             "validation_metric": self.chosen.metric,

@@ -1,0 +1,100 @@
+"""What fine-tuning minimises: distances from the original's outputs, of the targets, and of the replaced layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sekron_search.config import FinetuneConfig
+from sekron_search.data import check_labels
+from sekron_search.divergence import DivergenceName, relative_l1, relative_mse
+from sekron_search.errors import DataError
+from sekron_search.model import output_tensors
+
+#: A loss of (output, target).
+TargetLoss = Callable[[Any, Any], Tensor]
+
+
+def distillation_loss(
+    name: DivergenceName,
+    output: Any,
+    reference: Any,
+    target: Any,
+    config: FinetuneConfig,
+    own: TargetLoss | None = None,
+) -> Tensor:
+    """The divergence from the original's outputs, mixed with the loss against the targets where there are any.
+
+    "kl": (1 - w) T^2 KL(softmax(reference / T) || softmax(output / T)) + w cross-entropy; "mse": the mean squared
+    error relative to the reference's variance, or the absolute one, mixed with the same against the target.
+
+    Args:
+        name: How outputs are compared.
+        output, reference: Of the network and of the original.
+        target: Of the batch.
+        config: Temperature, weights, loss.
+        own: The user's loss of (output, target), instead of the one against the targets.
+
+    Source: Hinton, Vinyals and Dean 2015, Sec. 2.
+    """
+    pairs = list(zip(output_tensors(output), output_tensors(reference), strict=True))
+    values = relative_l1 if config.loss == "l1" else relative_mse
+    if name == "mse":
+        distilled = torch.stack([values(a, b) for a, b in pairs]).mean()
+    else:
+        distilled = torch.stack([_softened_kl(a, b, config.temperature) for a, b in pairs]).mean()
+    weight, first = config.label_weight, pairs[0][0]
+    if weight == 0:
+        return distilled
+    if own is not None:
+        labelled = _checked_loss(own(output, target))
+    elif not isinstance(target, Tensor):
+        return distilled
+    elif name == "mse" and target.shape == first.shape:
+        labelled = values(first, target)
+    elif name == "kl" and not target.is_floating_point():
+        check_labels(target, first)
+        labelled = F.cross_entropy(first.float(), target)
+    else:
+        return distilled
+    return (1 - weight) * distilled + weight * labelled
+
+
+def _softened_kl(output: Tensor, reference: Tensor, hot: float) -> Tensor:
+    log_q, log_p = F.log_softmax(output.float() / hot, 1), F.log_softmax(reference.float() / hot, 1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="sum") * (output.shape[1] / output.numel()) * hot**2
+
+
+def _checked_loss(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"finetune.loss: expected a function of (output, target) that returns a scalar, got {came}")
+    return value.reshape(())
+
+
+def layer_loss(outputs: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> Tensor:
+    """Squared error of layers' outputs, relative to the variance of the reference's channels, averaged over the layers.
+
+    Args:
+        outputs: Of the replaced layers by name, (N, channels, ...).
+        references: Of the layers they replaced.
+
+    Source: hints, Romero et al. 2015 (FitNets); every replaced layer has its counterpart, so no regressor is needed.
+    """
+    errors = []
+    for name, output in outputs.items():
+        reference = references[name].float()
+        others = [axis for axis in range(reference.dim()) if axis != 1]
+        mean = reference.mean(others, keepdim=True)
+        spread = F.mse_loss(reference, mean.expand_as(reference)).clamp_min(torch.finfo(torch.float32).tiny)
+        # A mean gives contiguous gradients, whatever it is of. Where the output is channels last, both are shown to it
+        # as contiguous ones: else every step turns gradients round, which costs as much as a convolution.
+        ours, theirs = output.float(), reference
+        if not ours.is_contiguous():
+            ours, theirs = ours.movedim(1, -1), theirs.movedim(1, -1)
+        errors.append(F.mse_loss(ours, theirs) / spread)
+    return torch.stack(errors).mean()
