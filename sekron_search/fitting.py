@@ -179,9 +179,7 @@ class Fitter:
         try:
             job.save(path)
         except OSError as error:
-            raise WorkerError(
-                f"layer '{name}': cannot write to {self.cache}: {error}; free some space there"
-            ) from error
+            raise WorkerError(f"layer '{name}': cannot write to {self.cache}: {error}") from error
         worker = self._idle.get()
         try:
             answer = worker.ask(str(path))

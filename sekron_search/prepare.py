@@ -213,7 +213,7 @@ def _check_reachable(job: Job, folder: RunFolder, reporter: Reporter, known: Tab
         for i in layers
     ]
     counted: dict[CostName, float] = {name: bound for name, bound in bounds.items() if name != "latency_ms"}
-    network = Network(tuple(tables), original, float(memory.floor))
+    network = dataclasses.replace(known.network, tables=tuple(tables))
     if counted:
         solve_knapsack(network, counted, network.values("flops"), relative_gap=1.0)
     if "latency_ms" in bounds:

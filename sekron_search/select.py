@@ -103,7 +103,7 @@ def select(folder: RunFolder, budget: Budget) -> Selection:
 
     Args:
         folder: The run folder.
-        budget: What is asked; multiples are of the original's costs as the tables count them.
+        budget: What is asked; multiples are of the original's costs.
 
     Raises:
         RunFolderError: If the folder holds no run that has searched.

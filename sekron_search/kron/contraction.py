@@ -99,7 +99,7 @@ class Contraction:
             ",".join(inputs) + "->" + output, *shapes, shapes=True, optimize=search, einsum_call=False
         )
         #: Multiply-adds of the whole contraction, about.
-        self.cost = float(info.opt_cost)
+        self.cost = float(info.opt_cost) / 2  # it counts multiplications and additions
         self._pairs: list[_Pair] = []
         left = [_Operand(indices, shape) for indices, shape in zip(inputs, shapes, strict=True)]
         first = left[0]

@@ -1,4 +1,4 @@
-"""Minimisation by L-BFGS for few, dear evaluations: well-scaled variables, a first step of one, an early end."""
+"""Minimisation by L-BFGS for few, dear evaluations: well-scaled variables, a short first step, an early end."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class Whitening:
         structure: The structure; its ranks do not matter.
         metric: Of the layer.
         most: Factors of more entries per out-channel are whitened mode by mode, by the partial traces of M_k in turn:
-            the channels' makes up most of it, and is small.
+            the channels' makes up most of it, and is small. Modes that are larger still keep their coordinates.
     """
 
     def __init__(self, structure: Structure, metric: InputMetric, *, most: int | None = None) -> None:
@@ -136,7 +136,8 @@ class Whitening:
                 modes = range(1, len(shape))
                 parts = [own_rows, *partial_traces(moment, [[shape[m] if m == k else 1 for m in modes] for k in modes])]
             self.sizes.append([part.shape[-1] for part in parts])
-            self.roots.append([None if part.shape[-1] == 1 else square_root(part) for part in parts])
+            left_out = [part.shape[-1] == 1 or (most is not None and part.shape[-1] > most) for part in parts]
+            self.roots.append([None if out else square_root(p) for out, p in zip(left_out, parts, strict=True)])
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The (G, F, C, *kernel) weight, of the structure's own shape, in these coordinates."""

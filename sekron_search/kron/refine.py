@@ -26,9 +26,9 @@ FIT_SWEEPS, FIT_STARTS = 30, 3
 #: Some steps that lower the squared error by less than this part of it are the last.
 TOLERANCE = 1e-6
 
-#: Products that may be spent on the descent of an option: small layers take all the steps that are asked for, at the
-#: largest the first few have to do. They gain most.
-PRODUCTS, LEAST_STEPS = 1e10, 3
+#: Products that may be spent on the descent of an option that is dear: at the largest layers the first few steps have
+#: to do. They gain most.
+PRODUCTS, LEAST_STEPS = 5e9, 3
 
 #: An evaluation of more products is dear: then the passes of a start, with a core and without, and the decrease that
 #: ends a descent.
@@ -97,8 +97,8 @@ class Refiner:
         self.norm = float(metric.norm(self.unit))
         #: For moments so large that products with them take all the time.
         self._product = MetricProduct(metric) if metric.moment.shape[-1] > DOUBLE_UP_TO else None
-        _, f, p = self.unit.flatten(2).shape
-        self._products = f * p * (f + p)
+        groups, f, p = self.unit.flatten(2).shape
+        self._products = groups * f * p * (p if metric.curvature is None else f + p)
         self._is_dear = self._products > CHEAP_PRODUCTS
         self._shared: _Shared | None = None
 
@@ -129,13 +129,13 @@ class Refiner:
         return metric.weighted(difference) / (1.0 if metric is self._single else self.norm**2)
 
     def _affordable(self, structure: Structure, steps: int) -> int:
-        """Steps of the descent at most."""
-        rebuilding = 6 * self.unit[0].numel() * max((size for _, size in structure.ranks), default=1)
+        """Steps of a dear descent at most."""
+        rebuilding = 6 * self.unit.numel() * max((size for _, size in structure.ranks), default=1)
         product = self._products if self._product is None else self._product.cost(structure)
         return min(steps, max(LEAST_STEPS, int(PRODUCTS / (product + rebuilding))))
 
     def fit(self, structure: Structure, *, steps: int, tolerance: float = TOLERANCE) -> Fit:
-        """Factors of the weight from `start` and `descend`."""
+        """Factors of the weight from `start` and `descend`; where evaluations are dear, from fewer and longer steps."""
         closed = self.is_closed(structure)
         if not self._is_dear or closed or self.norm == 0:
             found = self.start(structure)
@@ -161,7 +161,7 @@ class Refiner:
         """L-BFGS from factors of the weight of largest entry one; the start, if no step lowered the error."""
         if structure.is_dense or steps == 0 or self.norm == 0 or start.rel_error == 0:
             return start
-        found, _ = self._descended(structure, start.factors, self._affordable(structure, steps), tolerance)
+        found, _ = self._descended(structure, start.factors, steps, tolerance)
         if not all(bool(torch.isfinite(a).all()) for a in found):
             return start
         error = self.error(structure, found)

@@ -14,10 +14,12 @@ from sekron_search.kron.structure import Shape, Structure
 
 Sizes = tuple[int, ...]
 
-#: Spectra of larger Gram matrices are computed in float32: twice as fast, but relative errors below 1e-3 are rounding.
+#: Spectra of larger Gram matrices are computed in float32, and what is traced from them: twice as fast, but relative
+#: errors below 1e-3 are rounding.
 DOUBLE_UP_TO = 256
 
-#: What that rounding adds to a squared relative error at most, per eigenvalue; bounds are lowered by it.
+#: What that rounding adds to a squared relative error at most, per row of the largest such matrix; bounds are lowered
+#: by it.
 SINGLE_SLACK = 1e-8
 
 
@@ -54,6 +56,9 @@ class PairSpectra:
         self.unit = unit / norm if norm > 0 else unit
         self._grams: dict[tuple[bool, Sizes], Tensor] = {}
         self._tails: dict[Sizes, Tensor] = {}
+        #: Rows of the matrix in float32 that a Gram matrix is, or is traced from: what it may have rounded.
+        self._rounded: dict[tuple[bool, Sizes], int] = {}
+        self._slack: dict[Sizes, float] = {}
 
     def tails(self, first: Sequence[int]) -> Tensor:
         """(n + 1,): the squared error at ranks 0 to n, relative to the squared norm of the weight.
@@ -71,6 +76,11 @@ class PairSpectra:
         tails = self.tails(first)
         return float(tails[rank]) ** 0.5 if rank < len(tails) else 0.0
 
+    def safe_error(self, first: Sequence[int], rank: int) -> float:
+        """The same, less what rounding may have added."""
+        tails = self.tails(first)
+        return _safe_error(tails, rank, self._slack[self._key(first)])
+
     def bound_from_nested(self, first: Sequence[int], rank: int) -> float:
         """A relative error below which no two-factor structure of that rank comes, from spectra known already.
 
@@ -80,7 +90,7 @@ class PairSpectra:
         bound = 0.0
         for other, tails in self._tails.items():
             if all(n % m == 0 for n, m in zip(first, other, strict=True)):
-                bound = max(bound, _safe_error(tails, rank * (prod(first) // prod(other))))
+                bound = max(bound, _safe_error(tails, rank * (prod(first) // prod(other)), self._slack[other]))
         return bound
 
     def compute(self, firsts: Iterable[Sequence[int]], *, workers: int | None = None) -> None:
@@ -128,7 +138,14 @@ class PairSpectra:
         key = (leading, inner)
         if key not in self._grams:
             parent = self._parent(leading, inner)
-            self._grams[key] = self._multiplied(leading, inner) if parent is None else self._traced(key, parent)
+            if parent is None:
+                self._grams[key], self._rounded[key] = self._multiplied(leading, inner), 0
+            else:
+                self._grams[key] = self._traced(key, parent)
+                self._rounded[key] = self._rounded[leading, parent]
+            if self._grams[key].dtype == torch.float32:
+                self._rounded[key] = max(self._rounded[key], prod(inner))
+        self._slack[first] = SINGLE_SLACK * self._rounded[key]
         return self._grams[key]
 
     def _parent(self, leading: bool, inner: Sizes) -> Sizes | None:
@@ -308,13 +325,12 @@ def error_bound(structure: Structure, spectra: PairSpectra) -> float:
                 continue
             within = {name for k in inside for name in structure.carries[k]}
             without = {name for k in range(count) if k not in inside for name in structure.carries[k]}
-            bound = max(bound, _safe_error(spectra.tails(first), prod(sizes[name] for name in within & without)))
+            bound = max(bound, spectra.safe_error(first, prod(sizes[name] for name in within & without)))
     return bound
 
 
-def _safe_error(tails: Tensor, rank: int) -> float:
-    """The error at a rank, less what rounding of a spectrum in float32 may have added."""
-    slack = SINGLE_SLACK * len(tails) if len(tails) > DOUBLE_UP_TO + 1 else 0.0
+def _safe_error(tails: Tensor, rank: int, slack: float) -> float:
+    """The error at a rank, less what rounding in float32 may have added to its square."""
     return max(float(tails[rank]) - slack, 0.0) ** 0.5 if rank < len(tails) else 0.0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sekron_search.kron.structure import Structure
@@ -147,13 +148,15 @@ def orthogonal_iteration(
         bases: Of every leaf, from `mode_basis`, with as many vectors as there are; computed if not given.
 
     Returns:
-        Factors of shapes (B, rank indices, m_k); the leaves are orthonormal as far as there are enough columns.
+        Factors of shapes (B, rank indices, m_k); the leaves are orthonormal, but for columns
+        beyond a mode's size, which are zero.
 
     Source: De Lathauwer, De Moor and Vandewalle 2000, On the best rank-1 and rank-(R1, ..., RN) approximation.
     """
     sizes = {k: structure.factor_shapes[k][0] for k in range(structure.num_factors) if k != core}
     known = bases or {k: mode_basis(modes, k, size) for k, size in sizes.items()}
-    leaves = {k: filled(known[k][..., :size], size).mT for k, size in sizes.items()}
+    # Where there are fewer vectors than columns the others stay zero, or the core would be no projection.
+    leaves = {k: F.pad(known[k], (0, max(size - known[k].shape[-1], 0)))[..., :size].mT for k, size in sizes.items()}
 
     def projected(skipped: int | None) -> Tensor:
         rest = modes

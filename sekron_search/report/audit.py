@@ -43,8 +43,8 @@ def audit_section(audit: Mapping[str, Any] | None) -> str:
             f"Budgets: {'; '.join(searched['within'])}.",
             f"Of two of these networks, the divergence that the search minimises names the better one in "
             f"{_share(searched['tau']):.0%} of the cases; of two under the same budget in "
-            f"{_share(searched['mean_within']):.0%}. {verdict} The best proxy that needs neither labels nor a fit of "
-            f"the whole network is: {best['label']}, right in {_share(best['tau']):.0%} and "
+            f"{_share(searched['mean_within']):.0%}. {verdict} The best proxy that looks at errors and needs neither "
+            f"labels nor a fit of the whole network is: {best['label']}, right in {_share(best['tau']):.0%} and "
             f"{_share(best['mean_within']):.0%} of the cases.",
             f"![{best['label']} against {audit['metric_name']}](plots/audit.png)",
             "\n".join(rows),
@@ -55,7 +55,7 @@ def audit_section(audit: Mapping[str, Any] | None) -> str:
 
 
 def best_cheap(audit: Mapping[str, Any]) -> dict[str, Any]:
-    """The proxy of the largest tau among those that need neither labels nor a fit of the whole network."""
+    """The proxy of the largest tau among those that look at errors and need neither labels nor a fit of the network."""
     cheap: list[dict[str, Any]] = [proxy for proxy in audit["proxies"] if proxy["cheap"]]
     return max(cheap, key=lambda proxy: float(proxy["tau"]))
 

@@ -126,6 +126,6 @@ def _volume(facts: Mapping[str, Any]) -> str:
     half = facts["shares"][(len(facts["shares"]) - 1) // 2]
     return (
         f"Hypervolume: the trials dominate {facts['shares'][-1]:.2%} of the box from zero to the reference point "
-        f"({reference}: the largest divergence of a trial, and the original's costs); the first half of them "
-        f"{half:.2%}."
+        f"({reference}: the largest divergence of a trial, and the costs with no layer replaced); the first half of "
+        f"them {half:.2%}."
     )

@@ -26,7 +26,7 @@ class FrontPoint:
 
     Args:
         tightened: The costs that were bounded.
-        level: 0 is the original's costs, 1 the least that can be reached of each.
+        level: 0 is the network with no layer replaced, 1 the least that can be reached of each.
         solution: The assignment, its additive error and the proven bound of it.
         costs: Of the assignment, all that are known.
     """
@@ -45,7 +45,7 @@ def additive_front(
     levels: int = LEVELS,
     relative_gap: float = 1e-3,
 ) -> list[FrontPoint]:
-    """The least additive error from the original's costs to the cheapest that can be had.
+    """The least additive error from the costs with no layer replaced to the cheapest that can be had.
 
     Args:
         network: Tables and costs.

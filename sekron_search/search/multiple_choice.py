@@ -4,7 +4,7 @@ One option of every group is chosen; each has an error, and some costs whose sum
 relaxed problem give every option a reduced error r >= 0, and any choice costs at least the relaxed optimum plus the sum
 of the r it takes. So few options can be part of a better choice than the one that local search finds. A sweep over the
 groups lists all partial choices of these that may still become one. It tells by many multipliers at once: each proves a
-bound, and what passes one of them fails another.
+bound, and what passes one of them fails another. What it leaves open HiGHS decides, on these few options.
 
 Source: Kellerer, Pferschy, Pisinger 2004, Knapsack Problems, Sec. 11.2 (relaxation), 3.2 (reduction), 3.4 (lists).
 """
@@ -49,7 +49,8 @@ LOOKED_AT = 4_000_000
 #: A sweep looks for what is better than this share of the gap that is asked for, so that rounding does not undo it.
 SHARE = 0.999
 
-#: HiGHS takes a bound for met that is missed by less; it is given tighter ones.
+#: HiGHS takes a bound for met that is missed by less, and a choice for the best if no other is better by more: it is
+#: given tighter bounds, and what it proves is lowered.
 SOLVER_TOLERANCE = 2e-6
 
 
@@ -146,19 +147,30 @@ class MultipleChoice:
                 return current
             current = step
 
-    def solved(self, errors: Floats, relative_gap: float, deadline: float) -> tuple[Indices | None, float]:
-        """A choice by HiGHS that meets the bounds, of errors (options,) that are close to the least, and their bound.
+    def solved(
+        self, errors: Floats, relative_gap: float, deadline: float, nodes: int | None
+    ) -> tuple[Indices | None, float]:
+        """A choice by HiGHS that meets the bounds, of least total error but for a gap, and a bound of that error.
 
-        No choice if there is none, or none was found in time; then the bound is infinity if that is proven.
+        Args:
+            errors: (options,), so scaled that what they add up to is about one: HiGHS has an absolute tolerance.
+            relative_gap: Of the total error.
+            deadline: When to stop, in the seconds of `time.monotonic`.
+            nodes: At most so many.
+
+        Returns:
+            No choice if there is none, or none was found in time; the bound is infinity if there is none.
         """
-        bound, scale = -np.inf, float(np.abs(errors).max()) or 1.0
+        bound = -np.inf
         for tighter in (0.0, SOLVER_TOLERANCE):
             room = self.room - tighter * np.abs(self.room)
-            limits: dict[str, float] = {"mip_rel_gap": relative_gap, "node_limit": NODES}
+            limits: dict[str, float] = {"mip_rel_gap": relative_gap}
+            if nodes is not None:
+                limits["node_limit"] = nodes
             if not isinf(deadline):
                 limits["time_limit"] = max(deadline - time.monotonic(), 0.1)
             result = milp(
-                errors / scale,
+                errors,
                 constraints=[
                     LinearConstraint(self._one_of_each(), 1, 1),
                     LinearConstraint(self.costs, -np.inf, room),
@@ -169,7 +181,9 @@ class MultipleChoice:
             )
             if tighter == 0:  # what is shown of tighter bounds holds for them alone
                 known = result.mip_dual_bound
-                bound = np.inf if result.status == INFEASIBLE else -np.inf if known is None else known * scale
+                bound = (
+                    np.inf if result.status == INFEASIBLE else -np.inf if known is None else known - SOLVER_TOLERANCE
+                )
             if result.x is None:
                 break
             ranges = zip(self.starts, self._ends, strict=True)
@@ -242,7 +256,8 @@ def solve(problem: MultipleChoice, relative_gap: float, time_limit_s: float) -> 
     relaxed, reduced = problem.reduced(multipliers)
     found = _local_search(problem, reduced)
     if found is None:
-        found, _ = problem.solved(np.zeros(len(reduced)), relative_gap, deadline)
+        # However long it takes, if there is time: not to have found a choice is no proof that there is none.
+        found, _ = problem.solved(np.zeros(len(reduced)), relative_gap, deadline, None)
         if found is None:
             return None
     best = Choice(found, problem.error(found), relaxed)
@@ -254,7 +269,8 @@ def solve(problem: MultipleChoice, relative_gap: float, time_limit_s: float) -> 
         if len(part.starts) < len(problem.starts):  # a group has nothing that could make the choice better
             return replace(best, lower_bound=cutoff)
         if width is None:
-            better, proven = part.solved(part.errors, relative_gap / 2, deadline)
+            better, proven = part.solved(part.errors / best.error, relative_gap / 2, deadline, NODES)
+            proven *= best.error
         else:
             better, proven = part.better(multipliers, cutoff, width)
         proven = max(min(proven, cutoff), best.lower_bound)

@@ -112,7 +112,7 @@ class Network:
     latency_drift: float = 1.0
 
     def fixed(self, name: CostName) -> float:
-        """Cost of everything but the layers' weights: the original's total less its dense layers."""
+        """Cost of everything but the layers' weights: the whole with no layer replaced, less these layers."""
         return self.unchanged(name) - sum(float(values[0]) for values in self.values(name))
 
     def unchanged(self, name: CostName) -> float:

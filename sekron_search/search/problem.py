@@ -56,7 +56,7 @@ class Problem:
         return best_reachable(self.network, list(self.bounds))
 
     def bounds_at(self, level: float) -> dict[CostName, float]:
-        """The bounds at a level: 0 is the budget, 1 the original's costs, -1 the least that can be reached."""
+        """The bounds at a level: 0 is the budget, 1 that of no layer replaced, -1 the least in reach."""
 
         def step(cost: CostName, bound: float) -> float:
             return max(self.network.unchanged(cost) - bound, 0.0) if level > 0 else max(bound - self.least[cost], 0.0)
@@ -78,7 +78,7 @@ class Problem:
         """The assignment of least total error at a level of the budget.
 
         Args:
-            level: 0 is the budget, 1 the original's costs, -1 the least that can be reached.
+            level: 0 is the budget, 1 the costs with no layer replaced, -1 the least that can be reached.
             errors: Of every option of every layer.
             relative_gap: How close to the best the solution is proven to be.
 

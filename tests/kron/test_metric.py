@@ -94,7 +94,7 @@ def test_large_factors_are_whitened_mode_by_mode() -> None:
     moment = torch.kron(torch.kron(torch.kron(c1, c2), h), w)[None]
     outer = torch.kron(definite(2, seed=7)[0], definite(4, seed=8)[0])[None]
     metric = InputMetric(moment, torch.zeros(1, len(moment[0])).double(), outer)
-    whitening = Whitening(structure, metric, most=2)
+    whitening = Whitening(structure, metric, most=4)
     assert whitening.sizes == [[2, 4, 3, 1], [4, 2, 1, 3]]
     factors = [a.double() for a in random_factors(structure, groups=1)]
     weight, other = reconstruct_batch(structure, factors), gaussian(1, *structure.weight_shape, seed=8)
@@ -103,6 +103,11 @@ def test_large_factors_are_whitened_mode_by_mode() -> None:
         torch.testing.assert_close(back, a)
     ratio = float(metric.norm(weight) / metric.norm(other))
     assert float(whitening(weight).norm() / whitening(other).norm()) == pytest.approx(ratio, rel=1e-6)
+    # Modes that are larger still keep their coordinates.
+    assert [[root is None for root in roots[1:]] for roots in Whitening(structure, metric, most=2).roots] == [
+        [True, True, True],
+        [False, True, True],
+    ]
 
 
 def test_partial_traces_are_those_of_the_definition() -> None:

@@ -10,7 +10,7 @@ from sekron_search.kron import families as fam
 from sekron_search.kron import refine
 from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.products import MetricProduct
-from sekron_search.kron.projection import reconstruct_batch
+from sekron_search.kron.projection import project, reconstruct_batch
 from sekron_search.kron.structure import Structure
 
 SHAPE = (8, 6, 3, 3)
@@ -84,3 +84,21 @@ def test_the_largest_layers_get_the_first_steps_only(monkeypatch: pytest.MonkeyP
     short = refine.Refiner(weight, metric)
     error = short.fit(structure, steps=40).rel_error
     assert long < error < short.start(structure).rel_error
+
+
+def test_ranks_beyond_a_mode_are_fitted_where_evaluations_are_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns beyond a basis are none: such structures, which hold any weight, lose nothing."""
+    structure = fam.tucker2(SHAPE, (SHAPE[0] + 3, SHAPE[1] + 2))
+    monkeypatch.setattr(refine, "CHEAP_PRODUCTS", 0)
+    found = refine.Refiner(gaussian(1, *SHAPE, seed=4), metric_of(1, curvature=True)).fit(structure, steps=10)
+    assert found.rel_error < 1e-3
+
+
+def test_a_refinement_takes_all_the_steps_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only options of tables have few steps at large layers; a layer of a chosen network is worth them all."""
+    weight, metric, structure = gaussian(1, *SHAPE, seed=4), metric_of(1, curvature=True), STRUCTURES[4]
+    start = project(weight, structure)
+    free = refine.refine(structure, start, weight, metric, steps=30).rel_error
+    monkeypatch.setattr(refine, "CHEAP_PRODUCTS", 0)
+    monkeypatch.setattr(refine, "PRODUCTS", 0.0)
+    assert refine.refine(structure, start, weight, metric, steps=30).rel_error == free

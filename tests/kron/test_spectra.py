@@ -7,11 +7,11 @@ from torch import Tensor
 from sekron_search.kron import families as fam
 from sekron_search.kron import spectra as module
 from sekron_search.kron.enumeration import factor_shapes
-from sekron_search.kron.projection import fit_batch, project
+from sekron_search.kron.projection import fit_batch, project, reconstruct_batch
 from sekron_search.kron.spectra import PairSpectra, core_tails, error_bound, nested_tails
-from sekron_search.kron.structure import Shape
+from sekron_search.kron.structure import Shape, Structure
 from sekron_search.kron.svd import core_of
-from tests.cases import SHAPE, STRUCTURES
+from tests.cases import SHAPE, STRUCTURES, random_factors
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -158,3 +158,14 @@ def test_errors_of_cores_at_all_ranks_are_those_of_their_bases(ranks: tuple[int,
         assert float(found[ranks]) == pytest.approx(float(w.square().sum() - kept.square().sum()), abs=1e-9)
         fitted = project(w[None], structure, sweeps=100).rel_error ** 2 * float(w.square().sum())
         assert fitted <= float(found[ranks]) + 1e-9
+
+
+def test_what_is_traced_from_single_precision_has_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small spectrum, exact alone, but traced from a large one: its bound has to make up for that."""
+    structure = Structure.parse("8x8x1x1[a] * 4x2x1x1[a] * 4x8x1x1[a]; a=1")
+    weight = reconstruct_batch(structure, [a.double() for a in random_factors(structure, groups=1)])
+    monkeypatch.setattr(module, "DOUBLE_UP_TO", 64)
+    spectra = PairSpectra(weight)
+    spectra.compute([(8, 8, 1, 1), (8, 16, 1, 1), (32, 4, 1, 1)], workers=1)
+    assert spectra.error((8, 8, 1, 1), 1) > 1e-6  # more than rounding in double leaves
+    assert error_bound(structure, spectra) < 1e-6

@@ -161,3 +161,20 @@ def test_what_no_sweep_proves_the_solver_does(monkeypatch: pytest.MonkeyPatch) -
         assert found.error == pytest.approx(exact.error, rel=1e-6)
         assert found.error * (1 - 1e-5) <= found.lower_bound <= exact.error * (1 + 1e-9)
         assert problem.excess(found.options) == 0
+
+
+def test_a_total_far_below_the_largest_error_is_proven_no_closer_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS has absolute tolerances: its bounds may be no higher than what any choice has."""
+    monkeypatch.setattr(multiple_choice, "WIDTHS", (1,))
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        costs = rng.uniform(0.05, 1, (2, 24))
+        errors = np.exp(rng.uniform(-14, 0, 24)) * (1.2 - costs.mean(axis=0))
+        problem = MultipleChoice(errors, costs, np.full(2, 4.0), np.repeat(np.arange(6), 4))
+        choices = every_choice(problem)
+        meets = (problem.costs[:, choices].sum(axis=2) <= problem.room[:, None]).all(axis=0)
+        best = problem.errors[choices[meets]].sum(axis=1).min()
+        found = solve(problem, 1e-3, 10.0)
+        assert found is not None
+        assert found.lower_bound <= best * (1 + 1e-9)
+        assert best <= found.error <= best * (1 + 2e-3)
