@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib as mpl
 
@@ -11,6 +12,7 @@ from sekron_search.files import read_json
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"))
 
@@ -29,8 +31,11 @@ def plot(path: Path) -> None:
             axes.scatter(scores, accuracies, c=colour, marker=marker, s=22, label=budget)
         if proxy["name"] not in ("flops", "untrained_metric"):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"tau {proxy['tau']:.2f} ({proxy['low']:.2f} to {proxy['high']:.2f})", fontsize=10)
-        axes.set_xlabel(proxy["label"], fontsize=9)
+        axes.set_xlabel(fill(proxy["label"], 44), fontsize=9)
         axes.grid(alpha=0.3)
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy after one epoch, %")
