@@ -35,7 +35,7 @@ CHANGES = (0.1, 0.3)
 
 #: Partial choices that a sweep goes on with: the next number where one does not prove the gap. What even the last does
 #: not prove is left to HiGHS: close to what no choice meets, it branches on what a sweep has to keep.
-WIDTHS = (200, 2_000)
+WIDTHS = (200, 2_000, 20_000)
 
 #: Nodes of HiGHS at most, which take a minute or so: without a limit of time a solution is the same on every machine.
 NODES = 20_000
