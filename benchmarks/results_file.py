@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ class Target:
     def to_json(self) -> dict[str, Any]:
         met = self.value >= self.bound if self.at_least else self.value <= self.bound
         return {"name": self.name, "value": self.value, "bound": self.bound, "met": bool(met)}
+
+
+def budget_targets(report: Mapping[str, Any], case: str) -> list[Target]:
+    """That the network of a run's report costs no more flops than was allowed."""
+    return [Target(f"flops at {case}", item["value"], item["bound"], at_least=False) for item in report["budgets"]]
 
 
 def write_results(name: str, targets: list[Target], samples: Any, *, command: str) -> Path:

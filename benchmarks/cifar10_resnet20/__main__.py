@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.cifar10_resnet20.config import TEMPLATE, config_of
-from benchmarks.results_file import Target, write_results
+from benchmarks.results_file import Target, budget_targets, write_results
 from sekron_search.api import job_from_config
 from sekron_search.progress import ConsoleReporter
 from sekron_search.run import run
@@ -67,10 +67,7 @@ def main() -> None:
                 ("after 3 epochs", final, case.trained),
             ):
                 targets.append(Target(f"top-1 at {case.budget} flops {what}, seed {seed}", value, bound))
-            for item in report["budgets"]:
-                targets.append(
-                    Target(f"flops at {case.budget}, seed {seed}", item["value"], item["bound"], at_least=False)
-                )
+            targets += budget_targets(report, f"{case.budget}, seed {seed}")
             keys = ("original", "compressed", "metric_without_training", "budgets", "divergence", "curve", "layers")
             samples.append({"budget": case.budget, "seed": seed, **{key: report[key] for key in keys}})
     write_results("cifar10_resnet20", targets, samples, command="make bench NAME=cifar10_resnet20 DATA=...")

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.results_file import Target, write_results
+from benchmarks.results_file import Target, budget_targets, write_results
 from benchmarks.super_resolution.plot import plot
 from benchmarks.super_resolution.train import train
 from sekron_search.api import job_from_config
 from sekron_search.config import Config
+from sekron_search.files import read_json
 from sekron_search.progress import ConsoleReporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
@@ -62,18 +63,16 @@ def main() -> None:
     for seed in args.seeds:
         for budget, (_, most) in CASES.items():
             config = config_of(archive, weights, budget, seed, args.runs / "tables")
-            job, folder = job_from_config(config), RunFolder(args.runs / f"flops-{budget}-seed-{seed}")
-            report = run(job, folder, ConsoleReporter(), resume=True)
-            assert job.validate is not None
+            folder = RunFolder(args.runs / f"flops-{budget}-seed-{seed}")
+            report = run(job_from_config(config), folder, ConsoleReporter(), resume=True)
             drops = {
-                "Set14": job.validate(job.model.eval()) - report["validation_metric"],
+                "Set14": read_json(folder.original)["validation_metric"] - report["validation_metric"],
                 "Set5": report["original"]["metric"] - report["compressed"]["metric"],
             }
             for name, drop in drops.items():
                 what = f"PSNR lost on {name} at {budget} flops, dB, seed {seed}"
                 targets.append(Target(what, drop, most, at_least=False))
-            for item in report["budgets"]:
-                targets.append(Target(f"flops at {budget}, seed {seed}", item["value"], item["bound"], at_least=False))
+            targets += budget_targets(report, f"{budget}, seed {seed}")
             keys = (
                 "original",
                 "compressed",

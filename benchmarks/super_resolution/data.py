@@ -91,7 +91,12 @@ def smaller(images: Tensor) -> Tensor:
     """(N, 3, H, W) at half the size by bicubic interpolation with antialiasing, rounded to 8 bits."""
     size = [n // SCALE for n in images.shape[2:]]
     small = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
-    return (small.clamp(0, 1) * 255).round() / 255
+    return in_8_bits(small)
+
+
+def in_8_bits(images: Tensor) -> Tensor:
+    """As a file would hold them: clipped to [0, 1], rounded to multiples of 1 / 255."""
+    return (images.clamp(0, 1) * 255).round() / 255
 
 
 def cropped(image: Tensor) -> Tensor:
@@ -109,8 +114,7 @@ def luma(images: Tensor) -> Tensor:
 def psnr(output: Tensor, target: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of the luma of an image (1, 3, H, W), rounded to 8 bits, without its border."""
     kept = slice(BORDER, -BORDER)
-    rounded = (output.clamp(0, 1) * 255).round() / 255
-    error = (luma(rounded) - luma(target))[:, kept, kept].double().square().mean()
+    error = (luma(in_8_bits(output)) - luma(target))[:, kept, kept].double().square().mean()
     return float(-10 * error.clamp_min(1e-12).log10())
 
 
