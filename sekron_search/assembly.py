@@ -17,7 +17,7 @@ from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import Inputs, batch_size, layer_like, replace_layers
-from sekron_search.prepare import Tables
+from sekron_search.network_tables import Tables
 from sekron_search.search.options import Assignment
 from sekron_search.search.trial import Evaluation, Trial
 from sekron_search.sequential import fit_sequentially

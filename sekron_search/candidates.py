@@ -16,7 +16,7 @@ from sekron_search.errors import InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.job import Job
-from sekron_search.prepare import Tables
+from sekron_search.network_tables import Tables
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import with_memory_format

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from sekron_search.calibration import collect_metrics, memory_groups
-from sekron_search.costs.memory import PeakMemory, peak_memory
+from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile
 from sekron_search.divergence import check_divergence, reference_outputs
 from sekron_search.errors import DataError
 from sekron_search.files import digest, read_json, write_json
 from sekron_search.fitting import FitJob, Fitter
-from sekron_search.inspection import Inspection, inspect_model
+from sekron_search.inspection import inspect_model
 from sekron_search.job import Job
 from sekron_search.kron.metric import InputMetric
 from sekron_search.model import LayerInfo, layer_weight
+from sekron_search.network_tables import Tables
 from sekron_search.progress import Reporter
+from sekron_search.response import with_responses
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import threads
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import best_reachable, infeasible, solve_knapsack
-from sekron_search.search.options import LayerTable, Network
+from sekron_search.search.options import LayerTable
 from sekron_search.search.space import SearchSpace
 from sekron_search.selection import worthwhile
 from sekron_search.tables import FittedLayer, cheapest_table, load_table, table_files, table_key
@@ -46,40 +45,15 @@ EARLY_OPTIONS = 4
 TIMED_SCHEDULES = 3
 
 
-@dataclass(frozen=True)
-class Tables:
-    """The original's facts, and what every layer can become.
-
-    `files` is where the options' factors are kept, `whole` the tables before what the budget never picks was left out.
-    """
-
-    inspection: Inspection
-    layers: tuple[LayerInfo, ...]
-    original: dict[str, float]
-    memory: PeakMemory
-    layout: Layout
-    fitted: tuple[FittedLayer, ...]
-    files: tuple[Path, ...] = ()
-    whole: Network | None = None
-
-    @cached_property
-    def network(self) -> Network:
-        """The tables as the search sees them."""
-        tables = (dataclasses.replace(f.table, outside_bytes=self.memory.outside[f.table.name]) for f in self.fitted)
-        formats = self.layout.original_ms
-        drift = formats[self.layout.memory_format] / formats[self.layout.original_format]
-        return Network(tuple(tables), self.original, float(self.memory.floor), latency_drift=drift)
-
-
 def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
-    """The tables, with the latencies of their options where latency is budgeted, less what the budget never picks.
+    """The tables for a search: less what the budget never picks, with responses, and latencies where they are budgeted.
 
     Raises:
         InfeasibleBudgetError: If a latency budget cannot be met with the options that are faster than the original.
     """
     whole = prepare_whole(job, folder, reporter)
     fitted = tuple(f.pruned(job.settings.bounds.names) for f in whole.fitted)
-    return dataclasses.replace(whole, fitted=fitted, whole=whole.network)
+    return with_responses(job, dataclasses.replace(whole, fitted=fitted, whole=whole.network), folder, reporter)
 
 
 def prepare_whole(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:

@@ -15,7 +15,7 @@ from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence as output_divergence
 from sekron_search.model import Inputs, part_of
 from sekron_search.response import LinearResponse, normalised_outputs
-from sekron_search.search.knapsack import additive_error, additive_errors
+from sekron_search.search.knapsack import additive_error, additive_errors, curvature_errors
 from sekron_search.search.options import Assignment
 
 #: Held-out samples of the proxy that looks at few.
@@ -34,8 +34,13 @@ class Judge:
         self.network = assembler.tables.network
 
     @cached_property
-    def errors(self) -> list[NDArray[np.float64]]:
-        """The knapsack's errors of every option of every layer."""
+    def curvature_errors(self) -> list[NDArray[np.float64]]:
+        """By the curvature, of every option of every layer."""
+        return curvature_errors(self.network)
+
+    @cached_property
+    def additive_errors(self) -> list[NDArray[np.float64]]:
+        """The knapsack's, of every option of every layer."""
         return additive_errors(self.network)
 
     @cached_property
@@ -90,14 +95,19 @@ def output_error(subject: Subject) -> float:
 
 
 def curvature(subject: Subject) -> float:
-    """The same, weighted by how sensitive the network's outputs are to each layer: what the knapsack minimises."""
-    return additive_error(subject.judge.errors, subject.assignment)
+    """The same, weighted by how sensitive the network's outputs are to each layer."""
+    return additive_error(subject.judge.curvature_errors, subject.assignment)
 
 
 def responses(subject: Subject) -> float:
     """Sum over the layers of the divergence with that layer alone compressed: no interaction between layers at all."""
     response = subject.judge.response
     return sum(response.divergence_alone(layer, option) for layer, option in enumerate(subject.assignment))
+
+
+def additive(subject: Subject) -> float:
+    """Sum of the geometric means of curvature and response: what the knapsack minimises, from the tables alone."""
+    return additive_error(subject.judge.additive_errors, subject.assignment)
 
 
 def propagated(subject: Subject) -> float:
@@ -169,6 +179,7 @@ PROXIES: dict[str, Proxy] = {
     "weight_error": Proxy(weight_error, "weight error"),
     "output_error": Proxy(output_error, "output error, data-aware"),
     "curvature": Proxy(curvature, "output error weighted by curvature"),
+    "additive": Proxy(additive, "what the knapsack adds up: curvature and responses in the tables"),
     "responses": Proxy(responses, "divergences with one layer compressed, added up", _respond),
     "propagated": Proxy(propagated, "divergence of outputs to which each layer's change is added", _respond),
     "divergence_few": Proxy(divergence_few, f"divergence on {FEW_SAMPLES} held-out samples"),

@@ -35,6 +35,7 @@ class RunFolder:
         self.layout = self.path / "layout.json"
         self.calibration = self.path / "calibration.json"
         self.tables = self.path / "tables"
+        self.responses = self.path / "responses.json"
         self.study = self.path / "study.journal"
         self.search = self.path / "search.json"
         self.network = self.path / "network.json"

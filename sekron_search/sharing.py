@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sekron_search.errors import StorageError
-from sekron_search.prepare import Tables
+from sekron_search.network_tables import Tables
 from sekron_search.rundir import RunFolder
 from sekron_search.search.artifacts import Artifacts
 from sekron_search.search.ledger import Ledger
@@ -73,6 +73,6 @@ class Sharing:
 
 def shared_files(folder: RunFolder, tables: Tables) -> dict[str, Path]:
     """What a worker needs of a run that has prepared its tables, by name in its run folder."""
-    files = [folder.manifest, folder.config, folder.layout, folder.original, folder.profile]
+    files = [folder.manifest, folder.config, folder.layout, folder.original, folder.profile, folder.responses]
     named = {path.name: path for path in files if path.exists()}
     return named | {f"{folder.tables.name}/{path.name}": path for path in tables.files}

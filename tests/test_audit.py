@@ -14,7 +14,8 @@ from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, 
 from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
-from sekron_search.prepare import Tables, prepare
+from sekron_search.network_tables import Tables
+from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.proxies import PROXIES
 from sekron_search.ranking import kendall

@@ -12,8 +12,9 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIIISampler, NSGAIISampler, RandomSampler, TPESampler
 
+from sekron_search.search.knapsack import additive_errors, curvature_errors
 from sekron_search.search.ledger import Ledger
-from sekron_search.search.options import Assignment
+from sekron_search.search.options import Assignment, Network
 from sekron_search.search.problem import START_LEVELS, Problem
 from sekron_search.search.study import objectives, run_study
 from sekron_search.search.trial import Evaluation
@@ -124,12 +125,21 @@ def _moved(
     return errors
 
 
-def knapsack(problem: Problem, measure: Measure, trials: int) -> Iterator[Assignment]:
-    """The knapsack's own solutions at as many levels as there are trials: what trials have to improve on."""
-    for level in [*START_LEVELS, *np.linspace(-1, 1, max(trials - len(START_LEVELS), 0))][:trials]:
-        chosen = problem.solve(float(level), problem.errors).assignment
-        measure(chosen)
-        yield chosen
+def knapsack(errors: Callable[[Network], Sequence[np.ndarray]]) -> Method:
+    """The knapsack's own solutions at as many levels as there are trials: what trials have to improve on.
+
+    Args:
+        errors: What the knapsack adds up.
+    """
+
+    def search(problem: Problem, measure: Measure, trials: int) -> Iterator[Assignment]:
+        own = errors(problem.network)
+        for level in [*START_LEVELS, *np.linspace(-1, 1, max(trials - len(START_LEVELS), 0))][:trials]:
+            chosen = problem.solve(float(level), own).assignment
+            measure(chosen)
+            yield chosen
+
+    return search
 
 
 def ours(problem: Problem, measure: Measure, trials: int) -> Iterator[Assignment]:
@@ -153,7 +163,8 @@ def _starts(problem: Problem) -> Iterator[Assignment]:
 #: Methods by name, and of how many trials each gets. Those on the raw space get ten times as many as ours needs.
 METHODS: dict[str, tuple[Method, int]] = {
     "ours": (ours, 100),
-    "knapsack alone": (knapsack, 100),
+    "knapsack alone": (knapsack(additive_errors), 100),
+    "knapsack without responses": (knapsack(curvature_errors), 100),
     "NSGA-II": (raw("NSGA-II", started=False), 500),
     "TPE": (raw("TPE", started=False), 500),
     "random": (raw("random", started=False), 500),

@@ -13,7 +13,11 @@ from sekron_search.files import read_json
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-STYLES = {"ours": ("black", 2.5), "knapsack alone": ("#888888", 2.0)}
+STYLES = {
+    "ours": ("black", 2.5),
+    "knapsack alone": ("#888888", 2.0),
+    "knapsack without responses": ("#bbbbbb", 2.0),
+}
 
 
 def plot(path: Path) -> None:

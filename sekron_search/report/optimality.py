@@ -100,8 +100,8 @@ def optimality_section(report: Mapping[str, Any], plots: Sequence[str]) -> str:
         )
     lines = [
         "## How close to the best",
-        f"The search starts from an additive error: squared output errors of layers, by how much each matters, added "
-        f"up. No choice of the options fitted has one below {facts['lower_bound']:.6g} within the budget: that is "
+        f"The search starts from an additive error: what each layer's error does to the network's outputs, added up. "
+        f"No choice of the options fitted has one below {facts['lower_bound']:.6g} within the budget: that is "
         f"proven. The chosen network's is {facts['error']:.6g}, {facts['gap']:.2%} of it above that"
         + ("." if facts["within_bounds"] else "; by the tables its costs are not quite within the budget.")
         + " Trials measure divergences, which an additive error only comes near, and may well prefer a network that "

@@ -35,15 +35,32 @@ def gap(error: float, lower_bound: float) -> float:
 
 
 def additive_errors(network: Network) -> list[NDArray[np.float64]]:
+    """What the knapsack adds up, of every option of every layer.
+
+    Where responses were measured, the geometric mean of `curvature_errors` and of them. The curvature is that of small
+    errors in the original network and knows no saturation; a response is measured with all other layers unharmed, and
+    saturates too early. Their mean's solutions diverge less than either's, at budgets loose and tight.
+    """
+    curved = curvature_errors(network)
+    if not all(table.responses for table in network.tables):
+        return curved
+    measured = _scaled([table.response_to(table.errors) for table in network.tables])
+    return [np.sqrt(a * b) for a, b in zip(_scaled(curved), measured, strict=True)]
+
+
+def curvature_errors(network: Network) -> list[NDArray[np.float64]]:
     """The squared relative output error of every option of every layer, by how sensitive the network is to it."""
     known = [table.sensitivity for table in network.tables if table.sensitivity is not None]
     # Relative to their mean: the solver's tolerances are absolute, and the mean stands for what is not known.
     mean = float(np.mean(known)) if known else 1.0
     weights = [1.0 if table.sensitivity is None else table.sensitivity / mean for table in network.tables]
-    return [
-        weight * np.array([o.error**2 for o in table.options])
-        for weight, table in zip(weights, network.tables, strict=True)
-    ]
+    return [weight * table.errors**2 for weight, table in zip(weights, network.tables, strict=True)]
+
+
+def _scaled(errors: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """Relative to the layers' mean."""
+    mean = float(np.mean([own.mean() for own in errors]))
+    return [own / mean if mean > 0 else own for own in errors]
 
 
 def additive_error(errors: Sequence[NDArray[np.float64]], assignment: Assignment) -> float:

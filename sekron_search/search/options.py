@@ -84,12 +84,30 @@ class LayerTable:
         outside_bytes: What is alive besides the layer's working set while it runs, on the example batch.
         sensitivity: What a squared relative error of the layer's output counts, compared with other layers; None if
             that is unknown.
+        responses: Of some of the options, by increasing error: the relative error of the layer's output, above 0, and
+            the divergence of the network in which that option alone is not the original. Empty if none was measured.
     """
 
     name: str
     options: tuple[Option, ...]
     outside_bytes: int = 0
     sensitivity: float | None = None
+    responses: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def errors(self) -> NDArray[np.float64]:
+        """The relative error of the layer's output with every option."""
+        return np.array([option.error for option in self.options])
+
+    def response_to(self, errors: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The divergence with this layer alone at some relative errors of its output, by the responses measured.
+
+        Straight lines between them in logarithms; outside, it goes as the squared error.
+        """
+        known, found = np.log(np.array(self.responses).T)
+        wanted = np.log(np.maximum(errors, np.finfo(float).tiny))
+        inside = np.clip(wanted, known[0], known[-1])
+        return np.where(errors > 0, np.exp(np.interp(inside, known, found) + 2 * (wanted - inside)), 0.0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sekron_search.files import read_json, write_json
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ def network_json(network: Network) -> dict[str, Any]:
 
 def network_from_json(data: Mapping[str, Any]) -> Network:
     """Inverse of `network_json`."""
-    tables = tuple(
-        LayerTable(**{**table, "options": tuple(Option.from_json(o) for o in table["options"])})
-        for table in data["tables"]
-    )
-    return Network(**{**data, "tables": tables})
+    return Network(**{**data, "tables": tuple(_table(table) for table in data["tables"])})
+
+
+def _table(data: Mapping[str, Any]) -> LayerTable:
+    options = tuple(Option.from_json(o) for o in data["options"])
+    responses = tuple((float(error), float(response)) for error, response in data["responses"])
+    return LayerTable(**{**data, "options": options, "responses": responses})

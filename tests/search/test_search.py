@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sekron_search.errors import ConfigError, InfeasibleBudgetError, StorageError
 from sekron_search.search.budget import Budget, CostName
-from sekron_search.search.knapsack import additive_errors, best_reachable, solve_knapsack
+from sekron_search.search.knapsack import additive_errors, best_reachable, curvature_errors, solve_knapsack
 from sekron_search.search.ledger import Ledger
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
 from sekron_search.search.pareto import front, non_dominated
@@ -69,6 +69,44 @@ def test_an_error_counts_by_the_layers_sensitivity() -> None:
         network = replace(NETWORK, tables=tables_)
         found = solve_knapsack(network, {"flops": 250}, additive_errors(network))
         assert found.assignment[sensitive] == 0
+
+
+def test_responses_are_straight_lines_in_logarithms() -> None:
+    table = replace(NETWORK.tables[0], responses=((0.1, 0.02), (0.4, 0.08)))
+    found = table.response_to(np.array([0.0, 0.1, 0.2, 0.4, 0.05, 0.8]))
+    # Between the two it goes as the error, for their ratio does; outside as its square.
+    np.testing.assert_allclose(found, [0.0, 0.02, 0.04, 0.08, 0.005, 0.32])
+
+
+def test_an_additive_error_is_the_geometric_mean_of_curvature_and_response() -> None:
+    told = [((0.1, 3.0), (0.3, 5.0), (0.7, 6.0)), ((0.05, 1.0), (0.2, 2.0), (0.6, 9.0)), ((0.2, 4.0), (0.9, 8.0))]
+    sensitivities = (1.0, 4.0, 2.0)
+    network = replace(
+        NETWORK,
+        tables=tuple(
+            replace(t, responses=r, sensitivity=s) for t, r, s in zip(NETWORK.tables, told, sensitivities, strict=True)
+        ),
+    )
+    found = additive_errors(network)
+    for layer, (own, table, responses) in enumerate(zip(found, network.tables, told, strict=True)):
+        assert own[0] == 0.0
+        for error, response in responses:
+            index = [o.error for o in table.options].index(error)
+            expected = math.sqrt(sensitivities[layer] * error**2 * response)
+            assert own[index] / found[0][1] == pytest.approx(expected / math.sqrt(0.1**2 * 3.0))
+    doubled = replace(
+        network,
+        tables=tuple(replace(t, responses=tuple((e, 2 * r) for e, r in t.responses)) for t in network.tables),
+    )
+    for own, other in zip(found, additive_errors(doubled), strict=True):
+        np.testing.assert_allclose(own, other)
+
+
+def test_responses_count_only_where_every_layer_has_some() -> None:
+    first = replace(NETWORK.tables[0], responses=((0.1, 3.0), (0.7, 6.0)))
+    network = replace(NETWORK, tables=(first, *NETWORK.tables[1:]))
+    for own, other in zip(additive_errors(network), curvature_errors(NETWORK), strict=True):
+        np.testing.assert_array_equal(own, other)
 
 
 def test_front_is_sorted_and_leaves_nan_out() -> None:
