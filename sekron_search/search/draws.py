@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from sekron_search.search.budget import CostName
-from sekron_search.search.knapsack import additive_errors, solve_knapsack
+from sekron_search.search.knapsack import curvature_errors, solve_knapsack
 from sekron_search.search.options import Assignment, Network
 
 #: Errors of layers, and of options, are multiplied by up to two to this power, or divided.
@@ -26,7 +26,9 @@ def draw_assignment(
     rng: np.random.Generator,
     known: Collection[Assignment] = (),
 ) -> Assignment:
-    """The knapsack's solution for additive errors with a random multiplier per layer and per option.
+    """The knapsack's solution for errors by the curvature with a random multiplier per layer and per option.
+
+    Not for those with responses: proxies that know these are to be judged by what they had no part in.
 
     Args:
         network: Tables and fixed costs.
@@ -37,11 +39,11 @@ def draw_assignment(
     Raises:
         InfeasibleBudgetError: If no assignment meets the bounds.
     """
-    additive = additive_errors(network)
+    curved = curvature_errors(network)
     for _ in range(ATTEMPTS):
         errors = [
             e * 2 ** (rng.uniform(-LAYER_OCTAVES, LAYER_OCTAVES) + rng.uniform(-OPTION_OCTAVES, OPTION_OCTAVES, len(e)))
-            for e in additive
+            for e in curved
         ]
         assignment = solve_knapsack(network, bounds, errors, relative_gap=GAP).assignment
         if assignment not in known:
