@@ -18,7 +18,7 @@ from sekron_search import DataBundle
 SCALE = 2
 
 #: Pixels of a low-resolution patch, and patches of every training image.
-PATCH, PATCHES = 48, 20
+PATCH, PATCHES = 32, 20
 
 #: Pixels at the border of a large image that do not count: an upsampling has less to go by there.
 BORDER = 2
