@@ -28,7 +28,7 @@ TOLERANCE = 1e-6
 
 #: Products that may be spent on the descent of an option that is dear: at the largest layers the first few steps have
 #: to do. They gain most.
-PRODUCTS, LEAST_STEPS = 5e9, 3
+PRODUCTS, LEAST_STEPS = 5e9, 2
 
 #: An evaluation of more products is dear: then the passes of a start, with a core and without, and the decrease that
 #: ends a descent.
