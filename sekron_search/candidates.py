@@ -229,7 +229,7 @@ class Finder:
             return []
         home = self.home(candidate.assignment)
         halving.start()
-        with self.reporter.task(what, distillation.total_steps) as task:
+        with self.reporter.task(what, distillation.total_batches) as task:
             curve = distillation.train(
                 with_memory_format(network, self.tables.layout.memory_format),  # fastest forward is fastest backward
                 checkpoint=home / "checkpoint.pt",

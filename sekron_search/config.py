@@ -162,25 +162,27 @@ class FinetuneConfig(_Section):
         epochs: Of training at most; 0 trains nothing.
         candidates: How many of the front's best feasible networks are trained, with successive halving.
         batch_size, learning_rate, weight_decay: Of AdamW, with cosine decay after a warm-up.
+        accumulate: Batches whose gradients are averaged for one step, where more do not fit in memory at a time.
         temperature: Of the distillation, for "kl".
         loss: Of the outputs: "auto" compares logits by divergence and labels by cross-entropy, other outputs by squared
             errors; "l1" compares these by absolute ones; a function of (output, target), `package.module:function`,
             replaces what the targets are compared by.
         label_weight: Weight of the targets' loss; the original's outputs get the rest.
         layer_weight: Weight of the error of the replaced layers' outputs, which is added; 0 leaves it out.
-        autocast: "bfloat16" computes forward and backward passes in it.
+        autocast: "bfloat16" or "float16": what passes are computed in; losses are scaled for float16.
     """
 
     epochs: NonNegative = 3
     candidates: Positive = 2
     batch_size: Positive = 128
+    accumulate: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     temperature: Annotated[float, Field(gt=0)] = 3.0
     loss: Loss = "auto"
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     layer_weight: Annotated[float, Field(ge=0)] = 4.0
-    autocast: Literal["bfloat16"] | None = None
+    autocast: Literal["bfloat16", "float16"] | None = None
 
 
 class AuditConfig(_Section):

@@ -109,9 +109,14 @@ class Distillation:
     divergence: DivergenceName
 
     @property
-    def total_steps(self) -> int:
+    def total_batches(self) -> int:
         """Batches of all epochs."""
         return len(self.data) * self.config.epochs
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the optimizer in all epochs."""
+        return -(-len(self.data) // self.config.accumulate) * self.config.epochs
 
     def check(self) -> None:
         """Compute the loss of one batch, before any long work depends on it.
@@ -194,22 +199,28 @@ class Distillation:
         state.model.train()
         device = next(state.model.parameters()).device
         replaced = list(kronecker_layers(state.model)) if self.config.layer_weight else []
-        summed, steps = 0.0, 0
-        for steps, (inputs, target) in enumerate(self.data.epoch(epoch), start=1):
+        summed, done, together = 0.0, 0, self.config.accumulate
+        for done, (inputs, target) in enumerate(self.data.epoch(epoch), start=1):
             loss = self._loss(state.model, replaced, to_device(inputs, device), to_device(target, device))
-            summed += state.step(loss)
+            # What is left over at the end of an epoch makes a step of its own, as large as there are batches in it.
+            state.add(loss / min(together, len(self.data) - (done - 1) // together * together))
+            summed += float(loss.detach())
             if not math.isfinite(summed):
                 raise DataError(
-                    f"fine-tuning: the loss became {summed} in epoch {epoch}, step {steps}; lower "
+                    f"fine-tuning: the loss became {summed} in epoch {epoch}, batch {done}; lower "
                     f"finetune.learning_rate (now {self.config.learning_rate:g}). "
                     f"The checkpoint of epoch {epoch - 1} is kept"
                 )
-            progress((epoch - 1) * len(self.data) + steps)
-        return summed / max(steps, 1)
+            if done % together == 0 or done == len(self.data):
+                state.step()
+            progress((epoch - 1) * len(self.data) + done)
+        return summed / max(done, 1)
 
     def _loss(self, model: nn.Module, replaced: Sequence[str], inputs: tuple[Any, ...], target: Any) -> Tensor:
         config = self.config
-        cast = torch.autocast(inputs[0].device.type, torch.bfloat16) if config.autocast else nullcontext()
+        cast = (
+            torch.autocast(inputs[0].device.type, getattr(torch, config.autocast)) if config.autocast else nullcontext()
+        )
         with cast, _outputs_of(model, replaced) as ours, _outputs_of(self.teacher, replaced) as theirs:
             with torch.no_grad():
                 reference = self.teacher(*inputs)
@@ -252,6 +263,7 @@ class _State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler
     curve: list[dict[str, float]]
 
     @classmethod
@@ -259,16 +271,25 @@ class _State:
         # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
         optimizer = torch.optim.AdamW(_trainable(model), config.learning_rate, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, max(total_steps, 1)))
-        return cls(model, optimizer, schedule, [])
+        # Gradients below the least number of float16 would vanish; bfloat16 has the range of float32.
+        device = next(model.parameters()).device.type
+        scaler = torch.amp.GradScaler(device, enabled=config.autocast == "float16")
+        return cls(model, optimizer, schedule, scaler, [])
 
-    def step(self, loss: Tensor) -> float:
-        """Take a step down the loss; returns the loss."""
-        self.optimizer.zero_grad()
-        loss.backward()
+    def add(self, loss: Tensor) -> None:
+        """Add the gradient of a loss to those that the next step takes together."""
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> None:
+        """Take a step down the gradients that were added."""
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        self.optimizer.step()
-        self.schedule.step()
-        return float(loss.detach())
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.scaler.get_scale() >= scale:  # else float16 overflowed, and the step was left out
+            self.schedule.step()
 
     def to_save(self) -> dict[str, Any]:
         schedule = {name: value for name, value in self.schedule.state_dict().items() if name != "lr_lambdas"}
@@ -276,6 +297,7 @@ class _State:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {**schedule, "lr_lambdas": [None]},
+            "scaler": self.scaler.state_dict(),
             "curve": self.curve,
         }
 
@@ -283,6 +305,7 @@ class _State:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
+        self.scaler.load_state_dict(saved["scaler"])
         self.curve[:] = saved["curve"]
 
 

@@ -66,16 +66,49 @@ def test_a_loss_that_explodes_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     broken = distillation()
     with torch.no_grad():
         next(broken.teacher.parameters()).fill_(float("nan"))
-    with pytest.raises(DataError, match=r"the loss became nan in epoch 2, step 1; lower finetune\.learning_rate"):
+    with pytest.raises(DataError, match=r"the loss became nan in epoch 2, batch 1; lower finetune\.learning_rate"):
         train(broken, model, tmp_path / "checkpoint.pt")
     assert len(read_checkpoint(tmp_path / "checkpoint.pt")["curve"]) == 1
+
+
+def test_gradients_of_several_batches_make_one_step(tmp_path: Path) -> None:
+    """Batches of 8, four at a time, are those of 32 for a network without batch-norm; 3 are left over of 7."""
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 4))
+    images = torch.randn(56, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    start = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter.mul_(0.5)
+    found = []
+    for size, accumulate in ((8, 4), (32, 1)):
+        loader = [(part,) for part in images.split(size)]
+        config = FinetuneConfig(epochs=2, batch_size=size, accumulate=accumulate, layer_weight=0.0)
+        task = Distillation(teacher, TrainingData(loader, size), config, "kl")
+        assert task.total_steps == 4
+        model = copy.deepcopy(start)
+        train(task, model, tmp_path / f"{size}.pt")
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(value, start.state_dict()[name])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_and_resumes_to_the_same(tmp_path: Path, dtype: str) -> None:
+    task = distillation(autocast=dtype)
+    model, again = compressed(task.teacher), compressed(task.teacher)
+    curve = train(task, model, tmp_path / "whole.pt")
+    assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
+    train(task, compressed(task.teacher), tmp_path / "parts.pt", after_epoch=lambda epoch, _: epoch < 2)
+    assert train(task, again, tmp_path / "parts.pt") == curve
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
 
 
 def test_labels_and_loaders_are_taken(tmp_path: Path) -> None:
     teacher = small_net()
     loader: DataLoader[Any] = DataLoader(blobs(64), batch_size=16)
     task = Distillation(teacher, TrainingData(loader, 16), FinetuneConfig(epochs=1), "mse")
-    assert task.total_steps == 4
+    assert task.total_batches == task.total_steps == 4
     assert len(train(task, compressed(teacher), tmp_path / "checkpoint.pt")) == 1
 
 
