@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from sekron_search.job import Job
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
-from sekron_search.model import Inputs, batch_size, layer_like, replace_layers
+from sekron_search.model import Inputs, batch_size, first_batches, layer_like, replace_layers
 from sekron_search.network_tables import Tables
 from sekron_search.search.options import Assignment
 from sekron_search.search.trial import Evaluation, Trial
@@ -150,8 +149,7 @@ class Assembler:
     @cached_property
     def _few(self) -> Sequence[Inputs]:
         """The first calibration batches, of so many samples as a trial needs."""
-        seen = list(accumulate(batch_size(inputs) for inputs in self.job.calibration))
-        return self.job.calibration[: 1 + sum(count < NORM_SAMPLES for count in seen)]
+        return first_batches(self.job.calibration, NORM_SAMPLES)
 
     @cached_property
     def _statistics(self) -> NormStatistics:

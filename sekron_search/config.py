@@ -122,7 +122,8 @@ class SearchConfig(_Section):
         trials: Networks that are tried.
         generation: Trials that are drawn from the same earlier ones: so many workers can share them.
         spread: Share of the trials that look for the front beside the budget.
-        time_limit_s: Seconds after which no more trials are begun; the best so far is then gone on with.
+        time_limit_s: Seconds of trials after which no more are begun; the best so far is then gone on with. What comes
+            before them, tables and responses, is not limited.
         divergence: By what outputs are compared: "kl" for logits of classes, else "mse".
     """
 

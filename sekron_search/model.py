@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
@@ -79,6 +80,12 @@ def batch_size(inputs: Inputs) -> int:
 def part_of(inputs: Inputs, samples: slice) -> Inputs:
     """Some samples of a batch; arguments that have no batch axis stay."""
     return tuple(a[samples] if isinstance(a, Tensor) and a.dim() > 0 else a for a in inputs)
+
+
+def first_batches(batches: Sequence[Inputs], samples: int) -> Sequence[Inputs]:
+    """The first batches, as many as it takes for so many samples; all if there are fewer."""
+    seen = list(accumulate(batch_size(inputs) for inputs in batches))
+    return batches[: 1 + sum(count < samples for count in seen)]
 
 
 def copy_model(model: nn.Module, replaced: Mapping[int, nn.Module] | None = None) -> nn.Module:

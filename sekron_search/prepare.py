@@ -21,7 +21,6 @@ from sekron_search.kron.metric import InputMetric
 from sekron_search.model import LayerInfo, layer_weight
 from sekron_search.network_tables import Tables
 from sekron_search.progress import Reporter
-from sekron_search.response import with_responses
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import threads
 from sekron_search.search.budget import CostName
@@ -29,6 +28,7 @@ from sekron_search.search.knapsack import best_reachable, infeasible, solve_knap
 from sekron_search.search.options import LayerTable
 from sekron_search.search.space import SearchSpace
 from sekron_search.selection import worthwhile
+from sekron_search.table_responses import with_responses
 from sekron_search.tables import FittedLayer, cheapest_table, load_table, table_files, table_key
 from sekron_search.timing import Layout, find_layout, measured_profile, network_costs, with_latencies
 from sekron_search.variants import with_variants
@@ -39,7 +39,6 @@ LATENCY_DOUBT = 1.25
 
 #: Options per layer that are timed for that.
 EARLY_OPTIONS = 4
-
 
 #: Schedules of an option that are timed where latency is budgeted.
 TIMED_SCHEDULES = 3

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sekron_search.assembly import Assembler
@@ -32,16 +30,6 @@ class Judge:
     def __init__(self, assembler: Assembler) -> None:
         self.assembler, self.job = assembler, assembler.job
         self.network = assembler.tables.network
-
-    @cached_property
-    def curvature_errors(self) -> list[NDArray[np.float64]]:
-        """By the curvature, of every option of every layer."""
-        return curvature_errors(self.network)
-
-    @cached_property
-    def additive_errors(self) -> list[NDArray[np.float64]]:
-        """The knapsack's, of every option of every layer."""
-        return additive_errors(self.network)
 
     @cached_property
     def response(self) -> LinearResponse:
@@ -96,7 +84,7 @@ def output_error(subject: Subject) -> float:
 
 def curvature(subject: Subject) -> float:
     """The same, weighted by how sensitive the network's outputs are to each layer."""
-    return additive_error(subject.judge.curvature_errors, subject.assignment)
+    return additive_error(curvature_errors(subject.judge.network), subject.assignment)
 
 
 def responses(subject: Subject) -> float:
@@ -107,7 +95,7 @@ def responses(subject: Subject) -> float:
 
 def additive(subject: Subject) -> float:
     """Sum of the geometric means of curvature and response: what the knapsack minimises, from the tables alone."""
-    return additive_error(subject.judge.additive_errors, subject.assignment)
+    return additive_error(additive_errors(subject.judge.network), subject.assignment)
 
 
 def propagated(subject: Subject) -> float:
@@ -179,7 +167,7 @@ PROXIES: dict[str, Proxy] = {
     "weight_error": Proxy(weight_error, "weight error"),
     "output_error": Proxy(output_error, "output error, data-aware"),
     "curvature": Proxy(curvature, "output error weighted by curvature"),
-    "additive": Proxy(additive, "what the knapsack adds up: curvature and responses in the tables"),
+    "additive": Proxy(additive, "what the knapsack adds up: curvature, and responses where measured"),
     "responses": Proxy(responses, "divergences with one layer compressed, added up", _respond),
     "propagated": Proxy(propagated, "divergence of outputs to which each layer's change is added", _respond),
     "divergence_few": Proxy(divergence_few, f"divergence on {FEW_SAMPLES} held-out samples"),

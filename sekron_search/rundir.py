@@ -15,7 +15,7 @@ from typing import Any
 from sekron_search.errors import RunFolderError
 from sekron_search.files import read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
 
 
 class RunFolder:

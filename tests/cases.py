@@ -226,7 +226,7 @@ CONFIG = """
 model: {factory: "tests.cases:small_net"}
 data: {source: factory, factory: "tests.cases:small_data"}
 budget: {flops: 0.6x, params: 0.8x}
-calibration: {samples: 64, holdout: 64, batch_size: 32, refine_steps: 5, sequential_steps: 5}
+calibration: {samples: 64, holdout: 128, batch_size: 32, refine_steps: 5, sequential_steps: 5}
 search: {trials: 8}
 latency: {batch_size: 4, rounds: 3}
 finetune: {epochs: 2, batch_size: 32, candidates: 2}

@@ -22,6 +22,7 @@ LAYERS = [
     ["audit"],
     ["proxies"],
     ["prepare"],
+    ["table_responses"],
     ["response"],
     ["assembly", "sharing"],
     ["network_tables"],

@@ -132,7 +132,7 @@ def test_folders_of_other_versions_and_strangers_are_refused(finished: Path, tmp
     old = tmp_path / "old"
     old.mkdir()
     (old / "run.json").write_text('{"format": 0}')
-    with pytest.raises(RunFolderError, match="format 0, this version reads format 2"):
+    with pytest.raises(RunFolderError, match="format 0, this version reads format 3"):
         run_config(write_config(tmp_path), old, resume=True)
     stranger = tmp_path / "photos"
     stranger.mkdir()

@@ -126,9 +126,9 @@ def test_unfinished_changed_and_damaged_runs_are_refused(finished: RunFolder, tm
     with pytest.raises(RunFolderError, match="no longer those of its search"):
         with_network(copy, replace(found, record=replace(found.record, network=network)), Reporter())
     copy.network.write_text(json.dumps({"format": 77}))
-    with pytest.raises(RunFolderError, match="expected format 2, got 77"):
+    with pytest.raises(RunFolderError, match="expected format 3, got 77"):
         select(copy, Budget(params="0.5x"))
-    copy.network.write_text(json.dumps({"format": 2, "network": {}}))
+    copy.network.write_text(json.dumps({"format": 3, "network": {}}))
     with pytest.raises(RunFolderError, match="damaged"):
         select(copy, Budget(params="0.5x"))
     copy.network.unlink()

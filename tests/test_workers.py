@@ -34,6 +34,7 @@ from sekron_search.search.searches import searches
 from sekron_search.search.storage import Store, open_store
 from sekron_search.search.trial import Trial, pareto_trials
 from sekron_search.sharing import Sharing
+from sekron_search.table_responses import _Alone
 from sekron_search.worker import work
 from tests.cases import CONFIG, blobs, small_net, write_config
 from tests.processes import CONTEXT, is_writing, resumed, stopped, take_part
@@ -174,8 +175,10 @@ def test_a_worker_elsewhere_fetches_what_it_lacks(
     given: dict[str, Any] = {"storage": sharing.storage, "patience_s": 0}
     with pytest.raises(RunFolderError, match=r"lacks run\.json.*give --artifacts to the run and to its workers"):
         work(elsewhere, Reporter(), artifacts=None, **given)
+    monkeypatch.setattr(_Alone, "divergence", refuse)
     assert work(elsewhere, Reporter(), artifacts=sharing.artifacts, **given) == TRIALS
     assert {p.name for p in elsewhere.tables.iterdir()} == {p.name for p in RunFolder(alone).tables.iterdir()}
+    assert elsewhere.responses.exists()
     monkeypatch.setattr(Assembler, "evaluate", refuse)
     moved.rename(out)
     run_config(config, out, sharing, resume=True)

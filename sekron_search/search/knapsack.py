@@ -42,10 +42,12 @@ def additive_errors(network: Network) -> list[NDArray[np.float64]]:
     saturates too early. Their mean's solutions diverge less than either's, at budgets loose and tight.
     """
     curved = curvature_errors(network)
-    if not all(table.responses for table in network.tables):
+    known = [table.responses for table in network.tables if table.errors.any()]
+    if not all(known):
         return curved
-    measured = _scaled([table.response_to(table.errors) for table in network.tables])
-    return [np.sqrt(a * b) for a, b in zip(_scaled(curved), measured, strict=True)]
+    # Relative to what does not change when options are left out: the layers' last responses.
+    unit = float(np.mean([responses[-1][1] for responses in known])) if known else 1.0
+    return [np.sqrt(own * t.response_to(t.errors) / unit) for own, t in zip(curved, network.tables, strict=True)]
 
 
 def curvature_errors(network: Network) -> list[NDArray[np.float64]]:
@@ -55,12 +57,6 @@ def curvature_errors(network: Network) -> list[NDArray[np.float64]]:
     mean = float(np.mean(known)) if known else 1.0
     weights = [1.0 if table.sensitivity is None else table.sensitivity / mean for table in network.tables]
     return [weight * table.errors**2 for weight, table in zip(weights, network.tables, strict=True)]
-
-
-def _scaled(errors: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-    """Relative to the layers' mean."""
-    mean = float(np.mean([own.mean() for own in errors]))
-    return [own / mean if mean > 0 else own for own in errors]
 
 
 def additive_error(errors: Sequence[NDArray[np.float64]], assignment: Assignment) -> float:

@@ -85,7 +85,7 @@ class LayerTable:
         sensitivity: What a squared relative error of the layer's output counts, compared with other layers; None if
             that is unknown.
         responses: Of some of the options, by increasing error: the relative error of the layer's output, above 0, and
-            the divergence of the network in which that option alone is not the original. Empty if none was measured.
+            the divergence of the network in which that option alone is not the original, above 0 too.
     """
 
     name: str
@@ -102,8 +102,11 @@ class LayerTable:
     def response_to(self, errors: NDArray[np.float64]) -> NDArray[np.float64]:
         """The divergence with this layer alone at some relative errors of its output, by the responses measured.
 
-        Straight lines between them in logarithms; outside, it goes as the squared error.
+        Straight lines between them in logarithms; outside, it goes as the squared error. Without responses all errors
+        have to be 0.
         """
+        if not self.responses:
+            return np.zeros_like(errors)
         known, found = np.log(np.array(self.responses).T)
         wanted = np.log(np.maximum(errors, np.finfo(float).tiny))
         inside = np.clip(wanted, known[0], known[-1])

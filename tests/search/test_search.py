@@ -107,6 +107,19 @@ def test_responses_count_only_where_every_layer_has_some() -> None:
     network = replace(NETWORK, tables=(first, *NETWORK.tables[1:]))
     for own, other in zip(additive_errors(network), curvature_errors(NETWORK), strict=True):
         np.testing.assert_array_equal(own, other)
+    # But for a layer that can only stay as it is.
+    kept = LayerTable("kept", NETWORK.tables[1].options[:1])
+    found = additive_errors(replace(NETWORK, tables=(first, kept)))
+    assert found[0][2] / found[0][1] == pytest.approx(3 * math.sqrt(first.response_to(np.array([0.3]))[0] / 3.0))
+    assert found[1].tolist() == [0.0]
+
+
+def test_additive_errors_do_not_depend_on_which_options_are_left() -> None:
+    told = tuple(replace(t, responses=((0.1, 3.0), (0.9, 6.0))) for t in NETWORK.tables)
+    fewer = tuple(replace(t, options=t.options[:3]) for t in told)
+    pairs = zip(*(additive_errors(replace(NETWORK, tables=t)) for t in (told, fewer)), strict=True)
+    for whole, part in pairs:
+        np.testing.assert_array_equal(whole[:3], part)
 
 
 def test_front_is_sorted_and_leaves_nan_out() -> None:
