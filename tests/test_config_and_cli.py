@@ -88,7 +88,7 @@ def test_inspect_shows_layers_and_costs(tmp_path: Path) -> None:
 
 
 def test_inspect_says_what_is_not_worth_it(tmp_path: Path) -> None:
-    replaced = {"small_net": "net_of_odd_layers", "small_data": "odd_data"}
+    replaced = {"small_net": "net_of_odd_layers", "small_data": "odd_data", "holdout: 128": "holdout: 64"}
     config = write_config(tmp_path, CONFIG, **replaced)
     found = CliRunner().invoke(app, ["inspect", str(config)], env={"COLUMNS": "140"})
     assert found.exit_code == 0, found.output
