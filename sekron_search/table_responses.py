@@ -46,13 +46,13 @@ def with_responses(job: Job, tables: Tables, folder: RunFolder, reporter: Report
     if not any(wanted):
         reporter.say("no responses are measured: that would take more than the trials")
         return tables
-    known = _read(folder)
+    known: dict[str, _Rows] = {**{f.table.name: [] for f in tables.fitted}, **_read(folder)}
     alone = _Alone(Assembler(job, tables), len(batches))
     done = 0
     with reporter.task("measuring responses", sum(map(len, wanted))) as task:
         for layer, (fitted, options) in enumerate(zip(tables.fitted, wanted, strict=True)):
             name, errors = fitted.table.name, [fitted.table.options[i].error for i in options]
-            if [error for error, _ in known.get(name, [])] != errors:
+            if [error for error, _ in known[name]] != errors:
                 known[name] = []
                 for option, error in zip(options, errors, strict=True):
                     response = alone.divergence(layer, option)

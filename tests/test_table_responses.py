@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import tempfile
@@ -23,8 +24,9 @@ from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget
+from sekron_search.search.knapsack import additive_errors, curvature_errors
 from sekron_search.search.options import LayerTable, Option
-from sekron_search.table_responses import SAMPLES, _Alone, _checked, _Rows, spread_options
+from sekron_search.table_responses import SAMPLES, _Alone, _checked, _Rows, spread_options, with_responses
 from tests.cases import CONFIG, write_config
 
 pytestmark = pytest.mark.filterwarnings(
@@ -143,6 +145,20 @@ def test_a_network_that_breaks_is_bad_and_no_more(tmp_path: Path, monkeypatch: p
     assert broken == max(responses)
     assert responses.count(broken) == 1
     assert prepared(job_of(tmp_path), folder).network == tables.network
+
+
+def test_a_layer_that_can_only_stay_needs_no_responses(tmp_path: Path) -> None:
+    """As under a budget of latency, where none of its options is faster."""
+    job, folder = job_of(tmp_path), RunFolder(tmp_path / "out")
+    tables = prepared(job, folder)
+    first, *others = tables.fitted
+    only = dataclasses.replace(tables, fitted=(first.kept([False] * len(first.table.options)), *others))
+    folder.responses.unlink()
+    found = with_responses(job, only, folder, Reporter())
+    assert found.fitted[0].table.responses == ()
+    assert [f.table.responses for f in found.fitted[1:]] == [f.table.responses for f in others]
+    assert additive_errors(found.network)[0].tolist() == [0.0]
+    assert additive_errors(found.network)[1][1] != curvature_errors(found.network)[1][1]
 
 
 def test_what_is_lost_in_rounding_is_left_out() -> None:
