@@ -270,6 +270,7 @@ class _State:
     def start(cls, model: nn.Module, config: FinetuneConfig, total_steps: int) -> _State:
         # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
         optimizer = torch.optim.AdamW(_trainable(model), config.learning_rate, weight_decay=config.weight_decay)
+        optimizer.zero_grad()  # a copy of a network has the gradients that the user's training left in it
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, max(total_steps, 1)))
         # Gradients below the least number of float16 would vanish; bfloat16 has the range of float32.
         device = next(model.parameters()).device.type

@@ -71,6 +71,18 @@ def test_a_loss_that_explodes_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     assert len(read_checkpoint(tmp_path / "checkpoint.pt")["curve"]) == 1
 
 
+def test_gradients_that_were_left_in_the_network_do_not_count(tmp_path: Path) -> None:
+    found = []
+    for left in (None, 1e3):
+        task = distillation(epochs=1)
+        model = compressed(task.teacher)
+        for parameter in model.parameters():
+            parameter.grad = None if left is None else torch.full_like(parameter, left)
+        train(task, model, tmp_path / f"{left}.pt")
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_gradients_of_several_batches_make_one_step(tmp_path: Path) -> None:
     """Batches of 8, four at a time, are those of 32 for a network without batch-norm; 3 are left over of 7."""
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -39,7 +39,8 @@ def additive_errors(network: Network) -> list[NDArray[np.float64]]:
 
     Where responses were measured, the geometric mean of `curvature_errors` and of them. The curvature is that of small
     errors in the original network and knows no saturation; a response is measured with all other layers unharmed, and
-    saturates too early. Their mean's solutions diverge less than either's, at budgets loose and tight.
+    saturates too early. Solutions for their mean diverge less than for either: much less at loose budgets, and at tight
+    ones on average.
     """
     curved = curvature_errors(network)
     known = [table.responses for table in network.tables if table.errors.any()]
