@@ -113,6 +113,10 @@ class Assembler:
                     layer.bias.copy_(dense.bias + correction)
         return network
 
+    def alone(self, layer: int, option: int) -> nn.Module:
+        """The original with one option of one layer, named by their numbers; option 0 gives a copy of the original."""
+        return self.with_factors(tuple(option if i == layer else 0 for i in range(len(self.tables.layers))))
+
     def skeleton(self, assignment: Assignment) -> nn.Module:
         """The network with the layers of an assignment, all their weights zero."""
         layers = {}

@@ -44,7 +44,7 @@ class Judge:
     @cached_property
     def few_outputs(self) -> list[Tensor]:
         """What the original makes of them."""
-        return normalised_outputs(self.assembler.skeleton((0,) * len(self.network.tables)), self.few)
+        return normalised_outputs(self.assembler.alone(0, 0), self.few)
 
 
 class Subject:

@@ -36,7 +36,7 @@ class LinearResponse:
         self._assembler = assembler
         self._inputs = part_of(assembler.job.holdout[0], slice(samples))
         self._responses: dict[tuple[int, int], list[Tensor]] = {}
-        self._original = normalised_outputs(assembler.skeleton((0,) * len(assembler.tables.layers)), self._inputs)
+        self._original = normalised_outputs(assembler.alone(0, 0), self._inputs)
 
     def divergence(self, assignment: Assignment) -> float:
         """Of the outputs that an assignment is predicted to give."""
@@ -50,8 +50,7 @@ class LinearResponse:
         """What the outputs change by when one option of one layer stands in the original."""
         key = (layer, option)
         if key not in self._responses:
-            alone = tuple(option if i == layer else 0 for i in range(len(self._assembler.tables.layers)))
-            changed = normalised_outputs(self._assembler.with_factors(alone), self._inputs)
+            changed = normalised_outputs(self._assembler.alone(layer, option), self._inputs)
             self._responses[key] = [a - b for a, b in zip(changed, self._original, strict=True)]
         return self._responses[key]
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence
@@ -76,19 +76,18 @@ class _Alone:
     """
 
     def __init__(self, assembler: Assembler, batches: int) -> None:
-        self._assembler = assembler
+        self._assembler, self._name = assembler, assembler.job.settings.search.divergence
         self._inputs = assembler.job.holdout[:batches]
-        self._originals: list[list[torch.Tensor]] = []
+        self._originals: list[list[Tensor]] = []
 
     def divergence(self, layer: int, option: int) -> float:
         """From the original, averaged over the samples."""
-        count, name = len(self._assembler.tables.layers), self._assembler.job.settings.search.divergence
         if not self._originals:
-            original = self._assembler.skeleton((0,) * count)
+            original = self._assembler.alone(0, 0)
             self._originals = [normalised_outputs(original, inputs) for inputs in self._inputs]
-        network = self._assembler.with_factors(tuple(option if i == layer else 0 for i in range(count)))
+        network = self._assembler.alone(layer, option)
         found = [
-            float(divergence(name, normalised_outputs(network, inputs), original))
+            float(divergence(self._name, normalised_outputs(network, inputs), original))
             for inputs, original in zip(self._inputs, self._originals, strict=True)
         ]
         return float(np.average(found, weights=[batch_size(inputs) for inputs in self._inputs]))
