@@ -8,13 +8,12 @@ chosen on a validation split of the training data; the test split is evaluated o
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 
 from benchmarks.cifar10_resnet20.config import TEMPLATE, config_of
+from benchmarks.command import parser_of
 from benchmarks.results_file import Target, budget_targets, write_results
 from sekron_search.api import job_from_config
 from sekron_search.progress import ConsoleReporter
@@ -42,11 +41,7 @@ CASES = (Case("0.5x", 4e-4, 87.0, 87.5), Case("0.25x", 3e-3, 79.0, 85.5))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs/cifar10_resnet20"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    args = parser.parse_args()
+    args = parser_of(__doc__, "cifar10_resnet20", seeds=[0]).parse_args()
     template = yaml.safe_load(TEMPLATE.read_text())
     targets, samples = [], []
     for seed in args.seeds:

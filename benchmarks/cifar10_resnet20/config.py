@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from benchmarks.command import run_config
 from sekron_search.config import Config
 
 TEMPLATE = Path(__file__).parent / "config.yaml"
@@ -20,18 +19,11 @@ def config_of(data: Path, template: Path = TEMPLATE, **changes: Any) -> Config:
         template: YAML of everything but model and data.
         changes: Keys that take the place of the template's.
     """
-    return Config.model_validate(
-        {
-            **yaml.safe_load(template.read_text()),
-            **changes,
-            "model": {
-                "factory": "benchmarks.cifar10_resnet20.network:ResNet20",
-                "weights": (data / "models/resnet20_cifar10_jpeg.pt").resolve(),
-            },
-            "data": {
-                "source": "factory",
-                "factory": "benchmarks.cifar10_resnet20.data:cifar10",
-                "kwargs": {"archive": str((data / "data/cifar10_jpeg.tar.xz").resolve())},
-            },
-        }
+    return run_config(
+        template,
+        model="benchmarks.cifar10_resnet20.network:ResNet20",
+        weights=data / "models/resnet20_cifar10_jpeg.pt",
+        data="benchmarks.cifar10_resnet20.data:cifar10",
+        archive=data / "data/cifar10_jpeg.tar.xz",
+        **changes,
     )

@@ -8,10 +8,10 @@ that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from benchmarks.cifar10_resnet20.config import config_of
+from benchmarks.command import parser_of
 from benchmarks.proxies.plot import plot
 from benchmarks.results_file import Target, write_results
 from sekron_search.api import job_from_config
@@ -26,10 +26,7 @@ CONFIG = Path(__file__).parent / "config.yaml"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs/proxies"))
-    args = parser.parse_args()
+    args = parser_of(__doc__, "proxies").parse_args()
     job = job_from_config(config_of(args.data, CONFIG, tables=args.runs / "tables"))
     job.model.eval()
     check_audit(job)

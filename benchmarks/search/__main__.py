@@ -8,7 +8,6 @@ with every trial that moves the front. Searches that were killed go on where the
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.cifar10_resnet20.data import cifar10
+from benchmarks.command import parser_of
 from benchmarks.results_file import Target, write_results
 from benchmarks.search.methods import METHODS
 from benchmarks.search.plot import plot
@@ -103,10 +103,7 @@ def gains_of(made: Any, runs: Path, seeds: Sequence[int], data: Path) -> list[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs/search"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = parser_of(__doc__, "search", seeds=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to run; else all")
     args = parser.parse_args()
     made = assembler(args.runs, args.data)

@@ -8,11 +8,11 @@ are gone on with. Everything is chosen on Set14; Set5 is looked at once, at the 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import yaml
 
+from benchmarks.command import parser_of, run_config
 from benchmarks.results_file import Target, budget_targets, write_results
 from benchmarks.super_resolution.plot import plot
 from benchmarks.super_resolution.train import train
@@ -31,30 +31,22 @@ CASES = {"0.5x": (3e-4, 0.05), "0.25x": (1e-3, 0.15)}
 
 def config_of(archive: Path, weights: Path, budget: str, seed: int, tables: Path) -> Config:
     """The configuration of a run."""
-    template = yaml.safe_load(TEMPLATE.read_text())
-    return Config.model_validate(
-        {
-            **template,
-            "finetune": {**template["finetune"], "learning_rate": CASES[budget][0]},
-            "budget": {"flops": budget},
-            "seed": seed,
-            "tables": tables.resolve(),
-            "model": {"factory": "benchmarks.super_resolution.network:Edsr", "weights": weights.resolve()},
-            "data": {
-                "source": "factory",
-                "factory": "benchmarks.super_resolution.data:super_resolution",
-                "kwargs": {"archive": str(archive.resolve())},
-            },
-        }
+    finetune = {**yaml.safe_load(TEMPLATE.read_text())["finetune"], "learning_rate": CASES[budget][0]}
+    return run_config(
+        TEMPLATE,
+        model="benchmarks.super_resolution.network:Edsr",
+        weights=weights,
+        data="benchmarks.super_resolution.data:super_resolution",
+        archive=archive,
+        finetune=finetune,
+        budget={"flops": budget},
+        seed=seed,
+        tables=tables.resolve(),
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs/super_resolution"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    args = parser.parse_args()
+    args = parser_of(__doc__, "super_resolution", seeds=[0]).parse_args()
     archive, weights = args.data / "data/sr_hr.tar", args.runs / "edsr.safetensors"
     args.runs.mkdir(parents=True, exist_ok=True)
     if not weights.exists():

@@ -59,7 +59,8 @@ def train(archive: Path, out: Path, epochs: int = EPOCHS) -> None:
         network.eval()
         shown = f", Set14 {luma_psnr(network, chosen):.3f} dB" if epoch % 10 == 9 or epoch + 1 == epochs else ""
         print(
-            f"epoch {epoch + 1}/{epochs}: loss {float(loss):.4f}{shown}, {time.monotonic() - start:.0f} s", flush=True
+            f"epoch {epoch + 1}/{epochs}: loss {float(loss.detach()):.4f}{shown}, {time.monotonic() - start:.0f} s",
+            flush=True,
         )
         state = {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
         write_checkpoint(checkpoint, state)
