@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NAME ?= cifar10_resnet20
+NAME ?= accuracy
 DATA ?= ../shared
 
 .PHONY: help demo test test-slow check format bench setup clean
@@ -37,7 +37,7 @@ format: $(STAMP)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## Run a benchmark: make bench NAME=cifar10_resnet20 DATA=folder-with-the-data
+bench: $(STAMP)  ## Run a benchmark: make bench NAME=accuracy DATA=folder-with-the-data
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[rivals]'
 	$(BIN)/python -m benchmarks.$(NAME) --data $(DATA)
 

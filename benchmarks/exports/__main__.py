@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cifar10_resnet20.config import config_of
+from benchmarks.cifar10.config import config_of
 from benchmarks.results_file import RESULTS, Target, write_results
 from sekron_search import deploy, export_network
 from sekron_search.api import job_from_config

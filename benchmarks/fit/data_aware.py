@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from benchmarks.cifar10_resnet20.data import cifar10
-from benchmarks.cifar10_resnet20.network import ResNet20
+from benchmarks.cifar10.config import archive_of, resnet20_weights
+from benchmarks.cifar10.data import cifar10
+from benchmarks.cifar10.resnet import ResNet20
 from sekron_search.calibration import collect_metrics
 from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
@@ -63,7 +64,7 @@ def _of_size(skeleton: Skeleton, most_params: float) -> Structure | None:
 
 def images(data: Path) -> Tensor:
     """Training images in a fixed random order."""
-    train = cifar10(str((data / "data/cifar10_jpeg.tar.xz").resolve())).train
+    train = cifar10(str(archive_of(data).resolve())).train
     assert isinstance(train, TensorDataset)
     pixels = train.tensors[0]
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
@@ -73,7 +74,7 @@ def images(data: Path) -> Tensor:
 def compare(data: Path) -> dict[str, Any]:
     """Held-out relative output errors of both fits, for every layer and structure."""
     model = ResNet20().eval()
-    model.load_state_dict(torch.load(data / "models/resnet20_cifar10_jpeg.pt", weights_only=True))
+    model.load_state_dict(torch.load(resnet20_weights(data), weights_only=True))
     batches = [(batch,) for batch in images(data).split(128)]
     layers = inspect_model(model, batches[0]).layers
     own = collect_metrics(model, layers, batches[: SAMPLES // 128])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tensorly import decomposition
 from torch import Tensor
 
+from benchmarks.cifar10.config import resnet20_weights
 from sekron_search.kron import families as fam
 from sekron_search.kron.projection import fit_batch
 from sekron_search.kron.structure import Structure
@@ -107,7 +108,7 @@ def contests(shape: tuple[int, int, int, int]) -> list[Contest]:
 
 def weight_sets(data: Path) -> dict[str, list[Tensor]]:
     """The 18 3x3 kernels of ResNet-20 between its stages' channels, equal shapes together, and Gaussian ones."""
-    state = torch.load(data / "models/resnet20_cifar10_jpeg.pt", weights_only=True)
+    state = torch.load(resnet20_weights(data), weights_only=True)
     kernels: dict[tuple[int, ...], list[Tensor]] = {}
     for weight in state.values():
         if weight.dim() == 4 and weight.shape[1] > 3:

@@ -20,7 +20,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks.cifar10_resnet20.network import ResNet20
+from benchmarks.cifar10.resnet import ResNet20
 from benchmarks.latency_model.assignments import random_networks
 from benchmarks.resnet18 import resnet18
 from benchmarks.results_file import RESULTS, Target, write_results

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cifar10_resnet20.data import cifar10
-from benchmarks.cifar10_resnet20.network import ResNet20
+from benchmarks.cifar10.config import archive_of, resnet20_weights
+from benchmarks.cifar10.data import cifar10
+from benchmarks.cifar10.resnet import ResNet20
 from benchmarks.resnet18 import resnet18
 from benchmarks.results_file import RESULTS, Target, write_results
 from sekron_search import InfeasibleBudgetError, compress
@@ -66,8 +67,8 @@ def resnet18_case(data: Path) -> Case:
 
 def resnet20_case(data: Path, batch: int = 128) -> Case:
     model = ResNet20().eval()
-    load_weights(model, data / "models/resnet20_cifar10_jpeg.pt")
-    train = cifar10(str(data / "data/cifar10_jpeg.tar.xz")).train
+    load_weights(model, resnet20_weights(data))
+    train = cifar10(str(archive_of(data))).train
     images = torch.stack([train[i][0] for i in range(1024)])
     return Case(model, images[:batch], images, refine_steps=20)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.cifar10_resnet20.config import config_of
+from benchmarks.cifar10.config import config_of
 from benchmarks.command import parser_of
 from benchmarks.proxies.plot import plot
 from benchmarks.results_file import Target, write_results

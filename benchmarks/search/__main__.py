@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cifar10_resnet20.data import cifar10
+from benchmarks.cifar10.config import archive_of
+from benchmarks.cifar10.data import cifar10
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, write_results
 from benchmarks.search.methods import METHODS
@@ -73,7 +74,7 @@ def targets_of(curves: dict[str, list[list[float]]], gains: Sequence[dict[str, A
 
 def gains_of(made: Any, runs: Path, seeds: Sequence[int], data: Path) -> list[dict[str, Any]]:
     """Our networks at fixed budgets against the best of the knapsack's, on the held-out and on fresh images."""
-    split = cifar10(str(data / "data/cifar10_jpeg.tar.xz")).validation
+    split = cifar10(str(archive_of(data))).validation
     images = torch.stack([split[i][0] for i in range(FRESH)])
     fresh = [(part,) for part in images.split(256)]
     references = reference_outputs(made.job.model, fresh)

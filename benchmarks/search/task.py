@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cifar10_resnet20.config import config_of
+from benchmarks.cifar10.config import config_of
 from benchmarks.search.methods import METHODS
 from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler

@@ -1,6 +1,6 @@
 """ResNet-20 on CIFAR-10 (JPEG) under budgets of half and a quarter of the flops.
 
-    python -m benchmarks.cifar10_resnet20 --data DIR [--seeds 0 1] [--runs DIR]
+    python -m benchmarks.accuracy --data DIR [--seeds 0 1] [--runs DIR]
 
 DIR holds data/cifar10_jpeg.tar.xz and models/resnet20_cifar10_jpeg.pt. Killed runs are gone on with. Everything is
 chosen on a validation split of the training data; the test split is evaluated once, at the end of every run.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from benchmarks.cifar10_resnet20.config import TEMPLATE, config_of
+from benchmarks.cifar10.config import TEMPLATE, config_of
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, budget_targets, write_results
 from sekron_search.api import job_from_config
@@ -41,7 +41,7 @@ CASES = (Case("0.5x", 4e-4, 87.0, 87.5), Case("0.25x", 3e-3, 79.0, 85.5))
 
 
 def main() -> None:
-    args = parser_of(__doc__, "cifar10_resnet20", seeds=[0]).parse_args()
+    args = parser_of(__doc__, "accuracy", seeds=[0]).parse_args()
     template = yaml.safe_load(TEMPLATE.read_text())
     targets, samples = [], []
     for seed in args.seeds:
@@ -65,7 +65,7 @@ def main() -> None:
             targets += budget_targets(report, f"{case.budget}, seed {seed}")
             keys = ("original", "compressed", "metric_without_training", "budgets", "divergence", "curve", "layers")
             samples.append({"budget": case.budget, "seed": seed, **{key: report[key] for key in keys}})
-    write_results("cifar10_resnet20", targets, samples, command="make bench NAME=cifar10_resnet20 DATA=...")
+    write_results("accuracy", targets, samples, command="make bench NAME=accuracy DATA=...")
 
 
 if __name__ == "__main__":

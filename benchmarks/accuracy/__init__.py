@@ -1,0 +1,1 @@
+"""How accurate compressed classifiers are, after training of equal length."""
