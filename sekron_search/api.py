@@ -27,13 +27,14 @@ from sekron_search.data import (
 )
 from sekron_search.errors import ConfigError, DataError
 from sekron_search.export import Factory, check_factory, guess_factory, load, load_weights
-from sekron_search.finetune import TrainingData
 from sekron_search.job import Job, checked_metric
 from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, part_of, run_model
 from sekron_search.progress import ConsoleReporter, Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget
+from sekron_search.team import Team
+from sekron_search.training_data import TrainingData
 
 #: Samples of a batch when a metric is evaluated.
 EVALUATION_BATCH = 512
@@ -130,7 +131,8 @@ def compress(
     )
     folder = RunFolder.new() if out is None else RunFolder(out)
     report = run(job, folder, ConsoleReporter() if progress else Reporter(), resume=resume)
-    return Result(load(folder.path, model=model if named is None else None), report, folder.path)
+    path: Path = Team.here().told(folder.path)
+    return Result(load(path, model=model if named is None else None), report, path)
 
 
 def job_from_config(config: Config) -> Job:

@@ -15,7 +15,6 @@ from torch import nn
 from sekron_search.assembly import Assembler
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
-from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.progress import Reporter
 from sekron_search.proxies import PROXIES, Judge, Subject, score
@@ -229,9 +228,8 @@ class Examiner:
     def _train(self, network: nn.Module, home: Path) -> float:
         """The metric after training as the run's candidates are trained, but for the number of epochs."""
         job = self.assembler.job
-        assert job.train is not None
         config = job.settings.finetune.model_copy(update={"epochs": job.settings.audit.epochs})
-        curve = Distillation(job.model, job.train, config, job.settings.search.divergence).train(
+        curve = job.distillation_by(config).train(
             with_memory_format(network.to(job.device), self.assembler.tables.layout.memory_format),
             checkpoint=home / "checkpoint.pt",
             validate=job.validate,

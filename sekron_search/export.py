@@ -112,21 +112,12 @@ def save_artefact(
         factory: What builds its architecture.
         memory_format: In which it was measured to be fastest; it is opened in it.
     """
-    tensors = _state(model)
-    write_tensors(folder / "model.safetensors", tensors)
-    layers = {
-        name: {
-            "structure": str(layer.structure),
-            "schedule": str(layer.plan.schedule),
-            "execution": layer.execution,
-        }
-        for name, layer in kronecker_layers(model).items()
-    }
+    write_tensors(folder / "model.safetensors", _state(model))
     data = {
         "format": FORMAT,
         "factory": factory_json(factory),
         "memory_format": memory_format,
-        "layers": layers,
+        "layers": layers_json(model),
         "weights_sha256": _sha256(folder / "model.safetensors"),
     }
     write_json(folder / "model.json", data)
@@ -171,14 +162,32 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             )
         model = factory.build()
     try:
-        new = {name: _layer(model, name, spec) for name, spec in layers.items() if not _is_there(model, name, spec)}
-        compressed = replace_layers(model, new)
+        compressed = with_layers(model, layers)
         state = compressed.state_dict()
         aliases = {name: tensors[name] if name in tensors else tensors[_alias(compressed, name)] for name in state}
         compressed.load_state_dict({**tensors, **aliases})
     except (SekronError, AttributeError, KeyError, TypeError, RuntimeError) as error:
         raise RunFolderError(f"{folder}: the artefact does not fit the architecture: {error}") from None
     return with_memory_format(compressed.eval(), memory_format)
+
+
+def layers_json(model: nn.Module) -> dict[str, dict[str, str]]:
+    """How every replaced layer of a network is built, as plain data."""
+    return {
+        name: {
+            "structure": str(layer.structure),
+            "schedule": str(layer.plan.schedule),
+            "execution": layer.execution,
+        }
+        for name, layer in kronecker_layers(model).items()
+    }
+
+
+def with_layers(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """A copy of the original network with layers as `layers_json` gives them; a state dict is still to be loaded."""
+    return replace_layers(
+        model, {name: _layer(model, name, spec) for name, spec in layers.items() if not _is_there(model, name, spec)}
+    )
 
 
 def factory_json(factory: Factory | None) -> dict[str, Any] | None:
@@ -196,13 +205,13 @@ def _artefact_folder(path: Path) -> Path:
     return path
 
 
-def _is_there(model: nn.Module, name: str, spec: dict[str, Any]) -> bool:
+def _is_there(model: nn.Module, name: str, spec: Mapping[str, Any]) -> bool:
     """Whether the network has the layer already: it was compressed before."""
     layer = model.get_submodule(name)
     return isinstance(layer, KroneckerLayer) and str(layer.structure) == spec["structure"]
 
 
-def _layer(model: nn.Module, name: str, spec: dict[str, Any]) -> KroneckerLayer:
+def _layer(model: nn.Module, name: str, spec: Mapping[str, Any]) -> KroneckerLayer:
     structure = Structure.parse(spec["structure"])
     schedule = Schedule.parse(spec["schedule"])
     return layer_like(model, name, structure, schedule=schedule, execution=spec["execution"])

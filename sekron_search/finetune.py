@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,84 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from sekron_search.config import FinetuneConfig
-from sekron_search.data import (
-    Augment,
-    Batch,
-    as_batch,
-    batches,
-    import_reference,
-    length,
-    sample_order,
-    to_device,
-)
+from sekron_search.data import import_reference, to_device
 from sekron_search.divergence import DivergenceName
 from sekron_search.errors import DataError, SekronError
+from sekron_search.export import layers_json, with_layers
 from sekron_search.files import read_checkpoint, write_checkpoint
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.losses import TargetLoss, distillation_loss, layer_loss
 from sekron_search.model import kronecker_layers, run_model
+from sekron_search.team import Team
+from sekron_search.training_data import TrainingData
 
 #: Gradients are scaled down to this norm over all parameters: the first steps of a bad start stay small.
 MAX_GRADIENT_NORM = 5.0
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Batches for training, the same for the same epoch and seed.
-
-    Args:
-        source: A dataset, which is shuffled with the seed, or an iterable of batches, which is taken as it comes.
-        batch_size: Of a dataset.
-        augment: Of the inputs, when the network takes one tensor.
-        seed: Of the order and the augmentation.
-    """
-
-    source: Dataset[Any] | Iterable[Any]
-    batch_size: int
-    augment: Augment | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.source, Dataset | Iterable) or isinstance(self.source, str | Mapping | Tensor):
-            raise DataError(
-                f"train: expected a dataset, or an iterable of batches, got {type(self.source).__name__}; a tensor of "
-                "inputs goes into a TensorDataset"
-            )
-        if isinstance(self.source, Iterator):
-            raise DataError(
-                f"train: expected a dataset, or batches that can be gone over again every epoch; a "
-                f"{type(self.source).__name__} can be gone over once: give a list or a DataLoader"
-            )
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-        return self._count
-
-    @cached_property
-    def _count(self) -> int:
-        if isinstance(self.source, Dataset):
-            count = length(self.source)
-            return count // self.batch_size or min(count, 1)
-        try:
-            return len(self.source)  # type: ignore[arg-type]
-        except TypeError:
-            return sum(1 for _ in self.source)
-
-    def epoch(self, index: int) -> Iterator[Batch]:
-        """The batches of an epoch."""
-        generator = torch.Generator().manual_seed(self.seed * 7919 + index)
-        if isinstance(self.source, Dataset):
-            order = sample_order(length(self.source), self.seed * 7919 + index)[: len(self) * self.batch_size]
-            found = batches(self.source, self.batch_size, order=order)
-        else:
-            found = (as_batch(item) for item in self.source)
-        for inputs, target in found:
-            if self.augment is not None:
-                inputs = (self.augment(inputs[0], generator), *inputs[1:])
-            yield inputs, target
 
 
 @dataclass(frozen=True)
@@ -166,45 +103,72 @@ class Distillation:
             after_epoch: Called with (epoch from 1, metric), also for the epochs of a checkpoint; False ends it.
             progress: Called with the number of batches done in all.
 
+        In a team, all its processes train, those that wait in `assist` too; validation, checkpoints and what is decided
+        after an epoch are the first one's.
+
         Returns:
             The curve: epoch, loss and metric of every epoch.
 
         Raises:
             DataError: If the loss is NaN or infinite; the last good checkpoint stays.
         """
+        saved = read_checkpoint(checkpoint) if checkpoint.exists() else None
+        team = Team.here()
+        if team.size > 1:
+            team.told(_Task(self.config, layers_json(model), dict(model.state_dict()), saved))
+        with self._started(model, saved, team) as state:
+            going = [after_epoch(int(row["epoch"]), row["metric"]) for row in state.curve][-1:] != [False]
+            while team.told(going and len(state.curve) < self.config.epochs):
+                epoch = len(state.curve) + 1
+                loss = self._epoch(state, epoch, progress)
+                metric = validate(model.eval()) if validate is not None else -loss
+                state.curve.append({"epoch": float(epoch), "loss": loss, "metric": metric})
+                write_checkpoint(checkpoint, state.to_save())
+                going = after_epoch(epoch, metric)
+            return state.curve
+
+    @contextmanager
+    def _started(self, model: nn.Module, saved: dict[str, Any] | None, team: Team) -> Iterator[_State]:
+        """The state of a training, from a checkpoint on if there is one; both networks are laid out for it."""
         for network in (model, self.teacher):
             _set_memory_format(network, torch.channels_last)
-        state = _State.start(model, self.config, self.total_steps)
-        if checkpoint.exists():
-            state.restore(read_checkpoint(checkpoint))
+        state = _State.start(model, self.config, self.total_steps, team)
+        if saved is not None:
+            state.restore(saved)
         self.teacher.eval()
-        going = [after_epoch(int(row["epoch"]), row["metric"]) for row in state.curve][-1:] != [False]
-        while going and len(state.curve) < self.config.epochs:
-            epoch = len(state.curve) + 1
-            device = next(model.parameters()).device
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                # Dropout and the like: a resumed epoch draws what it would have drawn.
-                torch.manual_seed(self.data.seed * 7919 + epoch)
-                loss = self._epoch(state, epoch, progress)
-            metric = validate(model.eval()) if validate is not None else -loss
-            state.curve.append({"epoch": float(epoch), "loss": loss, "metric": metric})
-            write_checkpoint(checkpoint, state.to_save())
-            going = after_epoch(epoch, metric)
+        yield state
         for network in (model.eval(), self.teacher):
             _set_memory_format(network, torch.contiguous_format)
-        return state.curve
+
+    def assist(self, task: _Task) -> None:
+        """Take part in a training that the team's first process has begun."""
+        team = Team.here()
+        model = with_layers(self.teacher, task.layers).to(_trainable(self.teacher)[0].device)
+        model.load_state_dict(task.state)
+        with self._started(model, task.checkpoint, team) as state:
+            while team.told():
+                self._epoch(state, len(state.curve) + 1, lambda done: None)
+                state.curve.append({})
 
     def _epoch(self, state: _State, epoch: int, progress: Callable[[int], None]) -> float:
-        """Mean loss over one epoch of training."""
+        """Mean loss over one epoch of training; what is random in the network is drawn as in any run of this epoch."""
+        device = next(state.model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(state.team.seed(self.data.seed * 7919 + epoch))
+            return self._steps(state, epoch, progress)
+
+    def _steps(self, state: _State, epoch: int, progress: Callable[[int], None]) -> float:
         state.model.train()
         device = next(state.model.parameters()).device
         replaced = list(kronecker_layers(state.model)) if self.config.layer_weight else []
         summed, done, together = 0.0, 0, self.config.accumulate
-        for done, (inputs, target) in enumerate(self.data.epoch(epoch), start=1):
+        for done, (inputs, target) in enumerate(self.data.epoch(epoch, state.team), start=1):
             loss = self._loss(state.model, replaced, to_device(inputs, device), to_device(target, device))
             # What is left over at the end of an epoch makes a step of its own, as large as there are batches in it.
             state.add(loss / min(together, len(self.data) - (done - 1) // together * together))
-            summed += float(loss.detach())
+            mean = loss.detach().clone()
+            state.team.mean([mean])
+            summed += float(mean)
             if not math.isfinite(summed):
                 raise DataError(
                     f"fine-tuning: the loss became {summed} in epoch {epoch}, batch {done}; lower "
@@ -214,6 +178,7 @@ class Distillation:
             if done % together == 0 or done == len(self.data):
                 state.step()
             progress((epoch - 1) * len(self.data) + done)
+        state.team.mean_buffers(state.model)
         return summed / max(done, 1)
 
     def _loss(self, model: nn.Module, replaced: Sequence[str], inputs: tuple[Any, ...], target: Any) -> Tensor:
@@ -257,6 +222,23 @@ def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Te
 
 
 @dataclass(frozen=True)
+class _Task:
+    """What the processes of a team need to know of a training.
+
+    Args:
+        config: Of it.
+        layers: How the replaced layers are built.
+        state: Of the network.
+        checkpoint: To go on from.
+    """
+
+    config: FinetuneConfig
+    layers: Mapping[str, Mapping[str, str]]
+    state: Mapping[str, Tensor]
+    checkpoint: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class _State:
     """What a checkpoint holds."""
 
@@ -264,10 +246,11 @@ class _State:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
+    team: Team
     curve: list[dict[str, float]]
 
     @classmethod
-    def start(cls, model: nn.Module, config: FinetuneConfig, total_steps: int) -> _State:
+    def start(cls, model: nn.Module, config: FinetuneConfig, total_steps: int, team: Team) -> _State:
         # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
         optimizer = torch.optim.AdamW(_trainable(model), config.learning_rate, weight_decay=config.weight_decay)
         optimizer.zero_grad()  # a copy of a network has the gradients that the user's training left in it
@@ -275,14 +258,15 @@ class _State:
         # Gradients below the least number of float16 would vanish; bfloat16 has the range of float32.
         device = next(model.parameters()).device.type
         scaler = torch.amp.GradScaler(device, enabled=config.autocast == "float16")
-        return cls(model, optimizer, schedule, scaler, [])
+        return cls(model, optimizer, schedule, scaler, team, [])
 
     def add(self, loss: Tensor) -> None:
         """Add the gradient of a loss to those that the next step takes together."""
         self.scaler.scale(loss).backward()
 
     def step(self) -> None:
-        """Take a step down the gradients that were added."""
+        """Take a step down the gradients that were added, in all processes of the team."""
+        self.team.mean_gradients(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
         scale = self.scaler.get_scale()

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sekron_search.config import Settings
+from sekron_search.config import FinetuneConfig, Settings
 from sekron_search.costs.profile import DeviceProfile, Provenance
 from sekron_search.curvature import output_curvature
 from sekron_search.divergence import reference_outputs
 from sekron_search.errors import DataError, SekronError
 from sekron_search.export import Factory, factory_json
 from sekron_search.files import digest
-from sekron_search.finetune import Distillation, TrainingData
+from sekron_search.finetune import Distillation
 from sekron_search.inspection import inspect_model
 from sekron_search.model import Inputs, batch_size
 from sekron_search.runtimes.base import MemoryFormat, Runtime
 from sekron_search.runtimes.registry import make_runtime, runtime_class
+from sekron_search.training_data import TrainingData
 
 Metric = Callable[[nn.Module], float]
 
@@ -138,9 +139,18 @@ class Job:
     @property
     def distillation(self) -> Distillation | None:
         """How candidates are trained, if they are."""
-        if self.train is None or self.settings.finetune.epochs == 0:
-            return None
-        return Distillation(self.model, self.train, self.settings.finetune, self.settings.search.divergence)
+        config = self.settings.finetune
+        return None if self.train is None or config.epochs == 0 else self.distillation_by(config)
+
+    def distillation_by(self, config: FinetuneConfig) -> Distillation:
+        """How a candidate is trained by another configuration than the run's.
+
+        Raises:
+            DataError: If there is no data for training.
+        """
+        if self.train is None:
+            raise DataError("train: there is no data for training; give some")
+        return Distillation(self.model, self.train, config, self.settings.search.divergence)
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes this run another one than the next: a folder is gone on with only by the same."""

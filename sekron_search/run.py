@@ -17,7 +17,7 @@ from sekron_search.candidate import Searched
 from sekron_search.candidates import Finder
 from sekron_search.costs.profile import Provenance
 from sekron_search.costs.traced import traced_flops
-from sekron_search.errors import RunFolderError
+from sekron_search.errors import RunFolderError, SekronError
 from sekron_search.export import factory_json, load, save_artefact
 from sekron_search.files import read_json, write_json, write_text
 from sekron_search.job import Job
@@ -30,6 +30,7 @@ from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import MemoryFormat, threads, with_memory_format
 from sekron_search.search.record import SearchRecord
 from sekron_search.sharing import Sharing
+from sekron_search.team import Team
 from sekron_search.timing import Layout, network_costs
 
 
@@ -37,6 +38,8 @@ def run(
     job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool, sharing: Sharing | None = None
 ) -> dict[str, Any]:
     """Do all stages, or those that are left, and return the report.
+
+    Among processes that torchrun has started the first one does, and the others help it to train.
 
     Args:
         job: What to do.
@@ -48,6 +51,42 @@ def run(
     Raises:
         SekronError: On bad input, each before the long work that it would waste.
     """
+    team = Team.here()
+    if team.rank > 0:
+        return _assist(job, team)
+    report = None
+    try:
+        report = _run(job, folder, reporter, resume=resume, sharing=sharing)
+    finally:
+        team.told(_Over(report))
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Over:
+    """What the first process of a team says at the end.
+
+    Args:
+        report: None if it failed.
+    """
+
+    report: dict[str, Any] | None
+
+
+def _assist(job: Job, team: Team) -> dict[str, Any]:
+    """Take part in all trainings of the team's first process; its report."""
+    job.model.eval()
+    with threads(job.settings.latency.num_threads):
+        while not isinstance(task := team.told(), _Over):
+            job.distillation_by(task.config).assist(task)
+    if task.report is None:
+        raise SekronError("the run failed in the first process; its message says why")
+    return task.report
+
+
+def _run(
+    job: Job, folder: RunFolder, reporter: Reporter, *, resume: bool, sharing: Sharing | None = None
+) -> dict[str, Any]:
     job.model.eval()
     sharing = sharing or Sharing()
     sharing.check()

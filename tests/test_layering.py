@@ -33,6 +33,7 @@ LAYERS = [
     ["selection"],
     ["variants"],
     ["finetune", "sequential", "tables"],
+    ["training_data"],
     ["losses"],
     ["scoring", "export"],
     ["exchange"],
@@ -49,7 +50,7 @@ LAYERS = [
     ["inspection"],
     ["model"],
     ["kron"],
-    ["files", "progress", "ranking"],
+    ["files", "progress", "ranking", "team"],
     ["errors"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

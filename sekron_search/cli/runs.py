@@ -60,7 +60,8 @@ def run(
 
     Exit code 0: every budget is met; 3: the run ended, but its network misses a budget; 1: an error.
 
-    Others help with the search: `sekron-search worker RUN`, with the same --storage and --artifacts.
+    Others help with the search: `sekron-search worker RUN`, with the same --storage and --artifacts; and with the
+    training: `torchrun --nproc-per-node 4 -m sekron_search.cli run ...`, one process for each GPU.
 
     Example: sekron-search run resnet.yaml --out runs/resnet
     """
@@ -71,6 +72,7 @@ def run(
     from sekron_search.run import run as run_stages
     from sekron_search.rundir import RunFolder
     from sekron_search.sharing import Sharing
+    from sekron_search.team import Team
 
     loaded = Config.load(config)
     if time_limit is not None:
@@ -80,7 +82,9 @@ def run(
     if resume and path is None:
         raise ConfigError("--resume: which run? Name its folder with --out, or with the key 'out' in the config")
     folder = RunFolder.new() if path is None else RunFolder(path)
-    print(f"run folder: {folder.path}", file=sys.stderr)
+    first = Team.here().rank == 0
+    if first:
+        print(f"run folder: {folder.path}", file=sys.stderr)
     job = job_from_config(loaded)
     try:
         report = run_stages(job, folder, ConsoleReporter(), resume=resume, sharing=Sharing(storage, artifacts))
@@ -89,7 +93,8 @@ def run(
         shared = " with the same --storage and --artifacts" if storage or artifacts else ""  # URLs may hold passwords
         print(f"\ninterrupted; go on with: {again}{shared}", file=sys.stderr)
         raise typer.Exit(130) from None
-    _conclude(report, folder.path)
+    if first:
+        _conclude(report, folder.path)
 
 
 def inspect(config: ConfigArgument) -> None:

@@ -1,0 +1,86 @@
+"""Batches for fine-tuning, the same for the same epoch and seed, shared out among processes that train together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import Dataset
+
+from sekron_search.data import Augment, Batch, as_batch, batches, length, sample_order
+from sekron_search.errors import DataError
+from sekron_search.model import batch_size, part_of
+from sekron_search.team import ALONE, Team
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Batches for training, the same for the same epoch and seed.
+
+    Args:
+        source: A dataset, which is shuffled with the seed, or an iterable of batches, which is taken as it comes.
+        batch_size: Of a dataset.
+        augment: Of the inputs, when the network takes one tensor.
+        seed: Of the order and the augmentation.
+    """
+
+    source: Dataset[Any] | Iterable[Any]
+    batch_size: int
+    augment: Augment | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, Dataset | Iterable) or isinstance(self.source, str | Mapping | Tensor):
+            raise DataError(
+                f"train: expected a dataset, or an iterable of batches, got {type(self.source).__name__}; a tensor of "
+                "inputs goes into a TensorDataset"
+            )
+        if isinstance(self.source, Iterator):
+            raise DataError(
+                f"train: expected a dataset, or batches that can be gone over again every epoch; a "
+                f"{type(self.source).__name__} can be gone over once: give a list or a DataLoader"
+            )
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        if isinstance(self.source, Dataset):
+            count = length(self.source)
+            return count // self.batch_size or min(count, 1)
+        try:
+            return len(self.source)  # type: ignore[arg-type]
+        except TypeError:
+            return sum(1 for _ in self.source)
+
+    def epoch(self, index: int, team: Team = ALONE) -> Iterator[Batch]:
+        """The batches of an epoch; of each, the samples that are a process's own."""
+        generator = torch.Generator().manual_seed(team.seed(self.seed * 7919 + index))
+        if isinstance(self.source, Dataset):
+            order = sample_order(length(self.source), self.seed * 7919 + index)[: len(self) * self.batch_size]
+            chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+            own = [chunk[team.part(len(chunk))] for chunk in chunks]
+            found = batches(self.source, max(map(len, own), default=1), order=list(chain.from_iterable(own)))
+        else:
+            found = (_part(as_batch(item), team) for item in self.source)
+        for inputs, target in found:
+            if self.augment is not None:
+                inputs = (self.augment(inputs[0], generator), *inputs[1:])
+            yield inputs, target
+
+
+def _part(batch: Batch, team: Team) -> Batch:
+    """The samples of a batch that are a process's own."""
+    if team.size == 1:
+        return batch
+    inputs, target = batch
+    own = team.part(batch_size(inputs))
+    return part_of(inputs, own), tree_map_only(Tensor, lambda t: t[own] if t.dim() > 0 else t, target)
