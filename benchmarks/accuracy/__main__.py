@@ -1,71 +1,111 @@
-"""ResNet-20 on CIFAR-10 (JPEG) under budgets of half and a quarter of the flops.
+"""What classifiers on CIFAR-10 (JPEG) lose under budgets of flops, after fine-tuning.
 
-    python -m benchmarks.accuracy --data DIR [--seeds 0 1] [--runs DIR]
+    python -m benchmarks.accuracy --data DIR [--networks resnet20 vgg mobilenet] [--seeds 0 1 2] [--epochs 10]
 
-DIR holds data/cifar10_jpeg.tar.xz and models/resnet20_cifar10_jpeg.pt. Killed runs are gone on with. Everything is
-chosen on a validation split of the training data; the test split is evaluated once, at the end of every run.
+DIR holds data/cifar10_jpeg.tar.xz and models/resnet20_cifar10_jpeg.pt; the other networks are trained first, unless
+--runs holds their weights already. Killed runs are gone on with. Everything is chosen on a validation split of the
+training data; the test split is evaluated once, at the end of every run. Results of other networks, seeds and epochs
+that were written before are kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import yaml
 
-from benchmarks.cifar10.config import TEMPLATE, config_of
+from benchmarks.cifar10.config import NETWORKS, TEMPLATE, config_of, resnet20_weights
+from benchmarks.cifar10.train import train
 from benchmarks.command import parser_of
-from benchmarks.results_file import Target, budget_targets, write_results
+from benchmarks.results_file import RESULTS, Target, budget_targets, write_results
 from sekron_search.api import job_from_config
+from sekron_search.files import read_json
 from sekron_search.progress import ConsoleReporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 
+#: By network and budget of flops, how many points of top-1 may be lost after so many epochs.
+EPOCHS = 10
+CASES = {
+    "resnet20": {"0.5x": 0.2, "0.278x": 1.0, "0.15x": 3.0},
+    "vgg": {"0.5x": 0.3},
+    "mobilenet": {"0.5x": 0.3},
+}
 
-@dataclass(frozen=True)
-class Case:
-    """A budget of flops, the learning rate for it (chosen on the validation split), and what has to be reached.
-
-    Args:
-        budget: Of flops.
-        learning_rate: The further a network starts from its original, the larger the best one is.
-        untrained, trained: Least top-1 in percent, without training and after three epochs.
-    """
-
-    budget: str
-    learning_rate: float
-    untrained: float
-    trained: float
+#: What is kept of a run's report.
+KEYS = ("original", "compressed", "metric_without_training", "budgets", "divergence", "curve", "layers")
 
 
-CASES = (Case("0.5x", 4e-4, 87.0, 87.5), Case("0.25x", 3e-3, 79.0, 85.5))
+def weights_of(network: str, data: Path, runs: Path) -> Path:
+    """A network's weights, trained if there are none."""
+    if network == "resnet20":
+        return resnet20_weights(data)
+    path = runs / f"{network}.safetensors"
+    if not path.exists():
+        train(network, data, path)
+    return path
+
+
+def sample_of(
+    network: str, budget: str, seed: int, epochs: int, weights: Path, data: Path, runs: Path
+) -> dict[str, Any]:
+    """A run, or what there is of it already, and what it lost in points of top-1."""
+    config = config_of(
+        data,
+        network=network,
+        weights=weights,
+        finetune={**yaml.safe_load(TEMPLATE.read_text())["finetune"], "epochs": epochs},
+        budget={"flops": budget},
+        seed=seed,
+        tables=(runs / "tables").resolve(),
+    )
+    folder = RunFolder(runs / f"{network}-{budget}-epochs-{epochs}-seed-{seed}")
+    report = run(job_from_config(config), folder, ConsoleReporter(), resume=True)
+    before, after = report["original"]["metric"], report["compressed"]["metric"]
+    return {
+        "network": network,
+        "budget": budget,
+        "seed": seed,
+        "epochs": epochs,
+        "drop_points": 100 * (before - after),
+        "drop_points_without_training": 100 * (before - report["metric_without_training"]),
+        **{key: report[key] for key in KEYS},
+    }
+
+
+def targets_of(samples: list[dict[str, Any]]) -> list[Target]:
+    """What was asked of all seeds' mean."""
+    found = []
+    for network, budgets in CASES.items():
+        for budget, most in budgets.items():
+            own = [s for s in samples if (s["network"], s["budget"], s["epochs"]) == (network, budget, EPOCHS)]
+            if own:
+                case = f"{network} at {budget} flops"
+                drop = sum(s["drop_points"] for s in own) / len(own)
+                what = f"{case}: points of top-1 lost after {EPOCHS} epochs, mean of {len(own)} seeds"
+                found.append(Target(what, drop, most, at_least=False))
+                found += [target for s in own for target in budget_targets(s, f"{case}, seed {s['seed']}")]
+    return found
 
 
 def main() -> None:
-    args = parser_of(__doc__, "accuracy", seeds=[0]).parse_args()
-    template = yaml.safe_load(TEMPLATE.read_text())
-    targets, samples = [], []
-    for seed in args.seeds:
-        for case in CASES:
-            config = config_of(
-                args.data,
-                finetune={**template["finetune"], "learning_rate": case.learning_rate},
-                budget={"flops": case.budget},
-                seed=seed,
-                tables=args.runs / "tables",
-            )
-            folder = RunFolder(args.runs / f"flops-{case.budget}-seed-{seed}")
-            report = run(job_from_config(config), folder, ConsoleReporter(), resume=True)
-            plain = 100 * report["metric_without_training"]
-            final = 100 * report["compressed"]["metric"]
-            for what, value, bound in (
-                ("without training", plain, case.untrained),
-                ("after 3 epochs", final, case.trained),
-            ):
-                targets.append(Target(f"top-1 at {case.budget} flops {what}, seed {seed}", value, bound))
-            targets += budget_targets(report, f"{case.budget}, seed {seed}")
-            keys = ("original", "compressed", "metric_without_training", "budgets", "divergence", "curve", "layers")
-            samples.append({"budget": case.budget, "seed": seed, **{key: report[key] for key in keys}})
-    write_results("accuracy", targets, samples, command="make bench NAME=accuracy DATA=...")
+    parser = parser_of(__doc__, "accuracy", seeds=[0, 1, 2])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--budgets", nargs="+", help="by default those that something is asked of")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    args = parser.parse_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "accuracy.json"
+    samples: list[dict[str, Any]] = read_json(path)["samples"] if path.exists() else []
+    for network in args.networks:
+        weights = weights_of(network, args.data, args.runs)
+        for seed in args.seeds:
+            for budget in args.budgets or CASES[network]:
+                sample = sample_of(network, budget, seed, args.epochs, weights, args.data, args.runs)
+                keys = ("network", "budget", "seed", "epochs")
+                samples = [s for s in samples if any(s[key] != sample[key] for key in keys)] + [sample]
+                write_results("accuracy", targets_of(samples), samples, command="make bench NAME=accuracy DATA=...")
 
 
 if __name__ == "__main__":
