@@ -38,7 +38,6 @@ format: $(STAMP)  ## Format the code
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)  ## Run a benchmark: make bench NAME=accuracy DATA=folder-with-the-data
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[rivals]'
 	$(BIN)/python -m benchmarks.$(NAME) --data $(DATA)
 
 clean:  ## Delete the virtual environment and caches

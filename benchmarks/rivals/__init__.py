@@ -1,0 +1,1 @@
+"""Other people's ways to compress a network to a share of its flops, to compare with."""
