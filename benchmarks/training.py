@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sekron_search.files import read_checkpoint, write_checkpoint, write_tensors
+from sekron_search.precision import autocast_dtype
 
 #: Gradients are scaled down to this norm; epochs over which the learning rate rises; epochs between two scores.
 MOST_GRADIENT, WARM, SCORED = 1.0, 1, 10
@@ -28,7 +29,7 @@ def train_from_scratch(
     out: Path,
     score: Callable[[nn.Module], str],
 ) -> None:
-    """Train in bfloat16 with a cosine-shaped learning rate.
+    """Train with a cosine-shaped learning rate, in bfloat16 where the processor computes in it.
 
     Args:
         network: What is trained, on the CPU.
@@ -40,7 +41,7 @@ def train_from_scratch(
         score: What is said of the network every ten epochs.
     """
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    highest = optimizer.param_groups[0]["lr"]
+    highest, dtype = optimizer.param_groups[0]["lr"], autocast_dtype("auto", torch.device("cpu"))
     checkpoint, done = out.with_suffix(".checkpoint.pt"), 0
     if checkpoint.exists():
         saved = read_checkpoint(checkpoint)
@@ -54,7 +55,7 @@ def train_from_scratch(
         for step, (x, y) in enumerate(own):
             for group in optimizer.param_groups:
                 group["lr"] = highest * _share(epoch + step / len(own), epochs)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
                 output = network(x.contiguous(memory_format=torch.channels_last))
             value = loss(output.float(), y)
             optimizer.zero_grad()

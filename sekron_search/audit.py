@@ -16,6 +16,7 @@ from sekron_search.assembly import Assembler
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.job import Job
+from sekron_search.learning_rate import tuned
 from sekron_search.progress import Reporter
 from sekron_search.proxies import PROXIES, Judge, Subject, score
 from sekron_search.ranking import rank_correlation
@@ -229,8 +230,9 @@ class Examiner:
         """The metric after training as the run's candidates are trained, but for the number of epochs."""
         job = self.assembler.job
         config = job.settings.finetune.model_copy(update={"epochs": job.settings.audit.epochs})
-        curve = job.distillation_by(config).train(
-            with_memory_format(network.to(job.device), self.assembler.tables.layout.memory_format),
+        distillation = job.distillation_by(config)
+        curve = tuned(distillation, network.to(job.device), self.folder.learning_rate, Reporter()).train(
+            with_memory_format(network, self.assembler.tables.layout.memory_format),
             checkpoint=home / "checkpoint.pt",
             validate=job.validate,
             after_epoch=lambda epoch, metric: True,

@@ -16,6 +16,7 @@ from sekron_search.errors import InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.job import Job
+from sekron_search.learning_rate import tuned
 from sekron_search.network_tables import Tables
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
@@ -228,6 +229,7 @@ class Finder:
         if distillation is None:
             return []
         home = self.home(candidate.assignment)
+        distillation = tuned(distillation, network, self.folder.learning_rate, self.reporter)
         halving.start()
         with self.reporter.task(what, distillation.total_batches) as task:
             curve = distillation.train(

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from sekron_search.divergence import DivergenceName
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
+from sekron_search.precision import Autocast
 from sekron_search.runtimes.base import MemoryFormat, RuntimeName
 from sekron_search.search.budget import Budget
 from sekron_search.search.space import SearchSpace, explain
@@ -162,7 +163,9 @@ class FinetuneConfig(_Section):
     Args:
         epochs: Of training at most; 0 trains nothing.
         candidates: How many of the front's best feasible networks are trained, with successive halving.
-        batch_size, learning_rate, weight_decay: Of AdamW, with cosine decay after a warm-up.
+        batch_size, weight_decay: Of AdamW.
+        learning_rate: Its highest, with cosine decay after a warm-up; "auto" finds it by short trainings, which take an
+            eighth of the time of a long one.
         accumulate: Batches whose gradients are averaged for one step, where more do not fit in memory at a time.
         temperature: Of the distillation, for "kl".
         loss: Of the outputs: "auto" compares logits by divergence and labels by cross-entropy, other outputs by squared
@@ -170,20 +173,21 @@ class FinetuneConfig(_Section):
             replaces what the targets are compared by.
         label_weight: Weight of the targets' loss; the original's outputs get the rest.
         layer_weight: Weight of the error of the replaced layers' outputs, which is added; 0 leaves it out.
-        autocast: "bfloat16" or "float16": what passes are computed in; losses are scaled for float16.
+        autocast: "bfloat16" or "float16": what passes are computed in; losses are scaled for float16. "auto": bfloat16
+            where the device computes in it, else float32, which is faster than converting.
     """
 
     epochs: NonNegative = 3
     candidates: Positive = 2
     batch_size: Positive = 128
     accumulate: Positive = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     temperature: Annotated[float, Field(gt=0)] = 3.0
     loss: Loss = "auto"
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     layer_weight: Annotated[float, Field(ge=0)] = 4.0
-    autocast: Literal["bfloat16", "float16"] | None = None
+    autocast: Autocast | None = None
 
 
 class AuditConfig(_Section):

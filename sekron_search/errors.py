@@ -23,6 +23,10 @@ class DataError(SekronError, ValueError):
     """Data, weights or a model do not fit together (shapes, labels, NaN, missing files)."""
 
 
+class DivergedError(DataError):
+    """A training's loss became NaN or infinite."""
+
+
 class InfeasibleBudgetError(SekronError):
     """No assignment of options meets the budgets.
 

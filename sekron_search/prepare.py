@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     """
     whole = prepare_whole(job, folder, reporter)
     fitted = tuple(f.pruned(job.settings.bounds.names) for f in whole.fitted)
-    return with_responses(job, dataclasses.replace(whole, fitted=fitted, whole=whole.network), folder, reporter)
+    tables = dataclasses.replace(whole, fitted=fitted, whole=whole.network)
+    return with_responses(job, tables, _cache(job, folder), reporter)
 
 
 def prepare_whole(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
@@ -114,11 +116,16 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
     known = Tables(inspection, layers, original, memory, layout, ())
     _check_reachable(job, folder, reporter, known, space)
-    cache = settings.tables or folder.tables
+    cache = _cache(job, folder)
     keys = _keys(job, layers, space)
     fitted = _fitted(job, layers, space, keys, Fitter(cache, torch.get_num_threads()), reporter)
     files = dict.fromkeys(path for key in keys.values() for path in table_files(cache, key))
     return dataclasses.replace(known, fitted=fitted, files=tuple(files))
+
+
+def _cache(job: Job, folder: RunFolder) -> Path:
+    """Where tables are kept."""
+    return job.settings.tables or folder.tables
 
 
 def _keys(job: Job, layers: Sequence[LayerInfo], space: SearchSpace) -> dict[str, str]:

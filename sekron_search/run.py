@@ -118,6 +118,7 @@ def _run(
             trials=searched.trials,
             candidates={finder.home(c.assignment).name: c for c in searched.candidates},
             chosen=chosen,
+            learning_rate=_learning_rate(folder),
             costs=network_costs(job, {name: (network, formats[name]) for name, network in networks.items()}),
             metrics=_metrics(job, {**networks, "untrained": finder.load(chosen.candidate)}),
             batch_size=job.batch,
@@ -169,6 +170,11 @@ def _latency_facts(job: Job, folder: RunFolder, layout: Layout, searched: Search
             for c in searched.candidates
         ],
     }
+
+
+def _learning_rate(folder: RunFolder) -> dict[str, Any] | None:
+    """What was found, and tried; None where a rate was given, or nothing was trained."""
+    return dict(read_json(folder.learning_rate)) if folder.learning_rate.exists() else None
 
 
 def _metrics(job: Job, networks: dict[str, nn.Module]) -> dict[str, float | None]:

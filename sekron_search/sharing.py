@@ -73,6 +73,6 @@ class Sharing:
 
 def shared_files(folder: RunFolder, tables: Tables) -> dict[str, Path]:
     """What a worker needs of a run that has prepared its tables, by name in its run folder."""
-    files = [folder.manifest, folder.config, folder.layout, folder.original, folder.profile, folder.responses]
+    files = [folder.manifest, folder.config, folder.layout, folder.original, folder.profile]
     named = {path.name: path for path in files if path.exists()}
     return named | {f"{folder.tables.name}/{path.name}": path for path in tables.files}

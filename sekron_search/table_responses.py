@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence
-from sekron_search.files import read_json, write_json
+from sekron_search.files import digest, read_json, write_json
 from sekron_search.job import Job
 from sekron_search.model import batch_size, first_batches
 from sekron_search.network_tables import Tables
 from sekron_search.progress import Reporter
 from sekron_search.response import normalised_outputs
-from sekron_search.rundir import RunFolder
 from sekron_search.search.options import LayerTable
 
 #: Held-out samples on which a response is measured, in whole batches: the knapsack's solutions are as good as with
@@ -34,11 +34,17 @@ LEAST_RESPONSE = 1e-6
 BROKEN = 2.0
 
 
-def with_responses(job: Job, tables: Tables, folder: RunFolder, reporter: Reporter) -> Tables:
+def with_responses(job: Job, tables: Tables, cache: Path, reporter: Reporter) -> Tables:
     """The tables with the responses to their options: to so many of them that no more samples pass than for the trials.
 
     Where that is not enough for `LEAST_OPTIONS` of every layer, the tables stay as they are. What is measured of a
-    layer is kept in the run folder.
+    layer is kept.
+
+    Args:
+        job: The network, and the held-out inputs.
+        tables: Of its layers.
+        cache: Folder of the tables.
+        reporter: Told of the progress.
     """
     batches = first_batches(job.holdout, SAMPLES)
     held_out, used = (sum(map(batch_size, part)) for part in (job.holdout, batches))
@@ -46,7 +52,8 @@ def with_responses(job: Job, tables: Tables, folder: RunFolder, reporter: Report
     if not any(wanted):
         reporter.say("no responses are measured: that would take more than the trials")
         return tables
-    known: dict[str, _Rows] = {**{f.table.name: [] for f in tables.fitted}, **_read(folder)}
+    path = cache / f"responses-{_key(job, tables, wanted)}.json"
+    known: dict[str, _Rows] = {**{f.table.name: [] for f in tables.fitted}, **_read(path)}
     alone = _Alone(Assembler(job, tables), len(batches))
     done = 0
     with reporter.task("measuring responses", sum(map(len, wanted))) as task:
@@ -58,10 +65,10 @@ def with_responses(job: Job, tables: Tables, folder: RunFolder, reporter: Report
                     response = alone.divergence(layer, option)
                     known[name].append((error, response if math.isfinite(response) else None))
                     task.update(done + len(known[name]), name)
-                write_json(folder.responses, known)
+                write_json(path, known)
             done += len(options)
             task.update(done, name)
-    return _with(tables, known)
+    return dataclasses.replace(_with(tables, known), files=(*tables.files, path))
 
 
 class _Alone:
@@ -127,9 +134,16 @@ def _spread(errors: Sequence[float], count: int) -> list[int]:
 _Rows = list[tuple[float, float | None]]
 
 
-def _read(folder: RunFolder) -> dict[str, _Rows]:
-    """The responses in the run folder, by layer; a layer of which they are damaged is left out."""
-    data = read_json(folder.responses) if folder.responses.exists() else {}
+def _key(job: Job, tables: Tables, wanted: Sequence[Sequence[int]]) -> str:
+    """What tells responses from others: the fits, the options that are asked for, and what outputs are compared on."""
+    errors = [[f.table.options[i].error for i in own] for f, own in zip(tables.fitted, wanted, strict=True)]
+    fits = sorted(path.name for path in tables.files)
+    return digest([fits, errors, list(job.holdout), job.settings.search.divergence, SAMPLES])[:20]
+
+
+def _read(path: Path) -> dict[str, _Rows]:
+    """The responses in a file, by layer; a layer of which they are damaged is left out."""
+    data = read_json(path) if path.exists() else {}
     found: dict[str, _Rows] = {}
     for name, rows in data.items() if isinstance(data, dict) else ():
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -28,12 +28,14 @@ class TrainingData:
         batch_size: Of a dataset.
         augment: Of the inputs, when the network takes one tensor.
         seed: Of the order and the augmentation.
+        limit: Batches of an epoch at most.
     """
 
     source: Dataset[Any] | Iterable[Any]
     batch_size: int
     augment: Augment | None = None
     seed: int = 0
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, Dataset | Iterable) or isinstance(self.source, str | Mapping | Tensor):
@@ -49,7 +51,7 @@ class TrainingData:
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return self._count
+        return self._count if self.limit is None else min(self._count, self.limit)
 
     @cached_property
     def _count(self) -> int:
@@ -70,7 +72,7 @@ class TrainingData:
             own = [chunk[team.part(len(chunk))] for chunk in chunks]
             found = batches(self.source, max(map(len, own), default=1), order=list(chain.from_iterable(own)))
         else:
-            found = (_part(as_batch(item), team) for item in self.source)
+            found = (_part(as_batch(item), team) for item in islice(self.source, self.limit))
         for inputs, target in found:
             if self.augment is not None:
                 inputs = (self.augment(inputs[0], generator), *inputs[1:])

@@ -28,7 +28,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
 )
 
-AUDIT = CONFIG + "audit: {candidates: 6, budgets: [{flops: 0.7x}, {flops: 0.5x}, {flops: 0.35x}]}\n"
+AUDIT = (
+    CONFIG.replace("epochs: 2,", "epochs: 2, learning_rate: 1.0e-3,")
+    + "audit: {candidates: 6, budgets: [{flops: 0.7x}, {flops: 0.5x}, {flops: 0.35x}]}\n"
+)
 
 
 def job_of(folder: Path, text: str = AUDIT, **replaced: str) -> Job:

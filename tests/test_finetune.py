@@ -95,7 +95,7 @@ def test_gradients_of_several_batches_make_one_step(tmp_path: Path) -> None:
     found = []
     for size, accumulate in ((8, 4), (32, 1)):
         loader = [(part,) for part in images.split(size)]
-        config = FinetuneConfig(epochs=2, batch_size=size, accumulate=accumulate, layer_weight=0.0)
+        config = FinetuneConfig(epochs=2, batch_size=size, learning_rate=1e-3, accumulate=accumulate, layer_weight=0.0)
         task = Distillation(teacher, TrainingData(loader, size), config, "kl")
         assert task.total_steps == 4
         model = copy.deepcopy(start)
@@ -120,7 +120,7 @@ def test_half_precision_trains_and_resumes_to_the_same(tmp_path: Path, dtype: st
 def test_labels_and_loaders_are_taken(tmp_path: Path) -> None:
     teacher = small_net()
     loader: DataLoader[Any] = DataLoader(blobs(64), batch_size=16)
-    task = Distillation(teacher, TrainingData(loader, 16), FinetuneConfig(epochs=1), "mse")
+    task = Distillation(teacher, TrainingData(loader, 16), FinetuneConfig(epochs=1, learning_rate=1e-3), "mse")
     assert task.total_batches == task.total_steps == 4
     assert len(train(task, compressed(teacher), tmp_path / "checkpoint.pt")) == 1
 

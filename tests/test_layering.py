@@ -32,8 +32,9 @@ LAYERS = [
     ["job"],
     ["selection"],
     ["variants"],
+    ["learning_rate"],
     ["finetune", "sequential", "tables"],
-    ["training_data"],
+    ["training_state", "training_data"],
     ["losses"],
     ["scoring", "export"],
     ["exchange"],
@@ -50,7 +51,7 @@ LAYERS = [
     ["inspection"],
     ["model"],
     ["kron"],
-    ["files", "progress", "ranking", "team"],
+    ["files", "precision", "progress", "ranking", "team"],
     ["errors"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

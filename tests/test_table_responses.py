@@ -153,8 +153,7 @@ def test_a_layer_that_can_only_stay_needs_no_responses(tmp_path: Path) -> None:
     tables = prepared(job, folder)
     first, *others = tables.fitted
     only = dataclasses.replace(tables, fitted=(first.kept([False] * len(first.table.options)), *others))
-    folder.responses.unlink()
-    found = with_responses(job, only, folder, Reporter())
+    found = with_responses(job, only, tmp_path / "tables", Reporter())
     assert found.fitted[0].table.responses == ()
     assert [f.table.responses for f in found.fitted[1:]] == [f.table.responses for f in others]
     assert additive_errors(found.network)[0].tolist() == [0.0]
@@ -200,12 +199,13 @@ def test_what_is_measured_of_a_layer_is_not_measured_again(tmp_path: Path, monke
 def test_responses_that_are_damaged_are_measured_anew(tmp_path: Path, damage: str) -> None:
     job, folder = job_of(tmp_path), RunFolder(tmp_path / "out")
     tables = prepared(job, folder)
-    told = read_json(folder.responses)
+    (kept,) = folder.tables.glob("responses-*.json")
+    told = read_json(kept)
     if damage == "other":
         told["conv1"][0][0] *= 2
     elif damage in ("NaN", "words"):
         told["conv1"][0][1] = math.nan if damage == "NaN" else "a lot"
-    folder.responses.write_text(json.dumps(told) if damage in ("other", "NaN", "words") else damage)
+    kept.write_text(json.dumps(told) if damage in ("other", "NaN", "words") else damage)
     assert prepared(job, folder).network == tables.network
 
 

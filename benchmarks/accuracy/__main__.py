@@ -34,7 +34,16 @@ CASES = {
 }
 
 #: What is kept of a run's report.
-KEYS = ("original", "compressed", "metric_without_training", "budgets", "divergence", "curve", "layers")
+KEYS = (
+    "original",
+    "compressed",
+    "metric_without_training",
+    "budgets",
+    "divergence",
+    "curve",
+    "learning_rate",
+    "layers",
+)
 
 
 def weights_of(network: str, data: Path, runs: Path) -> Path:

@@ -14,7 +14,7 @@ from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Network, Option
 from sekron_search.search.trial import Trial, pareto_trials
 
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class RunFacts:
         trials: All trials of the search.
         candidates: The candidates that were fitted and measured, by the name of their folder.
         chosen: The candidate that was saved, its curve and its validation metric.
+        learning_rate: Of fine-tuning, and the trials that led to it, where it was found.
         costs: Of "original" and "compressed", measured on the saved and re-loaded network.
         metrics: Of "original", "compressed" and "untrained".
         batch_size: Samples of the example batch.
@@ -43,6 +44,7 @@ class RunFacts:
     trials: Sequence[Trial]
     candidates: Mapping[str, Candidate]
     chosen: Finished
+    learning_rate: Mapping[str, Any] | None
     costs: Mapping[str, Mapping[str, float]]
     metrics: Mapping[str, float | None]
     batch_size: int
@@ -98,6 +100,7 @@ class RunFacts:
                 candidate.divergence,
             ),
             "curve": self.chosen.curve,
+            "learning_rate": None if self.learning_rate is None else dict(self.learning_rate),
             "layers": [
                 _layer(table, index, list(budget.names))
                 for table, index in zip(self.network.tables, candidate.assignment, strict=True)

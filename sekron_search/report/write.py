@@ -232,7 +232,19 @@ def _training(report: dict[str, Any]) -> str:
         return ""
     rows = ["| epoch | loss | validation |", "| ---: | ---: | ---: |"]
     rows += [f"| {row['epoch']:.0f} | {row['loss']:.4f} | {row['metric']:.4f} |" for row in report["curve"]]
-    return "## Fine-tuning\n\n![Fine-tuning](plots/finetuning.png)\n\n" + "\n".join(rows)
+    return "## Fine-tuning\n\n![Fine-tuning](plots/finetuning.png)\n\n" + _learning_rate(report) + "\n".join(rows)
+
+
+def _learning_rate(report: dict[str, Any]) -> str:
+    found = report["learning_rate"]
+    if found is None:
+        return ""
+    losses = ", ".join(f"{_loss(loss)} at {rate:.2g}" for rate, loss in found["trials"])
+    return f"Learning rate {found['learning_rate']:.2g}, found by short trainings; their losses: {losses}.\n\n"
+
+
+def _loss(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.4g}"
 
 
 def _exports(exports: Sequence[dict[str, Any]]) -> str:

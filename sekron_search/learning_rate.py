@@ -1,0 +1,136 @@
+"""The learning rate of fine-tuning: found, not guessed, by short trainings from where the long one will start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from torch import nn
+
+from sekron_search.errors import DataError, DivergedError
+from sekron_search.files import read_json, write_json
+from sekron_search.finetune import Distillation
+from sekron_search.model import copy_model
+from sekron_search.progress import Reporter
+
+#: Rates that are tried are this one times powers of the factor, in a range beyond which none is.
+START, FACTOR, RANGE = 1e-3, 10**0.5, range(-8, 7)
+
+#: A trial takes this share of the steps of the training; more than the larger number of steps tells no more, with fewer
+#: than the smaller one noise decides, but more than this other share is more than a rate is worth.
+SHARE, FEWEST_STEPS, MOST_STEPS, LARGEST_SHARE = 1 / 32, 24, 128, 1 / 4
+
+#: Batches on which trials are compared.
+COMPARED = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """A learning rate, and what was tried.
+
+    Args:
+        learning_rate: The highest of the schedule.
+        trials: Pairs of a rate and the loss that a short training reached with it; None where it diverged.
+    """
+
+    learning_rate: float
+    trials: tuple[tuple[float, float | None], ...]
+
+
+def tuned(distillation: Distillation, network: nn.Module, path: Path, reporter: Reporter) -> Distillation:
+    """A distillation whose learning rate is a number: the configuration's, or the one that is found, once.
+
+    Args:
+        distillation: How the network will be trained.
+        network: As it is before; not changed.
+        path: Where what was found is kept.
+        reporter: Told of the progress.
+    """
+    if distillation.config.learning_rate != "auto":
+        return distillation
+    if not path.exists():
+        write_json(path, asdict(find_learning_rate(distillation, network, reporter)))
+    return distillation.with_rate(read_json(path)["learning_rate"])
+
+
+def find_learning_rate(distillation: Distillation, network: nn.Module, reporter: Reporter) -> Found:
+    """Whole short trainings, warm-up and decay included, with rates around the best one so far.
+
+    They are compared by the loss that training minimises, on batches that they have not seen, with batch-norm as in
+    training: after so few steps running statistics lag behind the weights, and would decide. The minimum of a parabola
+    through the best three, over the logarithm of the rate, is taken.
+
+    Args:
+        distillation: How the network will be trained.
+        network: As it is before; not changed.
+        reporter: Told of the progress.
+
+    Raises:
+        DataError: If training diverges at every rate.
+    """
+    steps = max(
+        min(int(distillation.total_steps * SHARE), MOST_STEPS),
+        min(FEWEST_STEPS, int(distillation.total_steps * LARGEST_SHARE)),
+        1,
+    )
+    losses: dict[int, float] = {}
+
+    def loss(power: int) -> float:
+        if power not in losses:
+            losses[power] = _loss_after(distillation, network, START * FACTOR**power, steps, reporter)
+        return losses[power]
+
+    best = 0
+    while True:
+        # Where rates are equally good, or all diverge, the first of these is taken.
+        near = [p for p in (best, best - 1, best + 1) if p in RANGE]
+        better = min(near, key=loss)
+        if better == best and math.isinf(loss(best)) and best - 1 in RANGE:
+            better = best - 1
+        if better == best:
+            break
+        best = better
+    if math.isinf(loss(best)):
+        raise DataError(
+            "finetune.learning_rate 'auto': the loss becomes NaN or infinite at every rate down to "
+            f"{START * FACTOR**best:g}; check the training data, finetune.loss, and finetune.autocast"
+        )
+    rate = START * FACTOR ** (best + _minimum(*(losses.get(best + i, math.inf) for i in (-1, 0, 1))))
+    tried = tuple(
+        (START * FACTOR**power, losses[power] if math.isfinite(losses[power]) else None) for power in sorted(losses)
+    )
+    reporter.say(f"learning rate {rate:.2g}, found in {len(tried)} trials of {steps} steps")
+    return Found(rate, tried)
+
+
+def _minimum(left: float, middle: float, right: float) -> float:
+    """Where, around the middle, a parabola through three values a unit apart is lowest; the middle one is the least."""
+    bend = left - 2 * middle + right
+    return 0.5 * (left - right) / bend if math.isfinite(bend) and bend > 0 else 0.0
+
+
+def _loss_after(distillation: Distillation, network: nn.Module, rate: float, steps: int, reporter: Reporter) -> float:
+    """Of a short training; infinity if it diverges."""
+    brief = distillation.with_rate(rate).briefly(steps)
+    found: list[float] = []
+
+    def compare(trained: nn.Module) -> float:
+        # Of the whole training's second epoch: in another order, so that few of them were in the first one's beginning.
+        unseen = islice(distillation.data.epoch(2), COMPARED)
+        found.append(brief.loss_of(trained, unseen))
+        return -found[-1]
+
+    with reporter.task(f"trying the learning rate {rate:.2g}", len(brief.data)) as task:
+        try:
+            brief.train(
+                copy_model(network),
+                checkpoint=None,
+                validate=compare,
+                after_epoch=lambda epoch, metric: False,
+                progress=task.update,
+            )
+        except DivergedError:
+            return math.inf
+    return found[-1] if math.isfinite(found[-1]) else math.inf

@@ -1,0 +1,29 @@
+"""In what passes are computed while a network is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Autocast = Literal["auto", "bfloat16", "float16"]
+
+
+def autocast_dtype(asked: Autocast | None, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on a device; None is float32 throughout.
+
+    Args:
+        asked: "auto" is bfloat16 where the device computes in it: one that converts is slower than in float32, on CPUs
+            by up to ten times.
+        device: Where the network is.
+    """
+    if asked == "auto":
+        return torch.bfloat16 if computes_in_bfloat16(device) else None
+    return None if asked is None else {"bfloat16": torch.bfloat16, "float16": torch.float16}[asked]
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16, not by converting to float32 and back."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return any(has is True for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sekron_search.errors import ConfigError, DataError, DivergedError
+from sekron_search.files import read_json
+from sekron_search.finetune import Distillation
+from sekron_search.learning_rate import FACTOR, START, _minimum, find_learning_rate, tuned
+from sekron_search.precision import autocast_dtype
+from sekron_search.progress import Reporter
+from tests.test_finetune import compressed, distillation
+
+
+def fake_losses(monkeypatch: pytest.MonkeyPatch, loss: Any) -> list[float]:
+    """Short trainings reach a loss that is a function of the rate; the rates that were tried."""
+    tried: list[float] = []
+
+    def train(self: Distillation, model: nn.Module, *, validate: Any, **_: Any) -> list[dict[str, float]]:
+        tried.append(self.rate)
+        if math.isinf(loss(self.rate)):
+            raise DivergedError("too far")
+        validate(model)
+        return []
+
+    monkeypatch.setattr(Distillation, "train", train)
+    monkeypatch.setattr(Distillation, "loss_of", lambda self, *_: loss(self.rate))
+    return tried
+
+
+@pytest.mark.parametrize("best", [2e-5, 3e-4, 1e-3, 1.3e-3, 0.2])
+def test_the_best_rate_of_a_parabola_is_found(monkeypatch: pytest.MonkeyPatch, best: float) -> None:
+    tried = fake_losses(monkeypatch, lambda rate: 2 + math.log(rate / best) ** 2)
+    task = distillation(learning_rate="auto")
+    found = find_learning_rate(task, compressed(task.teacher), Reporter())
+    assert found.learning_rate == pytest.approx(best, rel=1e-6)
+    assert sorted(tried) == [rate for rate, _ in found.trials]
+    assert len(tried) == len(set(tried)) <= 3 + abs(round(math.log(best / START, FACTOR)))
+
+
+def test_rates_at_which_training_diverges_are_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_losses(monkeypatch, lambda rate: math.inf if rate > 2e-5 else 1 - rate)
+    task = distillation(learning_rate="auto")
+    found = find_learning_rate(task, compressed(task.teacher), Reporter())
+    assert found.learning_rate == pytest.approx(1e-5)
+    assert [loss for rate, loss in found.trials if rate > 2e-5] == [None] * 5
+
+
+def test_training_that_diverges_at_every_rate_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_losses(monkeypatch, lambda rate: math.inf)
+    task = distillation(learning_rate="auto")
+    with pytest.raises(DataError, match=r"finetune\.learning_rate 'auto': .* at every rate down to 1e-07"):
+        find_learning_rate(task, compressed(task.teacher), Reporter())
+
+
+def test_the_minimum_stays_near_the_best_rate() -> None:
+    assert _minimum(1.0, 1.0, 1.0) == 0.0
+    assert _minimum(1.0, 0.0, math.inf) == 0.0
+    assert _minimum(0.0, 0.0, 3.0) == -0.5
+    assert _minimum(2.0, 1.0, 2.0) == 0.0
+
+
+def test_it_is_found_once_and_changes_nothing(tmp_path: Path) -> None:
+    task = distillation(learning_rate="auto", epochs=6)
+    with pytest.raises(ConfigError, match=r"finetune\.learning_rate is 'auto'"):
+        task.rate  # noqa: B018
+    model = compressed(task.teacher)
+    before = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    path = tmp_path / "learning_rate.json"
+    found = tuned(task, model, path, Reporter())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before[0].items())
+    assert torch.equal(before[1], torch.get_rng_state())
+    assert found.rate == read_json(path)["learning_rate"]
+    assert found.config.epochs == 6
+    assert len(found.data) == len(task.data)
+    rates = dict(read_json(path)["trials"])
+    assert min(rates.values()) < max(rates.values())
+    path.write_text('{"learning_rate": 0.5, "trials": []}')
+    assert tuned(task, model, path, Reporter()).rate == 0.5
+    assert tuned(distillation(), model, tmp_path / "none.json", Reporter()).rate == 1e-2
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_a_short_training_is_a_whole_one_of_fewer_batches(tmp_path: Path) -> None:
+    task = distillation(accumulate=2).briefly(1)
+    assert (len(task.data), task.total_steps) == (2, 1)
+    counted: list[int] = []
+    curve = task.train(
+        compressed(task.teacher),
+        checkpoint=None,
+        validate=None,
+        after_epoch=lambda *_: True,
+        progress=counted.append,
+    )
+    assert len(curve) == 1
+    assert counted == [1, 2]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("has", [{"avx512_bf16": True, "amx_bf16": False}, {"avx2": True, "avx512_bf16": False}])
+def test_bfloat16_is_left_out_where_it_is_converted(monkeypatch: pytest.MonkeyPatch, has: dict[str, bool]) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    cpu = torch.device("cpu")
+    assert autocast_dtype("auto", cpu) == (torch.bfloat16 if has["avx512_bf16"] else None)
+    assert autocast_dtype("bfloat16", cpu) == torch.bfloat16
+    assert autocast_dtype("float16", cpu) == torch.float16
+    assert autocast_dtype(None, cpu) is None
