@@ -19,9 +19,10 @@ from sekron_search.divergence import DivergenceName
 from sekron_search.errors import ConfigError, DataError, DivergedError, SekronError
 from sekron_search.export import layers_json, with_layers
 from sekron_search.files import read_checkpoint, write_checkpoint
+from sekron_search.kron.dense import KINDS
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.losses import TargetLoss, distillation_loss, layer_loss
-from sekron_search.model import kronecker_layers, run_model
+from sekron_search.model import run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.team import Team
 from sekron_search.training_data import TrainingData
@@ -219,8 +220,11 @@ class Distillation:
         return summed / max(done, 1)
 
     def _layers_of(self, model: nn.Module) -> list[str]:
-        """Names of the layers whose outputs are compared."""
-        return list(kronecker_layers(model)) if self.config.layer_weight else []
+        """Names of the layers whose outputs are compared: those that are of another class than the original's."""
+        if not self.config.layer_weight:
+            return []
+        dense = {name: type(layer) for name, layer in self.teacher.named_modules() if type(layer) in KINDS.values()}
+        return [name for name, kind in dense.items() if type(model.get_submodule(name)) is not kind]
 
     def _loss(self, model: nn.Module, replaced: Sequence[str], inputs: tuple[Any, ...], target: Any) -> Tensor:
         config, device = self.config, inputs[0].device

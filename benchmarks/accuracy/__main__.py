@@ -10,20 +10,13 @@ that were written before are kept.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from benchmarks.cifar10.config import NETWORKS, TEMPLATE, config_of, resnet20_weights
-from benchmarks.cifar10.train import train
+from benchmarks.cifar10.config import NETWORKS
+from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
 from benchmarks.results_file import RESULTS, Target, budget_targets, write_results
-from sekron_search.api import job_from_config
 from sekron_search.files import read_json
-from sekron_search.progress import ConsoleReporter
-from sekron_search.run import run
-from sekron_search.rundir import RunFolder
 
 #: By network and budget of flops, how many points of top-1 may be lost after so many epochs.
 EPOCHS = 10
@@ -46,34 +39,12 @@ KEYS = (
 )
 
 
-def weights_of(network: str, data: Path, runs: Path) -> Path:
-    """A network's weights, trained if there are none."""
-    if network == "resnet20":
-        return resnet20_weights(data)
-    path = runs / f"{network}.safetensors"
-    if not path.exists():
-        train(network, data, path)
-    return path
-
-
-def sample_of(
-    network: str, budget: str, seed: int, epochs: int, weights: Path, data: Path, runs: Path
-) -> dict[str, Any]:
+def sample_of(runs: Runs, budget: str, seed: int, epochs: int) -> dict[str, Any]:
     """A run, or what there is of it already, and what it lost in points of top-1."""
-    config = config_of(
-        data,
-        network=network,
-        weights=weights,
-        finetune={**yaml.safe_load(TEMPLATE.read_text())["finetune"], "epochs": epochs},
-        budget={"flops": budget},
-        seed=seed,
-        tables=(runs / "tables").resolve(),
-    )
-    folder = RunFolder(runs / f"{network}-{budget}-epochs-{epochs}-seed-{seed}")
-    report = run(job_from_config(config), folder, ConsoleReporter(), resume=True)
+    report = runs.report({"flops": budget}, seed=seed, epochs=epochs)
     before, after = report["original"]["metric"], report["compressed"]["metric"]
     return {
-        "network": network,
+        "network": runs.network,
         "budget": budget,
         "seed": seed,
         "epochs": epochs,
@@ -104,14 +75,13 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", help="by default those that something is asked of")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     args = parser.parse_args()
-    args.runs.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "accuracy.json"
     samples: list[dict[str, Any]] = read_json(path)["samples"] if path.exists() else []
     for network in args.networks:
-        weights = weights_of(network, args.data, args.runs)
+        runs = Runs(network, args.data, args.runs)
         for seed in args.seeds:
             for budget in args.budgets or CASES[network]:
-                sample = sample_of(network, budget, seed, args.epochs, weights, args.data, args.runs)
+                sample = sample_of(runs, budget, seed, args.epochs)
                 keys = ("network", "budget", "seed", "epochs")
                 samples = [s for s in samples if any(s[key] != sample[key] for key in keys)] + [sample]
                 write_results("accuracy", targets_of(samples), samples, command="make bench NAME=accuracy DATA=...")

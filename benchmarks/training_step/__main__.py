@@ -19,14 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cifar10.config import config_of
+from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, write_results
 from sekron_search import load
-from sekron_search.api import job_from_config
-from sekron_search.progress import ConsoleReporter
-from sekron_search.run import run
-from sekron_search.rundir import RunFolder
 
 THREADS, BATCH, ROUNDS = 2, 128, 15
 
@@ -63,16 +59,11 @@ class Trainee:
 
 def networks(data: Path, runs: Path) -> dict[str, nn.Module]:
     """By budget of flops, "1x" for the original."""
-    found: dict[str, nn.Module] = {}
+    made, found = Runs("resnet20", data, runs), {}
     for budget in BUDGETS:
-        config = config_of(
-            data, budget={"flops": budget}, finetune={"epochs": 0, "candidates": 1}, tables=runs / "tables"
-        )
-        folder, job = RunFolder(runs / f"flops-{budget}"), job_from_config(config)
-        run(job, folder, ConsoleReporter(), resume=True)
-        found["1x"] = job.model
-        found[budget] = load(folder.path)
-    return found
+        made.report({"flops": budget}, epochs=0)
+        found[budget] = load(made.folder({"flops": budget}, epochs=0).path)
+    return {"1x": made.job({"flops": BUDGETS[0]}, epochs=0).model, **found}
 
 
 def measured(trainees: dict[str, Trainee], precision: torch.dtype | None) -> dict[str, Any]:

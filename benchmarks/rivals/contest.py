@@ -1,0 +1,120 @@
+"""A rival's network, trained and measured as this package's networks are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.rivals.methods import RIVALS
+from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
+from sekron_search.data import import_reference
+from sekron_search.errors import InfeasibleBudgetError
+from sekron_search.files import read_json, write_json, write_tensors
+from sekron_search.job import Job
+from sekron_search.learning_rate import tuned
+from sekron_search.progress import Reporter
+from sekron_search.timing import Placed, network_latencies
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The conditions, which are the same for all.
+
+    Args:
+        job: The network, its data, the metrics, and how is trained: epochs, distillation, seed. What its settings say
+            of budgets and of a search counts for nothing here.
+        reporter: Told of the progress.
+    """
+
+    job: Job
+    reporter: Reporter
+
+    def enter(self, name: str, share: float, home: Path) -> dict[str, Any]:
+        """What a rival reaches, from the folder if it is there.
+
+        Args:
+            name: Of `RIVALS`.
+            share: Of the network's flops.
+            home: Folder in which all that takes long is kept.
+        """
+        result = home / "result.json"
+        if not result.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            torch.manual_seed(self.job.settings.seed)
+            try:
+                network = self._compressed(name, share)
+            except InfeasibleBudgetError as error:
+                write_json(result, {"infeasible": str(error)})
+            else:
+                write_json(result, self._result(network, home))
+        return dict(read_json(result))
+
+    def _compressed(self, name: str, share: float) -> nn.Module:
+        """The rival's network as training finds it."""
+        rival, job = RIVALS[name], self.job
+        inputs = job.example_inputs[0][:1]
+        if rival.afresh:
+            assert job.factory is not None
+            network = rival.compress(job.model, inputs, share, factory=import_reference(job.factory.reference, "model"))
+        else:
+            network = rival.compress(job.model, inputs, share)
+            # Statistics that keep the trained ones, as this package's networks have them; a network that lost channels
+            # has no counterpart to each.
+            paired = NormStatistics(job.model, job.calibration) if _same_norms(job.model, network) else None
+            reestimate_batch_norm(network, job.calibration, original=paired)
+        return network
+
+    def _result(self, network: nn.Module, home: Path) -> dict[str, Any]:
+        job, rate = self.job, home / "learning_rate.json"
+        distillation = job.distillation
+        assert distillation is not None
+        assert job.validate is not None
+        assert job.test is not None
+        untrained, start = job.validate(network), {n: t.clone() for n, t in network.state_dict().items()}
+        with self.reporter.task("fine-tuning", distillation.total_batches) as task:
+            curve = tuned(distillation, network, rate, self.reporter).train(
+                network,
+                checkpoint=home / "checkpoint.pt",
+                validate=job.validate,
+                after_epoch=lambda epoch, metric: True,
+                progress=task.update,
+            )
+        if untrained > curve[-1]["metric"]:  # as this package has it: then the network stays as it was
+            network.load_state_dict(start)
+        write_tensors(home / "weights.safetensors", dict(network.state_dict()))
+        return {
+            "flops": traced_flops(network, job.example_inputs).total,
+            "params": sum(p.numel() for p in network.parameters()),
+            "latency_ratio": latency_ratio(job, network),
+            "validation_without_training": untrained,
+            "validation": max(untrained, curve[-1]["metric"]),
+            "test": job.test(network),
+            "learning_rate": read_json(rate) if rate.exists() else None,
+            "curve": curve,
+        }
+
+
+def latency_ratio(job: Job, network: nn.Module) -> float:
+    """Of a network as it is deployed to the original's, each in the memory format that suits it best, interleaved."""
+    placed: dict[str, Placed] = {
+        f"{name}, {form}": (net, form)
+        for name, net in (("original", job.model), ("compressed", network))
+        for form in job.memory_formats
+    }
+    measured = network_latencies(job, placed)
+    best = {
+        name: min(measured[f"{name}, {form}"].median_ms for form in job.memory_formats)
+        for name in ("original", "compressed")
+    }
+    return best["compressed"] / best["original"]
+
+
+def _same_norms(original: nn.Module, network: nn.Module) -> bool:
+    """Whether batch-norms have the channels that they had."""
+    kind = nn.modules.batchnorm._BatchNorm
+    shapes = [[m.num_features for m in net.modules() if isinstance(m, kind)] for net in (original, network)]
+    return shapes[0] == shapes[1]
