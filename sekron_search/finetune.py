@@ -26,7 +26,8 @@ from sekron_search.model import run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.team import Team
 from sekron_search.training_data import TrainingData
-from sekron_search.training_state import TrainingState, set_memory_format, trainable
+from sekron_search.training_form import training_form
+from sekron_search.training_state import TrainingState, trainable
 
 
 @dataclass(frozen=True)
@@ -164,18 +165,16 @@ class Distillation:
 
     @contextmanager
     def _started(self, model: nn.Module, saved: dict[str, Any] | None, team: Team) -> Iterator[TrainingState]:
-        """The state of a training, from a checkpoint on if there is one; both networks are laid out for it."""
-        for network in (model, self.teacher):
-            set_memory_format(network, torch.channels_last)
-        state = TrainingState.start(model, self.config, self.rate, self.total_steps, team)
-        if saved is not None:
-            state.restore(saved)
+        """The state of a training, from a checkpoint on if there is one; both networks are in the form for it."""
         self.teacher.eval()
-        try:
-            yield state
-        finally:
-            for network in (model.eval(), self.teacher):
-                set_memory_format(network, torch.contiguous_format)
+        with training_form(model, self.teacher):
+            state = TrainingState.start(model, self.config, self.rate, self.total_steps, team)
+            if saved is not None:
+                state.restore(saved)
+            try:
+                yield state
+            finally:
+                model.eval()
 
     def assist(self, task: _Task) -> None:
         """Take part in a training that the team's first process has begun."""

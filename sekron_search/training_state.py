@@ -93,13 +93,6 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Lay out the weights of 2-d convolutions; activations follow. Channels last trains up to twice as fast on CPUs."""
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
-
-
 def _rate(step: int, total: int) -> float:
     """Share of the learning rate: linear warm-up over the first tenth, then cosine decay."""
     warm = max(total // 10, 1)

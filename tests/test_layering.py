@@ -34,7 +34,7 @@ LAYERS = [
     ["variants"],
     ["learning_rate"],
     ["finetune", "sequential", "tables"],
-    ["training_state", "training_data"],
+    ["training_form", "training_state", "training_data"],
     ["losses"],
     ["scoring", "export"],
     ["exchange"],

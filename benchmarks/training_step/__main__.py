@@ -3,8 +3,8 @@
     python -m benchmarks.training_step --data DIR [--runs DIR]
 
 A step is a forward pass, cross-entropy, a backward pass and an update by AdamW on 128 images; the teacher's pass is no
-part of it. Networks take turns; channels last, two threads. DIR holds data/cifar10_jpeg.tar.xz and
-models/resnet20_cifar10_jpeg.pt. Networks are found under budgets of flops and not trained.
+part of it. Networks take turns, each in the form in which fine-tuning trains it; two threads. DIR holds
+data/cifar10_jpeg.tar.xz and models/resnet20_cifar10_jpeg.pt. Networks are found under budgets of flops and not trained.
 """
 
 from __future__ import annotations
@@ -23,27 +23,25 @@ from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, write_results
 from sekron_search import load
+from sekron_search.precision import autocast_dtype
+from sekron_search.training_form import training_form
 
 THREADS, BATCH, ROUNDS = 2, 128, 15
 
 #: A compressed network's step may take so many times the original's.
 MOST = {"0.5x": 1.2}
 BUDGETS = ("0.5x", "0.25x")
-PRECISIONS = (None, torch.bfloat16)
 
 
 class Trainee:
     """A network and its optimizer.
 
     Args:
-        network: It is laid out channels last.
+        network: In the form for training.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.train()
-        for parameter in network.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(network.parameters(), 1e-5)
 
     def step(self, images: Tensor, labels: Tensor, precision: torch.dtype | None) -> float:
@@ -90,8 +88,12 @@ def main() -> None:
     args = parser_of(__doc__, "training_step").parse_args()
     found = networks(args.data, args.runs)
     torch.set_num_threads(THREADS)
-    trainees = {name: Trainee(network) for name, network in found.items()}
-    samples = {str(precision or torch.float32): measured(trainees, precision) for precision in PRECISIONS}
+    precisions = dict.fromkeys(
+        (None, autocast_dtype("auto", torch.device("cpu")))
+    )  # what nobody would train in is left
+    with training_form(*found.values()):
+        trainees = {name: Trainee(network) for name, network in found.items()}
+        samples = {str(precision or torch.float32): measured(trainees, precision) for precision in precisions}
     targets = [
         Target(f"{budget} flops, {precision}: time of a step against the original's", own[budget]["ratio"], most, False)
         for precision, own in samples.items()

@@ -51,6 +51,23 @@ class Plan:
         """Whether the last convolution that runs can add the bias."""
         return (self.steps[0] if self.geometry.transposed else self.steps[-1]).repeats == 1
 
+    def vector_flops(self, input_size: Size, lanes: int) -> int:
+        """Multiply-adds of one sample where the channels of every group are filled up to a multiple of some lanes.
+
+        Vectors and matrix units take so many channels at a time: this tells better than flops how long steps of few
+        channels take.
+
+        Args:
+            input_size: As for `cost`.
+            lanes: Channels.
+        """
+        size, flops = input_size, 0
+        for step in self.steps:
+            size = step.geometry.output_size(size, step.kernel)
+            filled = prod(-(-n // lanes) * lanes for n in (step.produced, step.contracted))
+            flops += step.groups * filled * prod(step.kernel) * step.repeats * prod(size)
+        return flops
+
     def output_paddings(self, output_padding: Size) -> tuple[Size, ...]:
         """The output padding of every step of a transposed convolution with that output padding, in plan order.
 
