@@ -183,7 +183,7 @@ class Distillation:
         model.load_state_dict(task.state)
         # The first process decides what comes of a training that diverges.
         with suppress(DivergedError), brief._started(model, task.checkpoint, team) as state:
-            while team.told():
+            while team.told() is True:  # anything else is said when the first process fails
                 brief._epoch(state, len(state.curve) + 1, lambda done: None)
                 state.curve.append({})
 

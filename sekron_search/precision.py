@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -25,5 +25,7 @@ def autocast_dtype(asked: Autocast | None, device: torch.device) -> torch.dtype 
 def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies in bfloat16, not by converting to float32 and back."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return any(has is True for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
+    return any(has is True for name, has in capabilities.items() if "bf16" in name)

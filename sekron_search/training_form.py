@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sekron_search.kron.dense import AXES
 from sekron_search.kron.families import dense
 from sekron_search.kron.layer import NOMINAL_SIZE, KroneckerLayer
 from sekron_search.kron.plan import make_plan
@@ -45,8 +44,9 @@ def _is_slow(layer: KroneckerLayer) -> bool:
     """Whether a layer that runs factored would train faster rebuilt: from its plan, so that all runs decide alike."""
     if layer.execution != "factored":
         return False
-    size = (NOMINAL_SIZE,) * max(AXES[layer.kind], 2)
-    whole = make_plan(dense(layer.structure.weight_shape), layer.geometry, Schedule((0,)))
+    structure, geometry = layer.structure, layer.geometry
+    size = tuple(NOMINAL_SIZE + d * (k - 1) for d, k in zip(geometry.dilation, structure.kernel, strict=True))
+    whole = make_plan(dense(structure.weight_shape), geometry, Schedule((0,)))
     return layer.plan.vector_flops(size, LANES) > whole.vector_flops(size, LANES)
 
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
+from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.structure import Structure
 from sekron_search.training_form import training_form
@@ -52,7 +54,47 @@ def test_what_runs_rebuilt_anyway_stays_so_and_errors_leave_nothing_behind() -> 
     assert (rebuilt.execution, factored.execution) == ("dense", "factored")
 
 
-def test_linear_layers_are_decided_too() -> None:
-    linear = KroneckerLinear.from_linear(nn.Linear(64, 64), fam.sekron([(64, 1, 1, 1), (1, 64, 1, 1)], [16]))
-    with training_form(linear):
-        assert linear.execution == "factored"
+#: Layers whose factors lie in memory the same way in every format, so that only the form changes.
+SAME_LAYOUT: dict[str, Callable[[], tuple[KroneckerLayer, Tensor]]] = {
+    "linear": lambda: (
+        KroneckerLinear.from_linear(nn.Linear(64, 64), fam.sekron([(8, 8, 1, 1), (8, 8, 1, 1)], [16])),
+        torch.randn(3, 64),
+    ),
+    "1x1": lambda: (
+        KroneckerConv.from_conv(nn.Conv2d(64, 64, 1), fam.sekron([(8, 8, 1, 1), (8, 8, 1, 1)], [16])),
+        torch.randn(2, 64, 5, 5),
+    ),
+    "one kernel shared by all channels": lambda: (
+        KroneckerConv.from_conv(nn.Conv2d(16, 32, 3), fam.sekron([(1, 1, 3, 3), (32, 16, 1, 1)], [4])),
+        torch.randn(2, 16, 6, 6),
+    ),
+    "1-d": lambda: (
+        KroneckerConv.from_conv(nn.Conv1d(16, 32, 3), fam.sekron([(1, 1, 3, 1), (32, 16, 1, 1)], [3])),
+        torch.randn(2, 16, 7),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SAME_LAYOUT)
+def test_passes_before_within_and_after_agree(name: str) -> None:
+    """Weights that are kept ready between passes are those of the form."""
+    torch.manual_seed(0)
+    layer, x = SAME_LAYOUT[name]()
+    before, forms = layer(x), []
+    with training_form(layer):
+        forms.append(layer.execution)
+        within = layer(x)
+    forms.append(layer.execution)
+    assert forms == ["dense", "factored"]
+    torch.testing.assert_close(within, before, rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer(x), before)
+
+
+@torch.no_grad()
+def test_kernels_that_are_longer_than_the_nominal_size_are_decided_alike() -> None:
+    for kernel in (3, 33, 65):
+        structure = fam.sekron([(1, 1, kernel, 1), (32, 16, 1, 1)], [3])
+        layer = KroneckerConv.from_conv(nn.Conv1d(16, 32, kernel), structure)
+        with training_form(layer):
+            assert layer.execution == "dense"

@@ -101,7 +101,7 @@ class KroneckerLayer(nn.Module):
             self.plan = make_plan(structure, geometry, schedule)
         self.weights = nn.ParameterList([nn.Parameter(torch.zeros(s.stored_shape)) for s in self.plan.steps])
         self.bias = nn.Parameter(torch.zeros(self.out_channels)) if dense.bias is not None else None
-        self._ready_cache: tuple[tuple[int, ...], list[Tensor]] | None = None
+        self._ready_cache: tuple[tuple[int | str, ...], list[Tensor]] | None = None
 
     @classmethod
     def like(cls, dense: DenseLayer, structure: Structure, **how: Unpack[HowToRun]) -> Self:
@@ -208,11 +208,12 @@ class KroneckerLayer(nn.Module):
             or self.weights[0].is_inference()  # which have no version
         ):
             return self._made_ready()
-        versions = tuple(item for stored in self.weights for item in (id(stored), stored._version, stored.data_ptr()))
-        if self._ready_cache is None or self._ready_cache[0] != versions:
+        versions = (item for stored in self.weights for item in (id(stored), stored._version, stored.data_ptr()))
+        key = (self.execution, *versions)
+        if self._ready_cache is None or self._ready_cache[0] != key:
             # Views of parameters that are made in inference mode still ask for gradients.
             made = [w if isinstance(w, nn.Parameter) else w.detach() for w in self._made_ready()]
-            self._ready_cache = (versions, made)
+            self._ready_cache = (key, made)
         return self._ready_cache[1]
 
     def __getstate__(self) -> dict[str, Any]:
