@@ -227,11 +227,12 @@ class Examiner:
         return Subject(self.judge, candidate.assignment)
 
     def _train(self, network: nn.Module, home: Path) -> float:
-        """The metric after training as the run's candidates are trained, but for the number of epochs."""
+        """The metric after training as the run's candidates are trained, but for the epochs."""
         job = self.assembler.job
         config = job.settings.finetune.model_copy(update={"epochs": job.settings.audit.epochs})
-        distillation = job.distillation_by(config)
-        curve = tuned(distillation, network.to(job.device), self.folder.learning_rate, Reporter()).train(
+        # One rate for all, of the audit's own: other epochs ask for another one than the run's.
+        found = self.folder.audited / "learning_rate.json"
+        curve = tuned(job.distillation_by(config), network.to(job.device), found, Reporter()).train(
             with_memory_format(network, self.assembler.tables.layout.memory_format),
             checkpoint=home / "checkpoint.pt",
             validate=job.validate,

@@ -165,7 +165,7 @@ class FinetuneConfig(_Section):
         candidates: How many of the front's best feasible networks are trained, with successive halving.
         batch_size, weight_decay: Of AdamW.
         learning_rate: Its highest, with cosine decay after a warm-up; "auto" finds it by short trainings, which take an
-            eighth of the time of a long one.
+            eighth to a quarter of its time.
         accumulate: Batches whose gradients are averaged for one step, where more do not fit in memory at a time.
         temperature: Of the distillation, for "kl".
         loss: Of the outputs: "auto" compares logits by divergence and labels by cross-entropy, other outputs by squared

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 from torch import nn
 
+from sekron_search.data import Batch
 from sekron_search.errors import DataError, DivergedError
 from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
@@ -20,7 +22,7 @@ START, FACTOR, RANGE = 1e-3, 10**0.5, range(-8, 7)
 
 #: A trial takes this share of the steps of the training; more than the larger number of steps tells no more, with fewer
 #: than the smaller one noise decides, but more than this other share is more than a rate is worth.
-SHARE, FEWEST_STEPS, MOST_STEPS, LARGEST_SHARE = 1 / 32, 24, 128, 1 / 4
+SHARE, FEWEST_STEPS, MOST_STEPS, LARGEST_SHARE = 1 / 32, 24, 128, 1 / 16
 
 #: Batches on which trials are compared.
 COMPARED = 8
@@ -75,33 +77,36 @@ def find_learning_rate(distillation: Distillation, network: nn.Module, reporter:
         min(FEWEST_STEPS, int(distillation.total_steps * LARGEST_SHARE)),
         1,
     )
-    losses: dict[int, float] = {}
+    brief, losses = distillation.briefly(steps), dict[int, float]()
+    seen = len(brief.data)
+    # What comes after the batches that trials are trained on; those themselves where nothing does.
+    compared = list(islice(distillation.data.epoch(1), seen, seen + COMPARED))
+    compared = compared or list(islice(distillation.data.epoch(1), COMPARED))
 
     def loss(power: int) -> float:
         if power not in losses:
-            losses[power] = _loss_after(distillation, network, START * FACTOR**power, steps, reporter)
+            losses[power] = _loss_after(brief.with_rate(START * FACTOR**power), network, compared, reporter)
         return losses[power]
 
     best = 0
+    while math.isinf(loss(best)):
+        best -= 1
+        if best not in RANGE:
+            raise DataError(
+                "finetune.learning_rate 'auto': the loss becomes NaN or infinite at every rate down to "
+                f"{START * FACTOR ** (best + 1):g}; check the training data, finetune.loss, and finetune.autocast"
+            )
     while True:
-        # Where rates are equally good, or all diverge, the first of these is taken.
-        near = [p for p in (best, best - 1, best + 1) if p in RANGE]
-        better = min(near, key=loss)
-        if better == best and math.isinf(loss(best)) and best - 1 in RANGE:
-            better = best - 1
+        # Where rates are equally good the first of these is taken.
+        better = min((p for p in (best, best - 1, best + 1) if p in RANGE), key=loss)
         if better == best:
             break
         best = better
-    if math.isinf(loss(best)):
-        raise DataError(
-            "finetune.learning_rate 'auto': the loss becomes NaN or infinite at every rate down to "
-            f"{START * FACTOR**best:g}; check the training data, finetune.loss, and finetune.autocast"
-        )
     rate = START * FACTOR ** (best + _minimum(*(losses.get(best + i, math.inf) for i in (-1, 0, 1))))
     tried = tuple(
         (START * FACTOR**power, losses[power] if math.isfinite(losses[power]) else None) for power in sorted(losses)
     )
-    reporter.say(f"learning rate {rate:.2g}, found in {len(tried)} trials of {steps} steps")
+    reporter.say(f"learning rate {rate:.2g}, found in {len(tried)} trials of {brief.total_steps} steps")
     return Found(rate, tried)
 
 
@@ -111,18 +116,15 @@ def _minimum(left: float, middle: float, right: float) -> float:
     return 0.5 * (left - right) / bend if math.isfinite(bend) and bend > 0 else 0.0
 
 
-def _loss_after(distillation: Distillation, network: nn.Module, rate: float, steps: int, reporter: Reporter) -> float:
-    """Of a short training; infinity if it diverges."""
-    brief = distillation.with_rate(rate).briefly(steps)
+def _loss_after(brief: Distillation, network: nn.Module, compared: Sequence[Batch], reporter: Reporter) -> float:
+    """Of a short training, on some batches; infinity if it diverges."""
     found: list[float] = []
 
     def compare(trained: nn.Module) -> float:
-        # Of the whole training's second epoch: in another order, so that few of them were in the first one's beginning.
-        unseen = islice(distillation.data.epoch(2), COMPARED)
-        found.append(brief.loss_of(trained, unseen))
+        found.append(brief.loss_of(trained, compared))
         return -found[-1]
 
-    with reporter.task(f"trying the learning rate {rate:.2g}", len(brief.data)) as task:
+    with reporter.task(f"trying the learning rate {brief.rate:.2g}", len(brief.data)) as task:
         try:
             brief.train(
                 copy_model(network),

@@ -24,6 +24,9 @@ from sekron_search.search.options import LayerTable
 #: twice as many.
 SAMPLES = 64
 
+#: Of how responses are measured: those of another version are measured anew.
+RESPONSE_VERSION = 1
+
 #: Fewer options of a layer tell nothing of how its response grows with its error.
 LEAST_OPTIONS = 3
 
@@ -138,7 +141,7 @@ def _key(job: Job, tables: Tables, wanted: Sequence[Sequence[int]]) -> str:
     """What tells responses from others: the fits, the options that are asked for, and what outputs are compared on."""
     errors = [[f.table.options[i].error for i in own] for f, own in zip(tables.fitted, wanted, strict=True)]
     fits = sorted(path.name for path in tables.files)
-    return digest([fits, errors, list(job.holdout), job.settings.search.divergence, SAMPLES])[:20]
+    return digest([RESPONSE_VERSION, fits, errors, list(job.holdout), job.settings.search.divergence, SAMPLES])[:20]
 
 
 def _read(path: Path) -> dict[str, _Rows]:

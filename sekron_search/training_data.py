@@ -61,7 +61,7 @@ class TrainingData:
         try:
             return len(self.source)  # type: ignore[arg-type]
         except TypeError:
-            return sum(1 for _ in self.source)
+            return sum(1 for _ in islice(self.source, self.limit))
 
     def epoch(self, index: int, team: Team = ALONE) -> Iterator[Batch]:
         """The batches of an epoch; of each, the samples that are a process's own."""

@@ -2,19 +2,23 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sekron_search.config import FinetuneConfig
 from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.files import read_json
 from sekron_search.finetune import Distillation
 from sekron_search.learning_rate import FACTOR, START, _minimum, find_learning_rate, tuned
 from sekron_search.precision import autocast_dtype
 from sekron_search.progress import Reporter
+from sekron_search.training_data import TrainingData
+from tests.cases import small_net
 from tests.test_finetune import compressed, distillation
 
 
@@ -49,7 +53,7 @@ def test_rates_at_which_training_diverges_are_left_behind(monkeypatch: pytest.Mo
     task = distillation(learning_rate="auto")
     found = find_learning_rate(task, compressed(task.teacher), Reporter())
     assert found.learning_rate == pytest.approx(1e-5)
-    assert [loss for rate, loss in found.trials if rate > 2e-5] == [None] * 5
+    assert [loss for rate, loss in found.trials if rate > 2e-5] == [None] * 4
 
 
 def test_training_that_diverges_at_every_rate_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +91,7 @@ def test_it_is_found_once_and_changes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "none.json").exists()
 
 
-def test_a_short_training_is_a_whole_one_of_fewer_batches(tmp_path: Path) -> None:
+def test_a_short_training_is_a_whole_one_of_fewer_batches() -> None:
     task = distillation(accumulate=2).briefly(1)
     assert (len(task.data), task.total_steps) == (2, 1)
     counted: list[int] = []
@@ -100,7 +104,6 @@ def test_a_short_training_is_a_whole_one_of_fewer_batches(tmp_path: Path) -> Non
     )
     assert len(curve) == 1
     assert counted == [1, 2]
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("has", [{"avx512_bf16": True, "amx_bf16": False}, {"avx2": True, "avx512_bf16": False}])
@@ -111,3 +114,33 @@ def test_bfloat16_is_left_out_where_it_is_converted(monkeypatch: pytest.MonkeyPa
     assert autocast_dtype("bfloat16", cpu) == torch.bfloat16
     assert autocast_dtype("float16", cpu) == torch.float16
     assert autocast_dtype(None, cpu) is None
+
+
+@pytest.mark.parametrize("batches", [24, 4])
+def test_trials_are_compared_on_what_they_are_not_trained_on(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """Where there is something else; data without a length is counted no further than needed."""
+    drawn: list[int] = []
+
+    class Numbered:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for number in range(batches):
+                drawn.append(number)
+                yield torch.full((8, 3, 8, 8), float(number)), torch.zeros(8, dtype=torch.long)
+
+    seen: dict[str, list[float]] = {"trained": [], "compared": []}
+
+    def loss(self: Distillation, model: nn.Module, replaced: Any, inputs: tuple[Tensor], target: Tensor) -> Tensor:
+        kind = "trained" if torch.is_grad_enabled() else "compared"
+        seen[kind].append(float(inputs[0].mean()))
+        return next(model.parameters()).square().sum()
+
+    monkeypatch.setattr(Distillation, "_loss", loss)
+    config = FinetuneConfig(epochs=2, batch_size=8, learning_rate="auto")
+    task = Distillation(small_net(), TrainingData(Numbered(), 8), config, "kl")
+    assert len(task.data) == batches
+    drawn.clear()
+    find_learning_rate(task, compressed(task.teacher), Reporter())
+    steps = 3 if batches == 24 else 1
+    assert set(seen["trained"]) == set(range(steps))
+    assert set(seen["compared"]) == set(range(steps, min(batches, steps + 8)))
+    assert max(drawn) < steps + 8

@@ -14,6 +14,7 @@ and results of other methods, seeds and epochs that were written before are kept
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import floor
 from statistics import mean
 from typing import Any
 
@@ -21,9 +22,10 @@ from benchmarks.cifar10.config import NETWORKS
 from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
 from benchmarks.results_file import RESULTS, Target, write_results
-from benchmarks.rivals.contest import Contest, latency_ratio
+from benchmarks.rivals.contest import Contest, conditions, latency_ratio
 from benchmarks.rivals.methods import RIVALS
 from sekron_search import load
+from sekron_search.errors import DivergedError, InfeasibleBudgetError
 from sekron_search.files import read_json
 from sekron_search.progress import ConsoleReporter
 
@@ -33,13 +35,21 @@ OURS, OURS_TIMED = "ours", "ours, as fast as the best rival"
 #: Points of top-1 by which the best rival is to be beaten: at equal flops, and at equal latency.
 MARGIN, MARGIN_TIMED = 0.5, 0.0
 
+#: Latencies are equal if they differ by no more than this factor, which clocks are good for.
+NOISE = 1.03
+
 #: What tells samples from each other.
 KEYS = ("network", "budget", "method", "seed", "epochs")
+
+Sample = dict[str, Any]
 
 
 def ours(runs: Runs, budget: Mapping[str, str], seed: int, epochs: int) -> dict[str, Any]:
     """What this package reaches under a budget."""
-    report = runs.report(budget, seed=seed, epochs=epochs)
+    try:
+        report = runs.report(budget, seed=seed, epochs=epochs)
+    except (InfeasibleBudgetError, DivergedError) as error:
+        return {"failed": str(error)}
     compressed = report["compressed"]
     network = load(runs.folder(budget, seed=seed, epochs=epochs).path)
     return {
@@ -59,44 +69,74 @@ def sample_of(runs: Runs, budget: str, method: str, seed: int, epochs: int) -> d
     if method == OURS:
         return case | ours(runs, {"flops": budget}, seed, epochs)
     job = runs.job({"flops": budget}, seed=seed, epochs=epochs)
-    home = runs.home / "rivals" / "-".join(str(case[key]).replace(" ", "_").replace(",", "") for key in KEYS)
+    name = "-".join(str(case[key]).replace(" ", "_").replace(",", "") for key in KEYS)
+    home = runs.home / "rivals" / f"{name}-{conditions(job)}"
     return case | Contest(job, ConsoleReporter()).enter(method, float(budget.removesuffix("x")), home)
 
 
-def best_rival(samples: list[dict[str, Any]]) -> str | None:
-    """The rival of the highest mean validation metric among samples of equal conditions."""
-    found: dict[str, list[float]] = {}
+def by_method(samples: list[Sample]) -> dict[str, dict[int, Sample]]:
+    """Samples of equal conditions by method and seed."""
+    found: dict[str, dict[int, Sample]] = {}
     for sample in samples:
-        if sample["method"] in RIVALS and "validation" in sample:
-            found.setdefault(sample["method"], []).append(sample["validation"])
-    return max(found, key=lambda name: mean(found[name]), default=None)
-
-
-def timed_sample(runs: Runs, samples: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """This package with the latency of the best rival as its budget, for samples of the same conditions."""
-    best = next((s for s in samples if s["method"] == best_rival(samples)), None)
-    if best is None:
-        return None
-    budget = {"latency_ms": f"{best['latency_ratio']:.3f}x"}
-    case = {key: best[key] for key in KEYS} | {"method": OURS_TIMED}
-    return case | {"rival": best["method"], **ours(runs, budget, best["seed"], best["epochs"])}
-
-
-def targets_of(samples: list[dict[str, Any]]) -> list[Target]:
-    """Our lead over the best rival, in points of top-1 on the test split."""
-    found = []
-    for network, budget, epochs in dict.fromkeys((s["network"], s["budget"], s["epochs"]) for s in samples):
-        own = [s for s in samples if (s["network"], s["budget"], s["epochs"]) == (network, budget, epochs)]
-        best = best_rival(own)
-        reached = {
-            method: mean(s["test"] for s in own if s["method"] == method and "test" in s)
-            for method in {s["method"] for s in own if "test" in s}
-        }
-        for method, margin in ((OURS, MARGIN), (OURS_TIMED, MARGIN_TIMED)):
-            if best is not None and method in reached:
-                what = f"{network}, {budget} flops, {epochs} epochs: points by which {method!r} is ahead of {best!r}"
-                found.append(Target(what, 100 * (reached[method] - reached[best]), margin))
+        found.setdefault(sample["method"], {})[sample["seed"]] = sample
     return found
+
+
+def best_rival(samples: list[Sample]) -> str | None:
+    """The rival of the highest mean validation metric among samples of equal conditions."""
+    reached = {
+        method: mean(s["validation"] for s in own.values())
+        for method, own in by_method(samples).items()
+        if method in RIVALS and not any("failed" in s for s in own.values())
+    }
+    return max(reached, key=lambda method: reached[method], default=None)
+
+
+def timed_samples(runs: Runs, samples: list[Sample]) -> list[Sample]:
+    """This package with the latency of the best rival as its budget, for every seed of some equal conditions.
+
+    A rival that is slower than the original asks for nothing: then the flops are asked for, and the original's latency.
+    """
+    best = best_rival(samples)
+    found = []
+    for seed, rival in by_method(samples).get(best or "", {}).items():
+        thousandths = floor(1000 * rival["latency_ratio"])
+        budget = {"latency_ms": f"{thousandths / 1000}x"}
+        if thousandths >= 1000:
+            budget = {"flops": rival["budget"], "latency_ms": "1x"}
+        case = {key: rival[key] for key in KEYS} | {"method": OURS_TIMED, "rival": best, "asked": budget}
+        found.append(case | ours(runs, budget, seed, rival["epochs"]))
+    return found
+
+
+def targets_of(samples: list[Sample]) -> list[Target]:
+    """Our lead over the best rival, in points of top-1 on the test split, over the seeds that both have."""
+    found = []
+    for condition in dict.fromkeys(condition_of(s) for s in samples):
+        methods = by_method([s for s in samples if condition_of(s) == condition])
+        rivals = methods.get(best_rival([s for own in methods.values() for s in own.values()]) or "", {})
+        for method, margin in ((OURS, MARGIN), (OURS_TIMED, MARGIN_TIMED)):
+            pairs = [(own, rivals[seed]) for seed, own in methods.get(method, {}).items() if seed in rivals]
+            if not pairs:
+                continue
+            network, budget, epochs = condition
+            case = f"{network}, {budget} flops, {epochs} epochs, {len(pairs)} seeds: {method}"
+            failed = sum("failed" in own for own, _ in pairs)
+            if failed:
+                found.append(Target(f"{case}: seeds that reach nothing", failed, 0, at_least=False))
+                continue
+            best = pairs[0][1]["method"]
+            lead = mean(own["test"] - rival["test"] for own, rival in pairs)
+            found.append(Target(f"{case}: points ahead of {best}", 100 * lead, margin))
+            if method == OURS_TIMED:
+                slower = mean(own["latency_ratio"] / rival["latency_ratio"] for own, rival in pairs)
+                found.append(Target(f"{case}: latency, of that of {best}", slower, NOISE, at_least=False))
+    return found
+
+
+def condition_of(sample: Sample) -> tuple[str, str, int]:
+    """What samples have to have in common to be compared: network, budget, epochs."""
+    return sample["network"], sample["budget"], sample["epochs"]
 
 
 def main() -> None:
@@ -108,23 +148,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     path = RESULTS / "rivals.json"
-    samples: list[dict[str, Any]] = read_json(path)["samples"] if path.exists() else []
+    samples: list[Sample] = read_json(path)["samples"] if path.exists() else []
 
-    def add(sample: dict[str, Any]) -> None:
+    def add(sample: Sample) -> None:
         samples[:] = [s for s in samples if any(s[key] != sample[key] for key in KEYS)] + [sample]
         write_results("rivals", targets_of(samples), samples, command="make bench NAME=rivals DATA=...")
 
     for network in args.networks:
         runs = Runs(network, args.data, args.runs)
-        for seed in args.seeds:
-            for budget in args.budgets:
+        for budget in args.budgets:
+            for seed in args.seeds:
                 for method in args.methods:
                     add(sample_of(runs, budget, method, seed, args.epochs))
-                asked = (network, budget, seed, args.epochs)
-                alike = [s for s in samples if tuple(s[k] for k in ("network", "budget", "seed", "epochs")) == asked]
-                timed = timed_sample(runs, alike)
-                if timed is not None:
-                    add(timed)
+            alike = [s for s in samples if condition_of(s) == (network, budget, args.epochs)]
+            for sample in timed_samples(runs, alike) if OURS in args.methods else ():
+                add(sample)
 
 
 if __name__ == "__main__":

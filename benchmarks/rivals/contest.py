@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.rivals.methods import RIVALS
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
 from sekron_search.data import import_reference
-from sekron_search.errors import InfeasibleBudgetError
-from sekron_search.files import read_json, write_json, write_tensors
+from sekron_search.errors import ConfigError, DivergedError, InfeasibleBudgetError
+from sekron_search.files import digest, read_json, write_json, write_tensors
 from sekron_search.job import Job
 from sekron_search.learning_rate import tuned
 from sekron_search.progress import Reporter
@@ -41,27 +40,26 @@ class Contest:
             share: Of the network's flops.
             home: Folder in which all that takes long is kept.
         """
+        if self.job.distillation is None:
+            raise ConfigError("rivals are compared after training: expected one epoch or more")
         result = home / "result.json"
         if not result.exists():
             home.mkdir(parents=True, exist_ok=True)
-            torch.manual_seed(self.job.settings.seed)
             try:
-                network = self._compressed(name, share)
-            except InfeasibleBudgetError as error:
-                write_json(result, {"infeasible": str(error)})
-            else:
-                write_json(result, self._result(network, home))
+                found = self._result(self._compressed(name, share), home)
+            except (InfeasibleBudgetError, DivergedError) as error:
+                found = {"failed": str(error)}
+            write_json(result, found)
         return dict(read_json(result))
 
     def _compressed(self, name: str, share: float) -> nn.Module:
         """The rival's network as training finds it."""
         rival, job = RIVALS[name], self.job
-        inputs = job.example_inputs[0][:1]
-        if rival.afresh:
-            assert job.factory is not None
-            network = rival.compress(job.model, inputs, share, factory=import_reference(job.factory.reference, "model"))
-        else:
-            network = rival.compress(job.model, inputs, share)
+        assert job.factory is not None
+        factory = import_reference(job.factory.reference, "model.factory")
+        seed = job.settings.seed
+        network = rival.network(job.model, job.example_inputs[0][:1], share, factory=factory, seed=seed)
+        if not rival.afresh:
             # Statistics that keep the trained ones, as this package's networks have them; a network that lost channels
             # has no counterpart to each.
             paired = NormStatistics(job.model, job.calibration) if _same_norms(job.model, network) else None
@@ -96,6 +94,13 @@ class Contest:
             "learning_rate": read_json(rate) if rate.exists() else None,
             "curve": curve,
         }
+
+
+def conditions(job: Job) -> str:
+    """A hash of all that a rival's result hangs on, but for the method and the flops."""
+    told = job.fingerprint()
+    settings = {name: told["settings"][name] for name in ("metric", "calibration", "latency", "finetune", "seed")}
+    return digest([settings, *(told[name] for name in ("model", "inputs", "source", "train"))])[:10]
 
 
 def latency_ratio(job: Job, network: nn.Module) -> float:

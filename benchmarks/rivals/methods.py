@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.rivals.alds import alds
 from benchmarks.rivals.gkpd import gkpd
@@ -24,7 +26,8 @@ class Rival:
     """A way to compress.
 
     Args:
-        compress: `compress(network, inputs, share)`; with the keyword `factory` where it starts afresh.
+        compress: `compress(network, inputs, share)`; with the keyword `factory` where it starts afresh, and `seed`
+            where something is random.
         description: In a line, with its source.
         afresh: Whether it makes a network with random weights, and takes the network's factory for that.
     """
@@ -32,6 +35,22 @@ class Rival:
     compress: Callable[..., nn.Module]
     description: str
     afresh: bool = False
+
+    def network(
+        self, network: nn.Module, inputs: Tensor, share: float, *, factory: Callable[[float], nn.Module], seed: int
+    ) -> nn.Module:
+        """What it makes of a network.
+
+        Args:
+            network: It is not changed.
+            inputs: (N, C, H, W), what flops are counted on.
+            share: Of the network's flops.
+            factory: Makes the network for a width.
+            seed: Of what is random.
+        """
+        taken, given = signature(self.compress).parameters, {"factory": factory, "seed": seed}
+        options: dict[str, Any] = {name: value for name, value in given.items() if name in taken}
+        return self.compress(network, inputs, share, **options)
 
 
 RIVALS: dict[str, Rival] = {

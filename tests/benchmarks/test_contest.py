@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.cifar10.resnet import ResNet20
+from benchmarks.cifar10.runs import Runs
 from benchmarks.rivals import __main__ as rivals
-from benchmarks.rivals.contest import Contest
+from benchmarks.rivals.contest import Contest, conditions
 from benchmarks.rivals.methods import RIVALS
 from sekron_search.api import job_from_config
 from sekron_search.config import Config
@@ -45,26 +48,91 @@ def test_a_rival_is_trained_and_measured_once(tmp_path: Path, monkeypatch: pytes
 
 def test_what_a_rival_cannot_reach_is_told(tmp_path: Path) -> None:
     found = Contest(job_of(tmp_path), Reporter()).enter("uniform Tucker-2", 1e-4, tmp_path / "rival")
-    assert "this method reaches" in found["infeasible"]
+    assert "this method reaches" in found["failed"]
+
+
+def sample(method: str, validation: float, test: float, seed: int = 0, latency: float = 0.5) -> dict[str, Any]:
+    case = {"network": "resnet20", "budget": "0.5x", "seed": seed, "epochs": 3, "method": method}
+    return case | {"validation": validation, "test": test, "latency_ratio": latency}
+
+
+def failed(method: str, seed: int = 0) -> dict[str, Any]:
+    told = sample(method, 0, 0, seed)
+    return {key: told[key] for key in rivals.KEYS} | {"failed": "expected at most"}
 
 
 def test_a_lead_is_over_the_best_rival_on_the_validation_split() -> None:
-    def sample(method: str, validation: float, test: float, **more: Any) -> dict[str, Any]:
-        case = {"network": "resnet20", "budget": "0.5x", "seed": 0, "epochs": 3, "method": method}
-        return case | {"validation": validation, "test": test} | more
-
     first, second, third = list(RIVALS)[:3]
-    lost = {key: value for key, value in sample(third, 0, 0).items() if key not in ("validation", "test")}
     samples = [
         sample(first, 0.90, 0.85),
         sample(second, 0.89, 0.87),  # better on the test split, by which nothing is chosen
-        lost | {"infeasible": "expected at most"},
+        failed(third),
         sample("ours", 0.91, 0.86),
-        sample(rivals.OURS_TIMED, 0.92, 0.845),
+        sample(rivals.OURS_TIMED, 0.92, 0.845, latency=0.52),
     ]
     assert rivals.best_rival(samples) == first
     targets = [target.to_json() for target in rivals.targets_of(samples)]
-    assert [t["met"] for t in targets] == [True, False]
-    assert [t["value"] for t in targets] == pytest.approx([1.0, -0.5])
-    assert rivals.best_rival([lost]) is None
-    assert rivals.targets_of([lost, sample("ours", 0.9, 0.9)]) == []
+    assert [t["met"] for t in targets] == [True, False, False]
+    assert [t["value"] for t in targets] == pytest.approx([1.0, -0.5, 1.04])
+    assert rivals.best_rival([failed(third)]) is None
+    assert rivals.targets_of([failed(third), sample("ours", 0.9, 0.9)]) == []
+
+
+def test_seeds_are_compared_with_the_same_seeds() -> None:
+    first, second = list(RIVALS)[:2]
+    samples = [
+        *(sample("ours", 0.9, 0.80 + 0.01 * seed, seed) for seed in range(3)),
+        sample(first, 0.9, 0.80, 0),
+        sample(first, 0.9, 0.80, 1),
+        sample(second, 0.99, 0.9, 0),
+        failed(second, 1),  # a method that fails on a seed is not the best
+    ]
+    (target,) = rivals.targets_of(samples)
+    assert (target.value, target.bound) == (pytest.approx(0.5), 0.5)
+    assert "2 seeds" in target.name
+    (target,) = rivals.targets_of([*samples[3:5], failed("ours", 0), sample("ours", 0.9, 0.9, 1)])
+    assert not target.to_json()["met"]
+
+
+def test_our_time_is_that_of_the_best_rival_of_all_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[dict[str, str], int]] = []
+
+    def ours(runs: Runs, budget: dict[str, str], seed: int, epochs: int) -> dict[str, Any]:
+        asked.append((budget, seed))
+        return {"test": 0.9}
+
+    monkeypatch.setattr(rivals, "ours", ours)
+    first, second = list(RIVALS)[:2]
+    samples = [
+        sample(first, 0.90, 0.9, 0, latency=0.7),
+        sample(first, 0.90, 0.9, 1, latency=1.2),
+        sample(second, 0.95, 0.9, 0, latency=0.1),
+        sample(second, 0.80, 0.9, 1, latency=0.1),
+    ]
+    found = rivals.timed_samples(Runs("resnet20", tmp_path, tmp_path), samples)
+    assert asked == [({"latency_ms": "0.7x"}, 0), ({"flops": "0.5x", "latency_ms": "1x"}, 1)]
+    assert [(s["method"], s["rival"], s["seed"]) for s in found] == [
+        (rivals.OURS_TIMED, first, 0),
+        (rivals.OURS_TIMED, first, 1),
+    ]
+    assert rivals.timed_samples(Runs("resnet20", tmp_path, tmp_path), [failed(first)]) == []
+
+
+def test_what_is_random_hangs_on_the_seed_and_results_on_the_conditions(tmp_path: Path) -> None:
+    network, inputs = ResNet20(0.25), torch.randn(1, 3, 8, 8)
+    made = [
+        RIVALS["narrower, from scratch"].network(network, inputs, 0.5, factory=lambda w: ResNet20(0.25 * w), seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    same, other = (
+        torch.equal(made[0].get_parameter("linear.weight"), n.get_parameter("linear.weight")) for n in made[1:]
+    )
+    assert same
+    assert not other
+    job = job_of(tmp_path)
+    assert conditions(job) == conditions(job_of(tmp_path))
+    for change in ({"seed": 3}, {"finetune": job.settings.finetune.model_copy(update={"temperature": 2.0})}):
+        changed = dataclasses.replace(job, settings=job.settings.model_copy(update=change))
+        assert conditions(changed) != conditions(job)
+    budget = job.settings.model_copy(update={"budget": {"flops": "0.3x"}})
+    assert conditions(dataclasses.replace(job, settings=budget)) == conditions(job)
