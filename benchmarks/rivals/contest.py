@@ -73,8 +73,9 @@ class Contest:
         assert job.validate is not None
         assert job.test is not None
         untrained, start = job.validate(network), {n: t.clone() for n, t in network.state_dict().items()}
+        distillation = tuned(distillation, network, rate, self.reporter)
         with self.reporter.task("fine-tuning", distillation.total_batches) as task:
-            curve = tuned(distillation, network, rate, self.reporter).train(
+            curve = distillation.train(
                 network,
                 checkpoint=home / "checkpoint.pt",
                 validate=job.validate,
