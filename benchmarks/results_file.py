@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sekron_search.costs.profile import Provenance
-from sekron_search.files import write_json
+from sekron_search.files import read_json, write_json
 from sekron_search.runtimes.registry import make_runtime
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,6 +33,17 @@ class Target:
 def budget_targets(report: Mapping[str, Any], case: str) -> list[Target]:
     """That the network of a run's report costs no more flops than was allowed."""
     return [Target(f"flops at {case}", item["value"], item["bound"], at_least=False) for item in report["budgets"]]
+
+
+def earlier_samples(name: str) -> list[dict[str, Any]]:
+    """The samples in `benchmarks/results/NAME.json`, for a benchmark that adds to them."""
+    path = RESULTS / f"{name}.json"
+    return list(read_json(path)["samples"]) if path.exists() else []
+
+
+def with_sample(samples: list[dict[str, Any]], sample: dict[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Samples and one more, which takes the place of one of the same values of some keys."""
+    return [s for s in samples if any(s[key] != sample[key] for key in keys)] + [sample]
 
 
 def write_results(name: str, targets: list[Target], samples: Any, *, command: str) -> Path:

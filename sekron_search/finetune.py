@@ -178,7 +178,7 @@ class Distillation:
 
     def assist(self, task: _Task) -> None:
         """Take part in a training that the team's first process has begun."""
-        team, brief = Team.here(), replace(self, config=task.config, data=replace(self.data, limit=task.limit))
+        team, brief = Team.here(), replace(self, data=replace(self.data, limit=task.limit))
         model = with_layers(self.teacher, task.layers).to(trainable(self.teacher)[0].device)
         model.load_state_dict(task.state)
         # The first process decides what comes of a training that diverges.

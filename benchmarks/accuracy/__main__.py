@@ -15,8 +15,7 @@ from typing import Any
 from benchmarks.cifar10.config import NETWORKS
 from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
-from benchmarks.results_file import RESULTS, Target, budget_targets, write_results
-from sekron_search.files import read_json
+from benchmarks.results_file import Target, budget_targets, earlier_samples, with_sample, write_results
 
 #: By network and budget of flops, how many points of top-1 may be lost after so many epochs.
 EPOCHS = 10
@@ -41,7 +40,7 @@ KEYS = (
 
 def sample_of(runs: Runs, budget: str, seed: int, epochs: int) -> dict[str, Any]:
     """A run, or what there is of it already, and what it lost in points of top-1."""
-    report = runs.report({"flops": budget}, seed=seed, epochs=epochs)
+    report = runs.run({"flops": budget}, seed=seed, epochs=epochs).report
     before, after = report["original"]["metric"], report["compressed"]["metric"]
     return {
         "network": runs.network,
@@ -75,15 +74,13 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", help="by default those that something is asked of")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     args = parser.parse_args()
-    path = RESULTS / "accuracy.json"
-    samples: list[dict[str, Any]] = read_json(path)["samples"] if path.exists() else []
+    samples = earlier_samples("accuracy")
     for network in args.networks:
         runs = Runs(network, args.data, args.runs)
         for seed in args.seeds:
             for budget in args.budgets or CASES[network]:
                 sample = sample_of(runs, budget, seed, args.epochs)
-                keys = ("network", "budget", "seed", "epochs")
-                samples = [s for s in samples if any(s[key] != sample[key] for key in keys)] + [sample]
+                samples = with_sample(samples, sample, ("network", "budget", "seed", "epochs"))
                 write_results("accuracy", targets_of(samples), samples, command="make bench NAME=accuracy DATA=...")
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from benchmarks.cifar10.config import TEMPLATE, config_of, resnet20_weights
 from benchmarks.cifar10.train import train
+from sekron_search import load
 from sekron_search.api import job_from_config
 from sekron_search.job import Job
 from sekron_search.progress import ConsoleReporter
@@ -44,8 +46,8 @@ class Runs:
             train(self.network, self.data, path)
         return path
 
-    def job(self, budget: Mapping[str, str], *, seed: int = 0, epochs: int) -> Job:
-        """What a run does.
+    def run(self, budget: Mapping[str, str], *, seed: int = 0, epochs: int) -> Run:
+        """A run under a budget.
 
         Args:
             budget: As in a configuration.
@@ -61,14 +63,29 @@ class Runs:
             seed=seed,
             tables=(self.home / "tables").resolve(),
         )
-        return job_from_config(config)
-
-    def folder(self, budget: Mapping[str, str], *, seed: int = 0, epochs: int) -> RunFolder:
-        """Where a run is kept."""
         asked = "-".join(f"{name}-{bound}" for name, bound in budget.items())
-        return RunFolder(self.home / f"{self.network}-{asked}-epochs-{epochs}-seed-{seed}")
+        folder = RunFolder(self.home / f"{self.network}-{asked}-epochs-{epochs}-seed-{seed}")
+        return Run(job_from_config(config), folder)
 
-    def report(self, budget: Mapping[str, str], *, seed: int = 0, epochs: int) -> dict[str, Any]:
-        """Of a run, gone on with where it was stopped."""
-        folder = self.folder(budget, seed=seed, epochs=epochs)
-        return run(self.job(budget, seed=seed, epochs=epochs), folder, ConsoleReporter(), resume=True)
+
+@dataclass(frozen=True)
+class Run:
+    """A run, which is made, or gone on with, when its report is asked for.
+
+    Args:
+        job: What it does.
+        folder: Where it is kept.
+    """
+
+    job: Job
+    folder: RunFolder
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """Of the finished run."""
+        return run(self.job, self.folder, ConsoleReporter(), resume=True)
+
+    @property
+    def network(self) -> nn.Module:
+        """The compressed network of the finished run."""
+        return load(self.folder.path)

@@ -21,12 +21,10 @@ from typing import Any
 from benchmarks.cifar10.config import NETWORKS
 from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
-from benchmarks.results_file import RESULTS, Target, write_results
+from benchmarks.results_file import Target, earlier_samples, with_sample, write_results
 from benchmarks.rivals.contest import Contest, conditions, latency_ratio
 from benchmarks.rivals.methods import RIVALS
-from sekron_search import load
 from sekron_search.errors import DivergedError, InfeasibleBudgetError
-from sekron_search.files import read_json
 from sekron_search.progress import ConsoleReporter
 
 BUDGETS = ("0.5x", "0.278x", "0.15x")
@@ -46,16 +44,16 @@ Sample = dict[str, Any]
 
 def ours(runs: Runs, budget: Mapping[str, str], seed: int, epochs: int) -> dict[str, Any]:
     """What this package reaches under a budget."""
+    own = runs.run(budget, seed=seed, epochs=epochs)
     try:
-        report = runs.report(budget, seed=seed, epochs=epochs)
+        report = own.report
     except (InfeasibleBudgetError, DivergedError) as error:
         return {"failed": str(error)}
     compressed = report["compressed"]
-    network = load(runs.folder(budget, seed=seed, epochs=epochs).path)
     return {
         "flops": compressed["flops"],
         "params": compressed["params"],
-        "latency_ratio": latency_ratio(runs.job(budget, seed=seed, epochs=epochs), network),
+        "latency_ratio": latency_ratio(own.job, own.network),
         "validation": report["validation_metric"],
         "test": compressed["metric"],
         "learning_rate": report["learning_rate"],
@@ -68,7 +66,7 @@ def sample_of(runs: Runs, budget: str, method: str, seed: int, epochs: int) -> d
     case = {"network": runs.network, "budget": budget, "method": method, "seed": seed, "epochs": epochs}
     if method == OURS:
         return case | ours(runs, {"flops": budget}, seed, epochs)
-    job = runs.job({"flops": budget}, seed=seed, epochs=epochs)
+    job = runs.run({"flops": budget}, seed=seed, epochs=epochs).job
     name = "-".join(str(case[key]).replace(" ", "_").replace(",", "") for key in KEYS)
     home = runs.home / "rivals" / f"{name}-{conditions(job)}"
     return case | Contest(job, ConsoleReporter()).enter(method, float(budget.removesuffix("x")), home)
@@ -147,11 +145,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
-    path = RESULTS / "rivals.json"
-    samples: list[Sample] = read_json(path)["samples"] if path.exists() else []
+    samples = earlier_samples("rivals")
 
     def add(sample: Sample) -> None:
-        samples[:] = [s for s in samples if any(s[key] != sample[key] for key in KEYS)] + [sample]
+        samples[:] = with_sample(samples, sample, KEYS)
         write_results("rivals", targets_of(samples), samples, command="make bench NAME=rivals DATA=...")
 
     for network in args.networks:

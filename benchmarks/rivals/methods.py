@@ -29,12 +29,15 @@ class Rival:
         compress: `compress(network, inputs, share)`; with the keyword `factory` where it starts afresh, and `seed`
             where something is random.
         description: In a line, with its source.
-        afresh: Whether it makes a network with random weights, and takes the network's factory for that.
     """
 
     compress: Callable[..., nn.Module]
     description: str
-    afresh: bool = False
+
+    @property
+    def afresh(self) -> bool:
+        """Whether it makes a network with random weights, for which it takes the network's factory."""
+        return "factory" in signature(self.compress).parameters
 
     def network(
         self, network: nn.Module, inputs: Tensor, share: float, *, factory: Callable[[float], nn.Module], seed: int
@@ -72,5 +75,5 @@ RIVALS: dict[str, Rival] = {
     "structured pruning": Rival(
         prune, "channels of least group magnitude over all layers, by Torch-Pruning (Fang et al. 2023)"
     ),
-    "narrower, from scratch": Rival(narrower, "the same network with fewer channels and random weights", afresh=True),
+    "narrower, from scratch": Rival(narrower, "the same network with fewer channels and random weights"),
 }

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, write_results
-from sekron_search import load
 from sekron_search.precision import autocast_dtype
 from sekron_search.training_form import training_form
 
@@ -57,11 +56,12 @@ class Trainee:
 
 def networks(data: Path, runs: Path) -> dict[str, nn.Module]:
     """By budget of flops, "1x" for the original."""
-    made, found = Runs("resnet20", data, runs), {}
+    found: dict[str, nn.Module] = {}
     for budget in BUDGETS:
-        made.report({"flops": budget}, epochs=0)
-        found[budget] = load(made.folder({"flops": budget}, epochs=0).path)
-    return {"1x": made.job({"flops": BUDGETS[0]}, epochs=0).model, **found}
+        made = Runs("resnet20", data, runs).run({"flops": budget}, epochs=0)
+        assert made.report["budgets"][0]["met"]  # the report makes the run
+        found |= {"1x": made.job.model, budget: made.network}
+    return found
 
 
 def measured(trainees: dict[str, Trainee], precision: torch.dtype | None) -> dict[str, Any]:
