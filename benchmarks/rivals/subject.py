@@ -13,7 +13,6 @@ from sekron_search.costs.analytic import layer_cost
 from sekron_search.costs.traced import traced_flops
 from sekron_search.errors import ConfigError, InfeasibleBudgetError
 from sekron_search.inspection import inspect_model
-from sekron_search.kron.dense import dense_weight
 from sekron_search.kron.enumeration import largest_where
 from sekron_search.kron.families import dense
 from sekron_search.kron.layer import KroneckerLayer
@@ -173,23 +172,3 @@ def fitted(subject: Subject, info: LayerInfo, structure: Structure, fit: Fitter)
     if layer.bias is not None:
         layer.bias.copy_(subject.network.get_submodule(info.name).get_parameter("bias"))
     return layer
-
-
-def weight_errors(network: nn.Module, compressed: nn.Module) -> dict[str, float]:
-    """|W - W^| / |W| of every layer that was decomposed, by name.
-
-    Args:
-        network: The original.
-        compressed: Made from it by decompositions; layers that lost channels have no such error and are left out.
-    """
-    errors = {}
-    for name, dense_layer in network.named_modules():
-        if type(dense_layer) not in (nn.Conv2d, nn.Linear):
-            continue
-        new = compressed.get_submodule(name)
-        approximation = getattr(new, "weight", None)
-        if type(new) is type(dense_layer) or not isinstance(approximation, Tensor):
-            continue
-        weight = dense_weight(dense_layer).detach().double().flatten()
-        errors[name] = float((weight - approximation.detach().double().flatten()).norm() / weight.norm())
-    return errors

@@ -23,12 +23,12 @@ from benchmarks.rivals.subject import (
     Subject,
     decomposed,
     same_everywhere,
-    weight_errors,
 )
 from benchmarks.super_resolution.network import Edsr
 from sekron_search.costs.analytic import layer_cost
 from sekron_search.costs.traced import traced_flops
 from sekron_search.errors import ConfigError, InfeasibleBudgetError
+from sekron_search.kron.dense import dense_weight
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.model import kronecker_layers
 
@@ -43,6 +43,26 @@ NETWORKS: dict[str, tuple[Callable[[float], nn.Module], int]] = {
     "depthwise": (lambda width: MobileNetV2(0.5 * width), 16),
     "image to image": (lambda width: Edsr(max(1, round(12 * width)), 2), 8),
 }
+
+
+def weight_errors(network: nn.Module, compressed: nn.Module) -> dict[str, float]:
+    """|W - W^| / |W| of every layer that was decomposed, by name.
+
+    Args:
+        network: The original.
+        compressed: Made from it by decompositions; layers that lost channels have no such error and are left out.
+    """
+    errors = {}
+    for name, dense_layer in network.named_modules():
+        if type(dense_layer) not in (nn.Conv2d, nn.Linear):
+            continue
+        new = compressed.get_submodule(name)
+        approximation = getattr(new, "weight", None)
+        if type(new) is type(dense_layer) or not isinstance(approximation, Tensor):
+            continue
+        weight = dense_weight(dense_layer).detach().double().flatten()
+        errors[name] = float((weight - approximation.detach().double().flatten()).norm() / weight.norm())
+    return errors
 
 
 def network_of(name: str) -> tuple[nn.Module, Tensor]:
