@@ -1,28 +1,30 @@
-"""What classifiers on CIFAR-10 (JPEG) lose under budgets of flops, after fine-tuning.
+"""What classifiers on CIFAR-10 (JPEG) and a super-resolution network lose under budgets of flops, after fine-tuning.
 
-    python -m benchmarks.accuracy --data DIR [--networks resnet20 vgg mobilenet] [--seeds 0 1 2] [--epochs 10]
+    python -m benchmarks.accuracy --data DIR [--networks resnet20 vgg mobilenet edsr] [--seeds 0 1 2] [--epochs 10]
 
-DIR holds data/cifar10_jpeg.tar.xz and models/resnet20_cifar10_jpeg.pt; the other networks are trained first, unless
---runs holds their weights already. Killed runs are gone on with. Everything is chosen on a validation split of the
-training data; the test split is evaluated once, at the end of every run. Results of other networks, seeds and epochs
-that were written before are kept.
+DIR holds data/cifar10_jpeg.tar.xz, models/resnet20_cifar10_jpeg.pt and data/sr_hr.tar; the other networks are trained
+first, unless --runs holds their weights already. Killed runs are gone on with. Everything is chosen on a validation
+split (of the training data; Set14); the test split (Set5) is evaluated once, at the end of every run. Results of other
+networks, seeds and epochs that were written before are kept.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cifar10.config import NETWORKS
-from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, budget_targets, earlier_samples, with_sample, write_results
+from benchmarks.runs import Runs
+from benchmarks.tasks import TASKS
+from sekron_search.files import read_json
 
-#: By network and budget of flops, how many points of top-1 may be lost after so many epochs.
+#: By network and budget of flops, how much may be lost after so many epochs: points of top-1, or dB.
 EPOCHS = 10
 CASES = {
     "resnet20": {"0.5x": 0.2, "0.278x": 1.0, "0.15x": 3.0},
     "vgg": {"0.5x": 0.3},
     "mobilenet": {"0.5x": 0.3},
+    "edsr": {"0.5x": 0.05, "0.25x": 0.15},
 }
 
 #: What is kept of a run's report.
@@ -39,16 +41,19 @@ KEYS = (
 
 
 def sample_of(runs: Runs, budget: str, seed: int, epochs: int) -> dict[str, Any]:
-    """A run, or what there is of it already, and what it lost in points of top-1."""
-    report = runs.run({"flops": budget}, seed=seed, epochs=epochs).report
-    before, after = report["original"]["metric"], report["compressed"]["metric"]
+    """A run, or what there is of it already, and by how much its metrics are lower than the original's."""
+    made = runs.run({"flops": budget}, seed=seed, epochs=epochs)
+    report, factor = made.report, runs.task.factor
+    before = {"test": report["original"]["metric"], "validation": read_json(made.folder.original)["validation_metric"]}
+    after = {"test": report["compressed"]["metric"], "validation": report["validation_metric"]}
     return {
         "network": runs.network,
         "budget": budget,
         "seed": seed,
         "epochs": epochs,
-        "drop_points": 100 * (before - after),
-        "drop_points_without_training": 100 * (before - report["metric_without_training"]),
+        "unit": runs.task.unit,
+        "lost": {split: factor * (before[split] - after[split]) for split in before},
+        "lost_without_training": factor * (before["test"] - report["metric_without_training"]),
         **{key: report[key] for key in KEYS},
     }
 
@@ -59,18 +64,20 @@ def targets_of(samples: list[dict[str, Any]]) -> list[Target]:
     for network, budgets in CASES.items():
         for budget, most in budgets.items():
             own = [s for s in samples if (s["network"], s["budget"], s["epochs"]) == (network, budget, EPOCHS)]
-            if own:
-                case = f"{network} at {budget} flops"
-                drop = sum(s["drop_points"] for s in own) / len(own)
-                what = f"{case}: points of top-1 lost after {EPOCHS} epochs, mean of {len(own)} seeds"
-                found.append(Target(what, drop, most, at_least=False))
-                found += [target for s in own for target in budget_targets(s, f"{case}, seed {s['seed']}")]
+            if not own:
+                continue
+            task, case = TASKS[network], f"{network} at {budget} flops"
+            for split, images in task.splits.items():
+                lost = sum(s["lost"][split] for s in own) / len(own)
+                what = f"{case}, {images}: {task.unit} lost after {EPOCHS} epochs, mean of {len(own)} seeds"
+                found.append(Target(what, lost, most, at_least=False))
+            found += [target for s in own for target in budget_targets(s, f"{case}, seed {s['seed']}")]
     return found
 
 
 def main() -> None:
     parser = parser_of(__doc__, "accuracy", seeds=[0, 1, 2])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(CASES))
     parser.add_argument("--budgets", nargs="+", help="by default those that something is asked of")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     args = parser.parse_args()

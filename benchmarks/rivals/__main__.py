@@ -1,12 +1,12 @@
-"""This package beside its rivals on CIFAR-10 (JPEG), at equal flops, equal latency and equal training.
+"""This package beside its rivals, at equal flops, equal latency and equal training.
 
-    python -m benchmarks.rivals --data DIR [--networks resnet20] [--budgets 0.5x ...] [--methods ours "uniform CP" ...]
-                                [--epochs 3] [--seeds 0]
+    python -m benchmarks.rivals --data DIR [--networks resnet20 vgg mobilenet edsr] [--budgets 0.5x ...]
+                                [--methods ours "uniform CP" ...] [--epochs 3] [--seeds 0]
 
-DIR holds data/cifar10_jpeg.tar.xz and models/resnet20_cifar10_jpeg.pt. Every network is trained on the same images by
-the same distillation for the same epochs, its learning rate found in the same way; errors of replaced layers' outputs
-count where layers are replaced, which pruning and fresh networks do not do. Latencies are of deployed networks beside
-the original. Under each budget this package is then given the measured latency of the best rival as its only budget.
+DIR holds what `benchmarks.accuracy` says, whose runs are used if --runs holds them. Every network is trained on the
+same images by the same distillation for the same epochs, its learning rate found in the same way; errors of
+replaced layers' outputs count where layers are replaced, which pruning and fresh networks do not do. Latencies are of
+deployed networks beside the original. Under each budget this package is then given the measured latency of the best rival as its only budget.
 Everything is chosen on a validation split; the test split is evaluated once per network. Killed runs are gone on with,
 and results of other methods, seeds and epochs that were written before are kept.
 """
@@ -18,20 +18,20 @@ from math import floor
 from statistics import mean
 from typing import Any
 
-from benchmarks.cifar10.config import NETWORKS
-from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, earlier_samples, with_sample, write_results
 from benchmarks.rivals.contest import Contest, conditions, latency_ratio
 from benchmarks.rivals.methods import RIVALS
+from benchmarks.runs import Runs
+from benchmarks.tasks import TASKS
 from sekron_search.errors import DivergedError, InfeasibleBudgetError
 from sekron_search.progress import ConsoleReporter
 
 BUDGETS = ("0.5x", "0.278x", "0.15x")
 OURS, OURS_TIMED = "ours", "ours, as fast as the best rival"
 
-#: Points of top-1 by which the best rival is to be beaten: at equal flops, and at equal latency.
-MARGIN, MARGIN_TIMED = 0.5, 0.0
+#: By which the best rival is to be beaten at equal flops, in points of top-1; elsewhere, and at equal latency, by any.
+MARGINS = {"resnet20": 0.5}
 
 #: Latencies are equal if they differ by no more than this factor, which clocks are good for.
 NOISE = 1.03
@@ -108,16 +108,17 @@ def timed_samples(runs: Runs, samples: list[Sample]) -> list[Sample]:
 
 
 def targets_of(samples: list[Sample]) -> list[Target]:
-    """Our lead over the best rival, in points of top-1 on the test split, over the seeds that both have."""
+    """Our lead over the best rival on the test split, over the seeds that both have."""
     found = []
     for condition in dict.fromkeys(condition_of(s) for s in samples):
         methods = by_method([s for s in samples if condition_of(s) == condition])
         rivals = methods.get(best_rival([s for own in methods.values() for s in own.values()]) or "", {})
-        for method, margin in ((OURS, MARGIN), (OURS_TIMED, MARGIN_TIMED)):
+        network, budget, epochs = condition
+        task = TASKS[network]
+        for method, margin in ((OURS, MARGINS.get(network, 0.0)), (OURS_TIMED, 0.0)):
             pairs = [(own, rivals[seed]) for seed, own in methods.get(method, {}).items() if seed in rivals]
             if not pairs:
                 continue
-            network, budget, epochs = condition
             case = f"{network}, {budget} flops, {epochs} epochs, {len(pairs)} seeds: {method}"
             failed = sum("failed" in own for own, _ in pairs)
             if failed:
@@ -125,7 +126,7 @@ def targets_of(samples: list[Sample]) -> list[Target]:
                 continue
             best = pairs[0][1]["method"]
             lead = mean(own["test"] - rival["test"] for own, rival in pairs)
-            found.append(Target(f"{case}: points ahead of {best}", 100 * lead, margin))
+            found.append(Target(f"{case}: {task.unit} ahead of {best}", task.factor * lead, margin))
             if method == OURS_TIMED:
                 slower = mean(own["latency_ratio"] / rival["latency_ratio"] for own, rival in pairs)
                 found.append(Target(f"{case}: latency, of that of {best}", slower, NOISE, at_least=False))
@@ -140,7 +141,7 @@ def condition_of(sample: Sample) -> tuple[str, str, int]:
 def main() -> None:
     methods = [OURS, *RIVALS]
     parser = parser_of(__doc__, "accuracy", seeds=[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["resnet20"])
+    parser.add_argument("--networks", nargs="+", choices=TASKS, default=["resnet20"])
     parser.add_argument("--budgets", nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--epochs", type=int, default=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-WIDTH, BLOCKS = 48, 8
+CHANNELS, BLOCKS = 48, 8
 
 #: Mean colour of natural images, taken away at the start and added at the end.
 MEAN = (0.4488, 0.4371, 0.4040)
@@ -32,7 +32,7 @@ class Edsr(nn.Module):
     """Images in [0, 1], (N, 3, H, W), at twice their size, (N, 3, 2 H, 2 W).
 
     Args:
-        width: Channels of the blocks.
+        width: Factor of all channels.
         blocks: Their number.
 
     Source: Lim et al. 2017, Enhanced Deep Residual Networks for Single Image Super-Resolution.
@@ -40,15 +40,16 @@ class Edsr(nn.Module):
 
     mean: Tensor
 
-    def __init__(self, width: int = WIDTH, blocks: int = BLOCKS) -> None:
+    def __init__(self, width: float = 1.0, blocks: int = BLOCKS) -> None:
         super().__init__()
+        channels = max(round(CHANNELS * width), 1)
         self.register_buffer("mean", torch.tensor(MEAN).reshape(1, 3, 1, 1), persistent=False)
-        self.head = nn.Conv2d(3, width, 3, padding=1)
-        self.body = nn.Sequential(*(Block(width) for _ in range(blocks)))
-        self.body_end = nn.Conv2d(width, width, 3, padding=1)
-        self.upsample = nn.Conv2d(width, 4 * width, 3, padding=1)
+        self.head = nn.Conv2d(3, channels, 3, padding=1)
+        self.body = nn.Sequential(*(Block(channels) for _ in range(blocks)))
+        self.body_end = nn.Conv2d(channels, channels, 3, padding=1)
+        self.upsample = nn.Conv2d(channels, 4 * channels, 3, padding=1)
         self.shuffle = nn.PixelShuffle(2)
-        self.tail = nn.Conv2d(width, 3, 3, padding=1)
+        self.tail = nn.Conv2d(channels, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """The larger image."""

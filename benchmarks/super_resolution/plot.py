@@ -1,4 +1,4 @@
-"""Crops of an image by bicubic interpolation, the original network and the compressed ones, beside the truth."""
+"""Crops of an image by bicubic interpolation and by networks, beside the truth."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.super_resolution.data import SCALE, Images, psnr, read_images
-from benchmarks.super_resolution.network import Edsr
-from sekron_search import load
-from sekron_search.files import read_tensors
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -23,25 +20,20 @@ IMAGE, TOP, LEFT, SIZE = 2, 96, 96, 96
 
 
 @torch.no_grad()
-def plot(archive: Path, weights: Path, runs: Mapping[str, Path], path: Path) -> None:
+def plot(archive: Path, networks: Mapping[str, nn.Module], path: Path) -> None:
     """Write the picture.
 
     Args:
         archive: The images.
-        weights: Of the original network.
-        runs: By budget, the run folder of a compressed one.
+        networks: By what they are called.
         path: Of the picture.
     """
     small, large = (image[None] for image in Images(read_images(archive)["set5"])[IMAGE])
-    original: nn.Module = Edsr()
-    original.load_state_dict(read_tensors(weights))
-    original.eval()
     shown: dict[str, Tensor] = {
         "truth": large,
         "bicubic": F.interpolate(small, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1),
-        "original": original(small).clamp(0, 1),
     }
-    shown |= {f"{budget} flops": load(run)(small).clamp(0, 1) for budget, run in runs.items()}
+    shown |= {name: network(small).clamp(0, 1) for name, network in networks.items()}
     figure, panels = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3), constrained_layout=True)
     for axes, (name, image) in zip(panels, shown.items(), strict=True):
         crop = image[0, :, TOP : TOP + SIZE, LEFT : LEFT + SIZE]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.super_resolution.config import archive_of
 from benchmarks.super_resolution.data import Images, luma_psnr, patches, read_images
 from benchmarks.super_resolution.network import Edsr
 from benchmarks.training import Pair, train_from_scratch
@@ -18,15 +19,15 @@ from benchmarks.training import Pair, train_from_scratch
 EPOCHS, BATCH, RATE = 120, 16, 1e-3
 
 
-def train(archive: Path, out: Path, epochs: int = EPOCHS) -> None:
+def train(data: Path, out: Path, epochs: int = EPOCHS) -> None:
     """Train from scratch by absolute errors, with new patches every epoch.
 
     Args:
-        archive: The images.
+        data: Folder with the images.
         out: Where the weights go.
         epochs: Passes over 20 patches of every image.
     """
-    images = read_images(archive)
+    images = read_images(archive_of(data))
     chosen = Images(images["set14"])
     torch.manual_seed(0)
     network = Edsr()
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     args = parser.parse_args()
-    train(args.data / "data/sr_hr.tar", args.out, args.epochs)
+    train(args.data, args.out, args.epochs)
 
 
 if __name__ == "__main__":

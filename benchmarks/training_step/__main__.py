@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cifar10.runs import Runs
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, write_results
+from benchmarks.runs import Runs
 from sekron_search.precision import autocast_dtype
 from sekron_search.training_form import training_form
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks.cifar10.resnet import ResNet20
-from benchmarks.cifar10.runs import Runs
 from benchmarks.rivals import __main__ as rivals
 from benchmarks.rivals.contest import Contest, conditions
 from benchmarks.rivals.methods import RIVALS
+from benchmarks.runs import Runs
 from sekron_search.api import job_from_config
 from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops

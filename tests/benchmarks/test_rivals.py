@@ -41,7 +41,7 @@ NETWORKS: dict[str, tuple[Callable[[float], nn.Module], int]] = {
     "residual, padded shortcuts": (lambda width: ResNet20(0.5 * width), 16),
     "plain": (lambda width: Vgg(0.25 * width), 16),
     "depthwise": (lambda width: MobileNetV2(0.5 * width), 16),
-    "image to image": (lambda width: Edsr(max(1, round(12 * width)), 2), 8),
+    "image to image": (lambda width: Edsr(width / 4, 2), 8),
 }
 
 

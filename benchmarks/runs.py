@@ -1,4 +1,4 @@
-"""Runs of the package on a network for CIFAR-10, kept in a folder, for all benchmarks that make some."""
+"""Runs of the package on a trained network, kept in a folder, for all benchmarks that make some."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from benchmarks.cifar10.config import TEMPLATE, config_of, resnet20_weights
-from benchmarks.cifar10.train import train
+from benchmarks.tasks import TASKS, Task
 from sekron_search import load
 from sekron_search.api import job_from_config
 from sekron_search.job import Job
@@ -26,8 +25,8 @@ class Runs:
     """Runs of a network.
 
     Args:
-        network: One of `NETWORKS`.
-        data: Holds data/cifar10_jpeg.tar.xz and models/resnet20_cifar10_jpeg.pt.
+        network: One of `TASKS`.
+        data: Holds data/cifar10_jpeg.tar.xz, data/sr_hr.tar and models/resnet20_cifar10_jpeg.pt.
         home: Folder of the runs, of their tables, and of the weights of networks that have to be trained.
     """
 
@@ -35,15 +34,20 @@ class Runs:
     data: Path
     home: Path
 
+    @property
+    def task(self) -> Task:
+        """What the network is for."""
+        return TASKS[self.network]
+
     @cached_property
     def weights(self) -> Path:
         """Of the network, which is trained if there are none."""
-        if self.network == "resnet20":
-            return resnet20_weights(self.data)
+        if self.task.given is not None:
+            return self.task.given(self.data)
         path = self.home / f"{self.network}.safetensors"
         if not path.exists():
             self.home.mkdir(parents=True, exist_ok=True)
-            train(self.network, self.data, path)
+            self.task.train(self.data, path)
         return path
 
     def run(self, budget: Mapping[str, str], *, seed: int = 0, epochs: int) -> Run:
@@ -54,11 +58,10 @@ class Runs:
             seed: Of everything that is random.
             epochs: Of fine-tuning.
         """
-        config = config_of(
+        config = self.task.config(
             self.data,
-            network=self.network,
             weights=self.weights,
-            finetune={**yaml.safe_load(TEMPLATE.read_text())["finetune"], "epochs": epochs},
+            finetune={**yaml.safe_load(self.task.template.read_text())["finetune"], "epochs": epochs},
             budget=dict(budget),
             seed=seed,
             tables=(self.home / "tables").resolve(),
