@@ -4,11 +4,11 @@
                                 [--methods ours "uniform CP" ...] [--epochs 3] [--seeds 0]
 
 DIR holds what `benchmarks.accuracy` says, whose runs are used if --runs holds them. Every network is trained on the
-same images by the same distillation for the same epochs, its learning rate found in the same way; errors of
-replaced layers' outputs count where layers are replaced, which pruning and fresh networks do not do. Latencies are of
-deployed networks beside the original. Under each budget this package is then given the measured latency of the best rival as its only budget.
-Everything is chosen on a validation split; the test split is evaluated once per network. Killed runs are gone on with,
-and results of other methods, seeds and epochs that were written before are kept.
+same images by the same distillation for the same epochs, its learning rate found in the same way; errors of replaced
+layers' outputs count where layers are replaced, which pruning and fresh networks do not do. Latencies are of deployed
+networks beside the original. Under each budget this package is then given the measured latency of the best rival as its
+only budget. Everything is chosen on a validation split; the test split is evaluated once per network. Killed runs are
+gone on with, and results of other methods, seeds and epochs that were written before are kept.
 """
 
 from __future__ import annotations
