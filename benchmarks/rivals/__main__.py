@@ -52,6 +52,7 @@ def ours(runs: Runs, budget: Mapping[str, str], seed: int, epochs: int) -> dict[
     compressed = report["compressed"]
     return {
         "flops": compressed["flops"],
+        "flops_ratio": compressed["flops"] / report["original"]["flops"],
         "params": compressed["params"],
         "latency_ratio": latency_ratio(own.job, own.network),
         "validation": report["validation_metric"],

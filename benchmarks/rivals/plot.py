@@ -1,0 +1,68 @@
+"""Plot of `benchmarks/results/rivals.json`, metrics against flops and latency: python -m benchmarks.rivals.plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib as mpl
+
+from benchmarks.results_file import RESULTS
+from benchmarks.rivals.methods import RIVALS
+from benchmarks.tasks import TASKS
+from sekron_search.files import read_json
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+#: By method: colours that the colour-blind tell apart (Okabe and Ito 2008), and markers.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+STYLES = {
+    "ours": ("black", "o"),
+    "ours, as fast as the best rival": ("black", "s"),
+    **dict(zip(RIVALS, zip(COLOURS, "^vD<>PX", strict=True), strict=True)),
+}
+
+
+def plot(path: Path) -> None:
+    """A row per network and number of epochs; every dot is the mean over the seeds of a method under a budget."""
+    samples = [s for s in read_json(path)["samples"] if "failed" not in s]
+    rows = list(dict.fromkeys((s["network"], s["epochs"]) for s in samples))
+    figure, panels = plt.subplots(len(rows), 2, figsize=(11.5, 4.2 * len(rows)), constrained_layout=True, squeeze=False)
+    handles: dict[str, Any] = {}
+    for (network, epochs), (left, right) in zip(rows, panels, strict=True):
+        own, task = [s for s in samples if (s["network"], s["epochs"]) == (network, epochs)], TASKS[network]
+        for axes, key in ((left, "flops_ratio"), (right, "latency_ratio")):
+            handles |= _panel(axes, own, key, task.factor)
+        left.set(xlabel="flops, of the original's", ylabel=f"{task.unit.split()[-1]} on the test split")
+        right.set(xlabel="measured latency, of the original's")
+        left.set_title(f"{network}, {epochs} epochs", fontsize=10)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    plt.close(figure)
+
+
+def _panel(axes: Axes, samples: list[dict[str, Any]], key: str, factor: float) -> dict[str, Any]:
+    """One dot per method and budget, those of a method connected; by method, what a legend shows."""
+    found = {}
+    for method, (colour, marker) in STYLES.items():
+        own = [s for s in samples if s["method"] == method]
+        budgets = dict.fromkeys(s["budget"] for s in own)
+        dots = sorted(
+            (
+                mean(s[key] for s in own if s["budget"] == budget),
+                mean(factor * s["test"] for s in own if s["budget"] == budget),
+            )
+            for budget in budgets
+        )
+        if dots:
+            line = "none" if method == "ours, as fast as the best rival" else "-"
+            (found[method],) = axes.plot(*zip(*dots, strict=True), color=colour, marker=marker, linestyle=line)
+    axes.grid(alpha=0.3)
+    return found
+
+
+if __name__ == "__main__":
+    plot(RESULTS / "rivals.json")
