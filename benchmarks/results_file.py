@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sekron_search.costs.profile import Provenance
-from sekron_search.files import read_json, write_json
+from sekron_search.files import write_text
 from sekron_search.runtimes.registry import make_runtime
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +39,12 @@ def budget_targets(report: Mapping[str, Any], case: str) -> list[Target]:
 def earlier_samples(name: str) -> list[dict[str, Any]]:
     """The samples in `benchmarks/results/NAME.json`, for a benchmark that adds to them."""
     path = RESULTS / f"{name}.json"
-    return list(read_json(path)["samples"]) if path.exists() else []
+    return list(samples_of(path)) if path.exists() else []
+
+
+def samples_of(path: Path) -> Any:
+    """What a results file holds besides targets and provenance."""
+    return json.loads(path.read_text(encoding="utf-8"))["samples"]
 
 
 def with_sample(samples: list[dict[str, Any]], sample: dict[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -60,7 +66,7 @@ def write_results(name: str, targets: list[Target], samples: Any, *, command: st
         "targets": [target.to_json() for target in targets],
         "samples": samples,
     }
-    write_json(path, data)
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
     for target in data["targets"]:
         verdict = "met   " if target["met"] else "MISSED"
         print(f"{verdict} {target['name']}: {target['value']:.6g} (bound {target['bound']:g})")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -29,6 +31,11 @@ NORM_SAMPLES = 128
 PRUNING_ERRORS, PRUNING_BATCHES = 6.0, 6
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory, of the machine or of a GPU, was what lacked; torch has no class of its own for the former."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 class Assembler:
     """Makes networks of assignments.
 
@@ -52,7 +59,21 @@ class Assembler:
         Args:
             assignment: Option of every layer.
             rivals: Trials of cheaper networks: what is clearly behind one of them is not measured to the end.
+
+        Returns:
+            What it gave; an infinite divergence, with a warning, if there was not enough memory for it.
         """
+        try:
+            return self._evaluate(assignment, rivals)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            warnings.warn(
+                f"a trial ran out of memory and counts as worse than all others: {error}", RuntimeWarning, stacklevel=2
+            )
+            return Evaluation(math.inf)
+
+    def _evaluate(self, assignment: Assignment, rivals: Sequence[Trial]) -> Evaluation:
         network = self.with_factors(assignment)
         reestimate_batch_norm(network, self._few, original=self._few_statistics)
         partial: list[float] = []

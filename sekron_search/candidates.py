@@ -12,7 +12,7 @@ from torch import nn
 
 from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
-from sekron_search.errors import InfeasibleBudgetError
+from sekron_search.errors import DataError, InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.job import Job
@@ -81,6 +81,11 @@ class Finder:
                     raise
                 break  # no network meets the corrected bounds: the one that misses the budget by least has to do
             candidates = [self._candidate(t) for t in best_feasible(trials, self.job.settings.finetune.candidates)]
+            if not candidates and any(t.feasible for t in trials):
+                raise DataError(
+                    "search: the network of every trial within the budget overflows or runs out of memory "
+                    f"({len(trials)} trials); give a smaller calibration.batch_size, or check the network's outputs"
+                )
             if not candidates:
                 raise infeasible(self.network, self.bounds)
             searched = Searched(trials, candidates, self.network, min(c.excess(self.budget) for c in candidates))
@@ -239,7 +244,7 @@ class Finder:
                 after_epoch=halving.keep_on,
                 progress=task.update,
             )
-        write_json(home / "curve.json", curve)
+        write_json(home / "curve.json", {"epochs": curve})
         return curve
 
     def home(self, assignment: Assignment) -> Path:

@@ -22,6 +22,8 @@ MetricName = Literal["accuracy", "neg_mse", "psnr"]
 LossName = Literal["auto", "l1"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+#: What every generator takes.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 REFERENCE = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*"
 Reference = Annotated[str, Field(pattern=f"^{REFERENCE}$")]
 
@@ -204,7 +206,7 @@ class AuditConfig(_Section):
     candidates: NonNegative = 0
     budgets: tuple[dict[str, float | str], ...] = ()
     epochs: Positive = 1
-    seed: NonNegative = 0
+    seed: Seed = 0
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -239,7 +241,7 @@ class Settings(_Section):
     latency: LatencyConfig = LatencyConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     audit: AuditConfig = AuditConfig()
-    seed: NonNegative = 0
+    seed: Seed = 0
     device: str = "cpu"
     tables: Path | None = None
 
@@ -311,8 +313,12 @@ class Config(Settings):
         def absolute(path: Path | None, key: str, *, must_exist: bool = True) -> Path | None:
             if path is None:
                 return None
-            full = (base / path.expanduser()).resolve()
-            if must_exist and not full.exists():
+            try:
+                full = (base / path.expanduser()).resolve()
+                there = full.exists()
+            except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, of a user who is not known
+                raise ConfigError(f"config key '{key}': no path: {str(path)[:100]!r}: {error}") from None
+            if must_exist and not there:
                 raise ConfigError(f"config key '{key}': no such file or folder: {full}")
             return full
 

@@ -23,7 +23,7 @@ from sekron_search.kron.structure import Structure
 from sekron_search.model import Inputs, kronecker_layers, layer_like, output_tensors, replace_layers
 from sekron_search.runtimes.base import MemoryFormat, with_memory_format
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """
     folder = _artefact_folder(Path(path))
     data = read_json(folder / "model.json")
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+    if data.get("format") != FORMAT:
+        found = data.get("format")
         raise RunFolderError(f"{folder / 'model.json'}: expected format {FORMAT}, got {found!r}; save the network anew")
     try:
         layers: dict[str, Any] = data["layers"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -13,30 +14,40 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from sekron_search.errors import ConfigError, RunFolderError
 
+#: Key of a JSON file's checksum.
+CHECKSUM = "checksum"
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary path beside `path` that replaces it when the block ends well, and vanishes when it does not.
+
+    Raises:
+        RunFolderError: If the disk is full, or the folder cannot be written.
+    """
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,23 +56,41 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a mapping as JSON, atomically, with a checksum of it as its last key."""
+    write_text(path, _json_text({**data, CHECKSUM: _checksum(data)}))
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` has written.
 
     Raises:
-        RunFolderError: If the file is missing or damaged.
+        RunFolderError: If the file is missing, damaged, or was changed since it was written.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunFolderError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path}: damaged or unreadable ({error}); delete it to have it made again") from None
+    if not isinstance(data, dict) or CHECKSUM not in data:
+        raise RunFolderError(
+            f"{path}: it has no checksum; an earlier version wrote it, or something else: delete it to have it made "
+            "again"
+        )
+    checksum = data.pop(CHECKSUM)
+    if checksum != _checksum(data):
+        raise RunFolderError(f"{path}: it was changed since it was written; delete it to have it made again")
+    return data
+
+
+def _json_text(data: Any) -> str:
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    # Numbers that were read from JSON are written as they were, and keys keep their order.
+    return hashlib.sha256(_json_text(dict(data)).encode()).hexdigest()
 
 
 def read_yaml(path: Path, where: str) -> dict[Any, Any]:
@@ -78,7 +107,9 @@ def read_yaml(path: Path, where: str) -> dict[Any, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeEncodeError as error:  # of the path
+        raise ConfigError(f"{where!a}: cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise ConfigError(f"{where}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of keys, got {type(data).__name__}")
@@ -86,24 +117,30 @@ def read_yaml(path: Path, where: str) -> dict[Any, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, atomically."""
-    data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+    """Write tensors as safetensors, atomically, with a checksum of them in the metadata."""
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    data = save(plain, {CHECKSUM: digest(sorted(plain.items()))})
     with atomic(path) as temporary:
         temporary.write_bytes(data)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read safetensors.
+    """Read safetensors; a checksum that `write_tensors` left is compared.
 
     Raises:
-        RunFolderError: If the file is missing, truncated or damaged.
+        RunFolderError: If the file is missing, truncated, damaged or was changed.
     """
     try:
-        return dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            checksum = (file.metadata() or {}).get(CHECKSUM)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise RunFolderError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise RunFolderError(f"{path}: truncated or damaged ({error})") from None
+    if checksum is not None and checksum != digest(sorted(tensors.items())):
+        raise RunFolderError(f"{path}: its tensors are not those that were written: it is damaged, or was changed")
+    return tensors
 
 
 def digest(values: Any) -> str:
@@ -123,8 +160,10 @@ def digest(values: Any) -> str:
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a training checkpoint atomically; it is read with `weights_only=True`."""
+    content = io.BytesIO()  # torch's own writing to a full disk gives errors of many kinds
+    torch.save(dict(state), content)
     with atomic(path) as temporary:
-        torch.save(dict(state), temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from sekron_search.kron.metric import InputMetric
 from sekron_search.model import LayerInfo, layer_weight
 from sekron_search.network_tables import Tables
 from sekron_search.progress import Reporter
+from sekron_search.repeatable import check_repeatable
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import threads
 from sekron_search.search.budget import CostName
@@ -107,6 +108,7 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
         skipped = "; ".join(f"'{s.name}': {s.reason}" for s in inspection.skipped[:5])
         raise DataError(f"no layer can be replaced ({skipped or 'there is none'}); see `sekron-search inspect`")
     reference_outputs(job.model, job.calibration[:1])
+    check_repeatable(job.model, job.calibration[0])
     check_divergence(settings.search.divergence, job.references[0])
     if job.distillation is not None:
         job.distillation.check()

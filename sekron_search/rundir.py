@@ -15,7 +15,7 @@ from typing import Any
 from sekron_search.errors import RunFolderError
 from sekron_search.files import read_json, write_json
 
-FORMAT = 3
+FORMAT = 4
 
 
 class RunFolder:
@@ -121,13 +121,13 @@ class RunFolder:
         if not self.manifest.exists():
             raise RunFolderError(f"{self.path}: not a run folder (no run.json)")
         data = read_json(self.manifest)
-        version = data.get("format") if isinstance(data, dict) else None
+        version = data.get("format")
         if version != FORMAT or not isinstance(data.get("fingerprint"), dict):
             raise RunFolderError(
                 f"run folder {self.path}: written in format {version!r}, this version reads format {FORMAT}; "
                 "start a new run, or use the version that wrote it"
             )
-        return dict(data)
+        return data
 
 
 def _digest(value: Any) -> str:

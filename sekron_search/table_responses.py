@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence
+from sekron_search.errors import RunFolderError
 from sekron_search.files import digest, read_json, write_json
 from sekron_search.job import Job
 from sekron_search.model import batch_size, first_batches
@@ -68,7 +69,7 @@ def with_responses(job: Job, tables: Tables, cache: Path, reporter: Reporter) ->
                     response = alone.divergence(layer, option)
                     known[name].append((error, response if math.isfinite(response) else None))
                     task.update(done + len(known[name]), name)
-                write_json(path, known)
+                write_json(path, {"layers": known})
             done += len(options)
             task.update(done, name)
     return dataclasses.replace(_with(tables, known), files=(*tables.files, path))
@@ -145,17 +146,12 @@ def _key(job: Job, tables: Tables, wanted: Sequence[Sequence[int]]) -> str:
 
 
 def _read(path: Path) -> dict[str, _Rows]:
-    """The responses in a file, by layer; a layer of which they are damaged is left out."""
-    data = read_json(path) if path.exists() else {}
-    found: dict[str, _Rows] = {}
-    for name, rows in data.items() if isinstance(data, dict) else ():
-        try:
-            own = [(float(error), None if response is None else float(response)) for error, response in rows]
-        except (TypeError, ValueError):
-            continue
-        if all(response is None or math.isfinite(response) for _, response in own):
-            found[name] = own
-    return found
+    """The responses in a file, by layer; none if it is damaged: they are measured anew then."""
+    try:
+        data = read_json(path) if path.exists() else {"layers": {}}
+    except RunFolderError:
+        return {}
+    return {name: [(error, response) for error, response in rows] for name, rows in data["layers"].items()}
 
 
 def _with(tables: Tables, found: Mapping[str, _Rows]) -> Tables:

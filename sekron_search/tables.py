@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sekron_search.costs.analytic import layer_cost
 from sekron_search.errors import SekronError
-from sekron_search.files import read_tensors, write_json, write_tensors
+from sekron_search.files import read_json, read_tensors, write_json, write_tensors
 from sekron_search.kron.families import dense, family
 from sekron_search.kron.layer import Execution
 from sekron_search.kron.metric import InputMetric
@@ -142,7 +142,7 @@ def load_table(folder: Path, key: str, name: str) -> FittedLayer | None:
     """A cached table; None if there is none or it cannot be read (it is then built anew)."""
     records, weights = table_files(folder, key)
     try:
-        data = json.loads(records.read_text())
+        data = read_json(records)
         tensors = read_tensors(weights)
         options = tuple(Option.from_json(o) for o in data["options"])
         sensitivity = None if data["sensitivity"] is None else float(data["sensitivity"])

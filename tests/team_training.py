@@ -65,7 +65,7 @@ def main() -> None:
     for name in SIZES:
         if team.rank == 0:
             curve, state = trained(name, folder)
-            write_json(folder / f"{name}.json", curve)
+            write_json(folder / f"{name}.json", {"curve": curve})
             write_tensors(folder / f"{name}.safetensors", state)
         else:
             for _ in range(2):

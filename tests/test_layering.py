@@ -43,7 +43,7 @@ LAYERS = [
     ["config"],
     ["rundir"],
     ["search"],
-    ["divergence"],
+    ["divergence", "repeatable"],
     ["curvature", "sums"],
     ["calibration"],
     ["costs"],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sekron_search.config import FinetuneConfig
 from sekron_search.errors import ConfigError, DataError, DivergedError
-from sekron_search.files import read_json
+from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
 from sekron_search.learning_rate import FACTOR, START, _minimum, find_learning_rate, tuned
 from sekron_search.precision import autocast_dtype
@@ -85,7 +85,7 @@ def test_it_is_found_once_and_changes_nothing(tmp_path: Path) -> None:
     assert len(found.data) == len(task.data)
     rates = dict(read_json(path)["trials"])
     assert min(rates.values()) < max(rates.values())
-    path.write_text('{"learning_rate": 0.5, "trials": []}')
+    write_json(path, {"learning_rate": 0.5, "trials": []})
     assert tuned(task, model, path, Reporter()).rate == 0.5
     assert tuned(distillation(), model, tmp_path / "none.json", Reporter()).rate == 1e-2
     assert not (tmp_path / "none.json").exists()

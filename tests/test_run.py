@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -23,7 +22,7 @@ from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
 from sekron_search.data import evaluate
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
-from sekron_search.files import read_json
+from sekron_search.files import read_json, write_json
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.progress import Reporter
 from sekron_search.run import run
@@ -132,8 +131,8 @@ def test_another_run_is_refused_its_folder(finished: Path, tmp_path: Path) -> No
 def test_folders_of_other_versions_and_strangers_are_refused(finished: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     old.mkdir()
-    (old / "run.json").write_text('{"format": 0}')
-    with pytest.raises(RunFolderError, match="format 0, this version reads format 3"):
+    write_json(old / "run.json", {"format": 0})
+    with pytest.raises(RunFolderError, match="format 0, this version reads format 4"):
         run_config(write_config(tmp_path), old, resume=True)
     stranger = tmp_path / "photos"
     stranger.mkdir()
@@ -149,29 +148,32 @@ def test_folders_of_other_versions_and_strangers_are_refused(finished: Path, tmp
         pass
 
 
-@pytest.mark.parametrize("damage", ["truncated", "exchanged", "json", "version", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "exchanged", "edited", "json", "version", "foreign"])
 def test_damaged_artefacts_are_refused(finished: Path, tmp_path: Path, damage: str) -> None:
     copy = tmp_path / "artefact"
     shutil.copytree(finished / "compressed", copy)
     weights, facts = copy / "model.safetensors", copy / "model.json"
-    data = json.loads(facts.read_text())
+    data = read_json(facts)
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "exchanged":
         content = bytearray(weights.read_bytes())
         content[-1] ^= 255
         weights.write_bytes(bytes(content))
+    elif damage == "edited":
+        facts.write_text(facts.read_text().replace('"format": 3', '"format": 3, "more": 1'))
     elif damage == "json":
         facts.write_text(facts.read_text()[:50])
     elif damage == "version":
-        facts.write_text(json.dumps({**data, "format": 77}))
+        write_json(facts, {**data, "format": 77})
     else:
-        facts.write_text(json.dumps({**data, "factory": {"reference": "os:system", "kwargs": {"command": "false"}}}))
+        write_json(facts, {**data, "factory": {"reference": "os:system", "kwargs": {"command": "false"}}})
     says = {
         "truncated": "truncated or damaged",
-        "exchanged": "not those that model.json was written for",
+        "exchanged": "not those that were written",
+        "edited": "it was changed since it was written",
         "json": "damaged or unreadable",
-        "version": "expected format 2, got 77",
+        "version": "expected format 3, got 77",
         "foreign": "of your own, got 'os:system'",
     }
     with pytest.raises((RunFolderError, ConfigError), match=says[damage]):

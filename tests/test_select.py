@@ -17,7 +17,7 @@ from sekron_search.cli import app
 from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
 from sekron_search.errors import ConfigError, InfeasibleBudgetError, RunFolderError
-from sekron_search.files import read_json, read_yaml
+from sekron_search.files import read_json, read_yaml, write_json
 from sekron_search.progress import Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
@@ -125,10 +125,10 @@ def test_unfinished_changed_and_damaged_runs_are_refused(finished: RunFolder, tm
     network = replace(found.record.network, tables=(fewer, *tables[1:]))
     with pytest.raises(RunFolderError, match="no longer those of its search"):
         with_network(copy, replace(found, record=replace(found.record, network=network)), Reporter())
-    copy.network.write_text(json.dumps({"format": 77}))
-    with pytest.raises(RunFolderError, match="expected format 3, got 77"):
+    write_json(copy.network, {"format": 77})
+    with pytest.raises(RunFolderError, match="expected format 4, got 77"):
         select(copy, Budget(params="0.5x"))
-    copy.network.write_text(json.dumps({"format": 3, "network": {}}))
+    write_json(copy.network, {"format": 4, "network": {}})
     with pytest.raises(RunFolderError, match="damaged"):
         select(copy, Budget(params="0.5x"))
     copy.network.unlink()

@@ -25,7 +25,7 @@ from sekron_search.cli import app
 from sekron_search.cli.arguments import seconds
 from sekron_search.config import Config
 from sekron_search.errors import ConfigError, RunFolderError, SekronError, StorageError
-from sekron_search.files import read_json
+from sekron_search.files import read_json, write_json
 from sekron_search.progress import Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
@@ -202,7 +202,9 @@ def test_a_worker_with_other_data_is_refused(
     monkeypatch.undo()
     monkeypatch.setattr(Assembler, "evaluate", refuse)
     table = sorted(folder.tables.glob("*.json"))[0]
-    table.write_text(table.read_text().replace('"error": 0.', '"error": 1.', 1))
+    fits = read_json(table)
+    fits["options"][-1]["error"] += 1
+    write_json(table, fits)
     with pytest.raises(StorageError, match=r"is another search than this worker's \(different: tables\)"):
         work(folder, Reporter(), storage=None, artifacts=None, patience_s=0)
 

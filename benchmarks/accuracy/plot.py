@@ -7,9 +7,8 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.results_file import RESULTS
+from benchmarks.results_file import RESULTS, samples_of
 from benchmarks.tasks import TASKS
-from sekron_search.files import read_json
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -21,7 +20,7 @@ COLOURS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B
 
 def plot(path: Path) -> None:
     """A panel per unit; lines are means over seeds, dots the single seeds; at no epochs, what nobody has trained."""
-    samples = read_json(path)["samples"]
+    samples = samples_of(path)
     units = list(dict.fromkeys(TASKS[s["network"]].unit for s in samples))
     figure, panels = plt.subplots(
         1, len(units), figsize=(6.2 * len(units), 4.4), constrained_layout=True, squeeze=False

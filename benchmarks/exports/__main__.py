@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cifar10.config import config_of
-from benchmarks.results_file import RESULTS, Target, write_results
+from benchmarks.results_file import RESULTS, Target, samples_of, write_results
 from sekron_search import deploy, export_network
 from sekron_search.api import job_from_config
 from sekron_search.deployment import relative_difference
-from sekron_search.files import read_json
 from sekron_search.kron import families as fam
 from sekron_search.kron.geometry import ConvGeometry
 from sekron_search.kron.plan import good_plans
@@ -83,7 +82,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/exports"))
     args = parser.parse_args()
     earlier = RESULTS / "exports.json"
-    samples: dict[str, Any] = read_json(earlier)["samples"] if len(args.only) < 2 and earlier.exists() else {}
+    samples: dict[str, Any] = samples_of(earlier) if len(args.only) < 2 and earlier.exists() else {}
     if "families" in args.only:
         samples["families"] = [compare(name, structure) for name, structure in FAMILIES.items()]
     if "int8" in args.only:

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.fit import data_aware, exact, rivals, spectra
-from benchmarks.results_file import RESULTS, Target, write_results
-from sekron_search.files import read_json
+from benchmarks.results_file import RESULTS, Target, samples_of, write_results
 
 Part = Callable[[Path], Any]
 
@@ -43,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     earlier = RESULTS / "fit.json"
-    samples = read_json(earlier)["samples"] if set(args.only) != set(PARTS) and earlier.exists() else {}
+    samples = samples_of(earlier) if set(args.only) != set(PARTS) and earlier.exists() else {}
     for name in args.only:
         print(f"--- {name}", flush=True)
         samples[name] = PARTS[name](args.data)

@@ -23,12 +23,11 @@ from torch import nn
 from benchmarks.cifar10.resnet import ResNet20
 from benchmarks.latency_model.assignments import random_networks
 from benchmarks.resnet18 import resnet18
-from benchmarks.results_file import RESULTS, Target, write_results
+from benchmarks.results_file import RESULTS, Target, samples_of, write_results
 from sekron_search.costs.measure import measure_networks
 from sekron_search.costs.profile import DeviceProfile
 from sekron_search.costs.profiling import measure_device, summary_rows
 from sekron_search.costs.trace import traced_operations
-from sekron_search.files import read_json
 from sekron_search.progress import ConsoleReporter
 from sekron_search.runtimes.base import MemoryFormat, Runtime, RuntimeName, laid_out
 from sekron_search.runtimes.registry import make_runtime
@@ -54,7 +53,7 @@ def main() -> None:
         "resnet20": (_resnet20(), torch.randn(128, 3, 32, 32)),
     }
     earlier = RESULTS / "latency_model.json"
-    samples: dict[str, Any] = read_json(earlier)["samples"] if set(args.only) != set(RUNTIMES) else {}
+    samples: dict[str, Any] = samples_of(earlier) if set(args.only) != set(RUNTIMES) else {}
     for runtime_name in args.only:
         runtime = make_runtime(runtime_name, num_threads=1, memory_format=RUNTIMES[runtime_name])
         profile, facts = _profiled(runtime, quick=args.quick)

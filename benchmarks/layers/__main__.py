@@ -18,8 +18,7 @@ import torch
 
 from benchmarks.layers import forward, rivals, training
 from benchmarks.layers.structures import Shape
-from benchmarks.results_file import RESULTS, Target, write_results
-from sekron_search.files import read_json
+from benchmarks.results_file import RESULTS, Target, samples_of, write_results
 
 #: The 3x3 convolutions of a residual network, from its first stage to its last.
 KERNELS = [Shape(64, 64, 3, 56), Shape(128, 128, 3, 28), Shape(256, 256, 3, 14), Shape(512, 512, 3, 7)]
@@ -40,9 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     earlier = RESULTS / "layers.json"
-    samples: dict[str, Any] = (
-        read_json(earlier)["samples"] if earlier.exists() and (args.only or len(args.threads) < 2) else {}
-    )
+    samples: dict[str, Any] = samples_of(earlier) if earlier.exists() and (args.only or len(args.threads) < 2) else {}
     for part in args.only or ["forward", "rivals", "training"]:
         samples[part] = [row for row in samples.get(part, []) if row["threads"] not in args.threads]
         for threads in args.threads:

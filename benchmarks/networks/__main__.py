@@ -24,12 +24,11 @@ from benchmarks.cifar10.config import archive_of, resnet20_weights
 from benchmarks.cifar10.data import cifar10
 from benchmarks.cifar10.resnet import ResNet20
 from benchmarks.resnet18 import resnet18
-from benchmarks.results_file import RESULTS, Target, write_results
+from benchmarks.results_file import RESULTS, Target, samples_of, write_results
 from sekron_search import InfeasibleBudgetError, compress
 from sekron_search.costs.layers import Measurement, layer_key, measure_layers
 from sekron_search.costs.measure import Latency
 from sekron_search.export import load_weights
-from sekron_search.files import read_json
 from sekron_search.inspection import inspect_model
 from sekron_search.kron.families import dense
 from sekron_search.kron.steps import Schedule
@@ -89,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     earlier = RESULTS / "networks.json"
-    samples: dict[str, Any] = read_json(earlier)["samples"] if args.only and earlier.exists() else {}
+    samples: dict[str, Any] = samples_of(earlier) if args.only and earlier.exists() else {}
     for name in args.only or CASES:
         case = CASES[name](args.data.resolve())
         for runtime in args.runtimes:

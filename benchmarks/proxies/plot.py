@@ -7,8 +7,7 @@ from textwrap import fill
 
 import matplotlib as mpl
 
-from benchmarks.results_file import RESULTS
-from sekron_search.files import read_json
+from benchmarks.results_file import RESULTS, samples_of
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -19,7 +18,7 @@ STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"))
 
 def plot(path: Path) -> None:
     """Accuracy after training against every proxy, a marker for every budget."""
-    record = read_json(path)["samples"]
+    record = samples_of(path)
     columns = 3
     rows = -(-len(record["proxies"]) // columns)
     figure, panels = plt.subplots(rows, columns, figsize=(12, 3.4 * rows), sharey=True, constrained_layout=True)

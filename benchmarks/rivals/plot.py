@@ -8,10 +8,9 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.results_file import RESULTS
+from benchmarks.results_file import RESULTS, samples_of
 from benchmarks.rivals.methods import RIVALS
 from benchmarks.tasks import TASKS
-from sekron_search.files import read_json
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,7 +27,7 @@ STYLES = {
 
 def plot(path: Path) -> None:
     """A row per network and number of epochs; every dot is the mean over the seeds of a method under a budget."""
-    samples = [s for s in read_json(path)["samples"] if "failed" not in s]
+    samples = [s for s in samples_of(path) if "failed" not in s]
     rows = list(dict.fromkeys((s["network"], s["epochs"]) for s in samples))
     figure, panels = plt.subplots(len(rows), 2, figsize=(11.5, 4.2 * len(rows)), constrained_layout=True, squeeze=False)
     handles: dict[str, Any] = {}

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks.resnet18 import correlated_images, resnet
-from benchmarks.results_file import RESULTS, Target, write_results
+from benchmarks.results_file import RESULTS, Target, samples_of, write_results
 from sekron_search.candidates import Finder
 from sekron_search.config import make_settings
-from sekron_search.files import read_json
 from sekron_search.job import Job
 from sekron_search.prepare import prepare
 from sekron_search.progress import ConsoleReporter, Task
@@ -95,7 +94,7 @@ def main() -> None:
         print(json.dumps(candidate(*NETWORKS[args.here])))
         return
     earlier = RESULTS / "scale.json"
-    samples: dict[str, Any] = read_json(earlier)["samples"] if earlier.exists() else {}
+    samples: dict[str, Any] = samples_of(earlier) if earlier.exists() else {}
     for name in args.only:
         print(f"--- {name}", flush=True)
         samples[name] = apart(name)

@@ -7,8 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from benchmarks.results_file import RESULTS
-from sekron_search.files import read_json
+from benchmarks.results_file import RESULTS, samples_of
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -22,7 +21,7 @@ STYLES = {
 
 def plot(path: Path) -> None:
     """Hypervolume against trials: lines are means over the seeds, bands reach from the least to the largest."""
-    samples = read_json(path)["samples"]
+    samples = samples_of(path)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
     colours = iter(plt.get_cmap("tab20").colors)  # type: ignore[attr-defined]
     for name, rows in samples["hypervolume"].items():

@@ -17,6 +17,7 @@ produced there is contracted here. In that convolution F and C change places, an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import gcd, prod
@@ -44,10 +45,11 @@ class Schedule:
             StructureError: If the text is no such list.
         """
         items = [item.strip() for item in text.split(",")]
-        try:
-            order = tuple(int(item.removesuffix("*")) for item in items)
-        except ValueError:
-            raise StructureError(f"expected a schedule such as '1*,0', got {text!r}") from None
+        if not all(re.fullmatch(r"[0-9]{1,4}\*?", item) for item in items):
+            raise StructureError(f"expected a schedule such as '1*,0', got {text!r}")
+        order = tuple(int(item.removesuffix("*")) for item in items)
+        if len(set(order)) != len(order):
+            raise StructureError(f"expected a schedule with every factor once, such as '1*,0', got {text!r}")
         return cls(order, tuple(sorted(k for k, item in zip(order, items, strict=True) if item.endswith("*"))))
 
 

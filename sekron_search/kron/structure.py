@@ -19,7 +19,9 @@ from sekron_search.kron.contraction import contraction
 #: (f, c, *kernel): out-channels, in-channels, and two kernel sizes or three.
 Shape = tuple[int, ...]
 
-_FACTOR = re.compile(r"\s*(\d+(?:\s*x\s*\d+)*)\s*(?:\[([^\[\]]*)\])?\s*")
+#: A size: no tensor has one of more digits.
+_SIZE = "[0-9]{1,12}"
+_FACTOR = re.compile(rf"\s*({_SIZE}(?:\s*x\s*{_SIZE})*)\s*(?:\[([^\[\]]*)\])?\s*")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _SYNTAX = "expected e.g. '16x1x3x1[a] * 1x16x1x3[a]; a=6'"
 
@@ -111,7 +113,7 @@ class Structure:
         ranks: dict[str, int] = {}
         for item in tail.split(",") if tail.strip() else []:
             name, equals, size = (piece.strip() for piece in item.partition("="))
-            if not equals or not size.isdecimal() or name in ranks:
+            if not equals or not re.fullmatch(_SIZE, size) or name in ranks:
                 raise StructureError(f"cannot read rank {item.strip()!r} of structure {text!r}: {_SYNTAX}")
             ranks[name] = int(size)
         try:

@@ -35,7 +35,7 @@ def write_report(folder: RunFolder) -> None:
             f"run folder {folder.path}: not finished, it has no report.json; go on with `run --resume`"
         )
     report = read_json(folder.report)
-    version = report.get("format") if isinstance(report, dict) else None
+    version = report.get("format")
     if version != FORMAT:
         raise RunFolderError(f"{folder.report}: format {version!r}, this version reads {FORMAT}")
     try:

@@ -12,7 +12,7 @@ from sekron_search.files import read_json, write_json
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class SearchRecord:
             RunFolderError: If it is missing, damaged or of another version.
         """
         data = read_json(path)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        if data.get("format") != FORMAT:
+            found = data.get("format")
             raise RunFolderError(f"{path}: expected format {FORMAT}, got {found!r}; run it anew with this version")
         try:
             searched = tuple(tuple(int(i) for i in kept) for kept in data["searched"])

@@ -1,0 +1,152 @@
+"""What goes wrong in the world: memory, disks, networks that are no functions of their inputs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sekron_search.api import job_from_config
+from sekron_search.assembly import Assembler
+from sekron_search.config import Config
+from sekron_search.errors import DataError
+from sekron_search.files import read_json
+from sekron_search.progress import Reporter
+from sekron_search.repeatable import check_repeatable
+from sekron_search.run import run
+from sekron_search.rundir import RunFolder
+from sekron_search.search.options import Assignment
+from tests.cases import CONFIG, SmallNet, small_net, write_config
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+
+#: More than any machine has: 64 TiB.
+TOO_MANY = 2**44
+
+
+def test_a_trial_without_memory_counts_as_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "candidates: 2": "candidates: 1"})
+    assemble, failed = Assembler.with_factors, list[Assignment]()
+
+    def hungry(self: Assembler, assignment: Assignment) -> nn.Module:
+        if sum(assignment) % 3 == 0 and len(failed) < 3 and any(assignment):
+            failed.append(assignment)
+            torch.empty(TOO_MANY)
+        return assemble(self, assignment)
+
+    job = job_from_config(Config.load(config))
+    monkeypatch.setattr("sekron_search.prepare.with_responses", lambda job, tables, *_: tables)
+    monkeypatch.setattr(Assembler, "with_factors", hungry)
+    with pytest.warns(RuntimeWarning, match="ran out of memory"):
+        report = run(job, RunFolder(tmp_path / "out"), Reporter(), resume=False)
+    assert failed
+    assert report["num_trials"] == 8
+    assert sum(trial["pruned"] for trial in report["trials"]) >= len(set(failed))
+    assert all(budget["met"] for budget in report["budgets"])
+
+
+def test_a_search_in_which_every_trial_lacks_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path, CONFIG, **{"trials: 8": "trials: 2"})
+
+    def hungry(self: Assembler, assignment: Assignment) -> nn.Module:
+        raise MemoryError
+
+    monkeypatch.setattr("sekron_search.prepare.with_responses", lambda job, tables, *_: tables)
+    monkeypatch.setattr(Assembler, "with_factors", hungry)
+    with pytest.warns(RuntimeWarning), pytest.raises(DataError, match=r"runs out of memory \(2 trials\)"):
+        run(job_from_config(Config.load(config)), RunFolder(tmp_path / "out"), Reporter(), resume=False)
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
+from sekron_search.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 30_000])
+def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, limit: int) -> None:
+    """Files cannot grow beyond a limit, as on a full disk; what lies there is whole, and more room finishes the run."""
+    config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "trials: 8": "trials: 2"})
+    command = [sys.executable, "-W", "ignore", "-c", FULL_DISK]
+    done = subprocess.run(
+        [*command, str(limit), "run", str(config), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "File too large" in last
+    assert "Traceback" not in done.stderr
+    assert all(read_json(path) is not None for path in (tmp_path / "out").rglob("*.json"))
+    report = run(job_from_config(Config.load(config)), RunFolder(tmp_path / "out"), Reporter(), resume=True)
+    assert all(budget["met"] for budget in report["budgets"])
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = write_config(tmp_path)
+    command = [sys.executable, "-W", "ignore", "-m", "sekron_search.cli", "run", str(config)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "file" / "out")], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+class Dropping(SmallNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, training=True)
+
+
+class Counting(SmallNet):
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return super().forward(x)
+
+
+class Remembering(SmallNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.last = out if self.last is None else 0.5 * (self.last + 2 * out)
+        return self.last
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        (Dropping, "it draws random numbers"),
+        (Counting, r"changes its buffers .*\(seen\)"),
+        (Remembering, "keeps state"),
+    ],
+)
+def test_networks_that_are_no_functions_of_their_inputs_are_refused(network: type[nn.Module], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        check_repeatable(network(), (torch.randn(4, 3, 8, 8),))
+
+
+def test_networks_that_are_functions_of_their_inputs_are_not(tmp_path: Path) -> None:
+    check_repeatable(small_net(), (torch.randn(4, 3, 8, 8),))
