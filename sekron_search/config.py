@@ -174,7 +174,8 @@ class FinetuneConfig(_Section):
             errors; "l1" compares these by absolute ones; a function of (output, target), `package.module:function`,
             replaces what the targets are compared by.
         label_weight: Weight of the targets' loss; the original's outputs get the rest.
-        layer_weight: Weight of the error of the replaced layers' outputs, which is added; 0 leaves it out.
+        layer_weight: Weight of the error of the replaced layers' outputs, which is added, at the start; it falls to
+            nothing over the training, like a cosine. 0 leaves it out.
         autocast: "bfloat16" or "float16": what passes are computed in; losses are scaled for float16. "auto": bfloat16
             where the device computes in it, else float32, which is faster than converting.
     """

@@ -151,14 +151,13 @@ class Distillation:
 
     @torch.no_grad()
     def loss_of(self, model: nn.Module, batches: Iterable[Batch]) -> float:
-        """Mean loss of a network in training mode, without training it; its running statistics may change."""
+        """Mean loss of a network in training mode, as at the end of a training; its running statistics may change."""
         model.train()
         device = next(model.parameters()).device
-        replaced = self._layers_of(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.data.seed)
             losses = [
-                float(self._loss(model, replaced, to_device(inputs, device), to_device(target, device)))
+                float(self._loss(model, [], 0.0, to_device(inputs, device), to_device(target, device)))
                 for inputs, target in batches
             ]
         return math.fsum(losses) / len(losses)
@@ -200,7 +199,9 @@ class Distillation:
         replaced = self._layers_of(state.model)
         summed, done, together = 0.0, 0, self.config.accumulate
         for done, (inputs, target) in enumerate(self.data.epoch(epoch, state.team), start=1):
-            loss = self._loss(state.model, replaced, to_device(inputs, device), to_device(target, device))
+            # Close to the original's layers first, then free to make up for each other's errors.
+            weight = self.config.layer_weight * state.remaining
+            loss = self._loss(state.model, replaced, weight, to_device(inputs, device), to_device(target, device))
             # What is left over at the end of an epoch makes a step of its own, as large as there are batches in it.
             state.add(loss / min(together, len(self.data) - (done - 1) // together * together))
             mean = loss.detach().clone()
@@ -225,7 +226,9 @@ class Distillation:
         dense = {name: type(layer) for name, layer in self.teacher.named_modules() if type(layer) in KINDS.values()}
         return [name for name, kind in dense.items() if type(model.get_submodule(name)) is not kind]
 
-    def _loss(self, model: nn.Module, replaced: Sequence[str], inputs: tuple[Any, ...], target: Any) -> Tensor:
+    def _loss(
+        self, model: nn.Module, replaced: Sequence[str], layer_weight: float, inputs: tuple[Any, ...], target: Any
+    ) -> Tensor:
         config, device = self.config, inputs[0].device
         dtype = autocast_dtype(config.autocast, device)
         cast = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
@@ -235,7 +238,7 @@ class Distillation:
             output = model(*inputs)
         loss = distillation_loss(self.divergence, output, reference, target, config, self.own_loss)
         if replaced:
-            loss = loss + config.layer_weight * layer_loss(ours, theirs)
+            loss = loss + layer_weight * layer_loss(ours, theirs)
         return loss
 
 

@@ -27,6 +27,7 @@ class TrainingState:
         optimizer, schedule, scaler: Of its parameters; of the learning rate by steps; of losses in float16.
         team: The processes that train together.
         curve: Epoch, loss and metric of every epoch so far.
+        steps: Of the optimizer, in all.
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     team: Team
     curve: list[dict[str, float]]
+    steps: int
 
     @classmethod
     def start(cls, model: nn.Module, config: FinetuneConfig, rate: float, steps: int, team: Team) -> TrainingState:
@@ -42,12 +44,18 @@ class TrainingState:
         # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
         optimizer = torch.optim.AdamW(trainable(model), rate, weight_decay=config.weight_decay)
         optimizer.zero_grad()  # a copy of a network has the gradients that the user's training left in it
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, max(steps, 1)))
+        steps = max(steps, 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
         # Gradients below the least number of float16 would vanish; bfloat16 has the range of float32.
         device = next(model.parameters()).device
         half = autocast_dtype(config.autocast, device) == torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=half)
-        return cls(model, optimizer, schedule, scaler, team, [])
+        return cls(model, optimizer, schedule, scaler, team, [], steps)
+
+    @property
+    def remaining(self) -> float:
+        """From 1 at the first step to 0 at the last, falling like a cosine."""
+        return 0.5 * (1 + math.cos(math.pi * min(self.schedule.last_epoch / self.steps, 1)))
 
     def add(self, loss: Tensor) -> None:
         """Add the gradient of a loss to those that the next step takes together."""

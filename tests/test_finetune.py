@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sekron_search.config import FinetuneConfig, make_settings
@@ -45,6 +45,8 @@ def test_training_lowers_the_loss_and_leaves_the_teacher_alone(tmp_path: Path) -
     assert [row["epoch"] for row in curve] == [1, 2, 3]
     assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
     assert not model.training
+    seen = list(task.data.epoch(1))
+    assert task.loss_of(model, seen) < 0.5 * task.loss_of(compressed(task.teacher), seen)
     assert all(torch.equal(before[name], t) for name, t in task.teacher.state_dict().items())
     assert all(p.is_contiguous() for p in [*model.parameters(), *task.teacher.parameters()])
 
@@ -58,6 +60,27 @@ def test_a_resumed_training_ends_where_the_whole_one_does(tmp_path: Path) -> Non
     again = compressed(task.teacher)
     assert train(task, again, tmp_path / "parts.pt") == curve
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in whole.state_dict().items())
+
+
+def test_errors_of_layers_count_less_and_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the whole weight to next to nothing; a training that was stopped goes on where it was."""
+    weights: list[float] = []
+    loss = Distillation._loss
+
+    def noted(self: Distillation, model: nn.Module, replaced: Any, weight: float, *batch: Any) -> Tensor:
+        assert replaced == ["conv2"]
+        weights.append(weight)
+        return loss(self, model, replaced, weight, *batch)
+
+    monkeypatch.setattr(Distillation, "_loss", noted)
+    task = distillation(layer_weight=4.0)
+    train(task, compressed(task.teacher), tmp_path / "parts.pt", after_epoch=lambda epoch, _: epoch < 1)
+    train(task, compressed(task.teacher), tmp_path / "parts.pt")
+    assert len(weights) == task.total_batches == 12
+    assert weights == sorted(weights, reverse=True)
+    assert weights[0] == 4
+    assert weights[6] == pytest.approx(2)
+    assert weights[-1] < 0.1
 
 
 def test_a_loss_that_explodes_keeps_the_last_checkpoint(tmp_path: Path) -> None:

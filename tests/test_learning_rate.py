@@ -129,7 +129,9 @@ def test_trials_are_compared_on_what_they_are_not_trained_on(monkeypatch: pytest
 
     seen: dict[str, list[float]] = {"trained": [], "compared": []}
 
-    def loss(self: Distillation, model: nn.Module, replaced: Any, inputs: tuple[Tensor], target: Tensor) -> Tensor:
+    def loss(
+        self: Distillation, model: nn.Module, replaced: Any, weight: float, inputs: tuple[Tensor], target: Tensor
+    ) -> Tensor:
         kind = "trained" if torch.is_grad_enabled() else "compared"
         seen[kind].append(float(inputs[0].mean()))
         return next(model.parameters()).square().sum()
