@@ -1,6 +1,6 @@
 """A network and data of one's own, from a script: a small convolutional network on scikit-learn's handwritten digits.
 
-    python examples/script.py
+python -m examples.script
 """
 
 from __future__ import annotations
