@@ -51,8 +51,8 @@ def drawn(count: int, seed: int) -> StackDataset[Any]:
         colours = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.2, 0.4], [0.3, 1.0, 0.6]])[masks[-1]].permute(2, 0, 1)
         images.append(colours + 0.3 * torch.from_numpy(rng.standard_normal((3, SIZE, SIZE))).float())
         boxes.append(torch.tensor(corners) / SIZE)
-    named = StackDataset(mask=torch.stack(masks), box=torch.stack(boxes))
-    return StackDataset(torch.stack(images), named)
+    parts: list[Any] = [torch.stack(images), torch.stack(masks), torch.stack(boxes)]  # tensors will do as datasets
+    return StackDataset(parts[0], StackDataset(mask=parts[1], box=parts[2]))
 
 
 def loss(output: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:

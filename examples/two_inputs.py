@@ -40,7 +40,8 @@ def halves(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
 def main(epochs: int = 20, **settings: Any) -> sekron_search.Result:
     """Train the network, and keep 0.4 of its parameters."""
     left, right, labels = halves(digits().train)
-    training = StackDataset(TensorDataset(left, right), labels)  # gives ((left, right), label)
+    # A sample is ((left, right), label); tensors will do as datasets.
+    training = StackDataset(TensorDataset(left, right), labels)  # type: ignore[arg-type]
     model = train(Halves(), training, F.cross_entropy, epochs)
     *held_out, answers = halves(digits().validation)
     return sekron_search.compress(

@@ -126,7 +126,7 @@ def test_python_on_the_pages_is_python(page: str) -> None:
 
 def test_configurations_in_the_guide_are_valid(tmp_path: Path) -> None:
     found = blocks("guide", "yaml")
-    assert len(found) > 10
+    assert len(found) > 8
     for name in ("weights.pt", "resnet18.pt", "resnet18.safetensors"):
         (tmp_path / name).touch()
     least = {
@@ -269,9 +269,10 @@ def test_public_names_are_documented(name: str) -> None:
         assert text, what
     try:
         parameters = set(inspect.signature(found).parameters) - {"args", "kwargs"}
+        parameters = {name for name in parameters if not name.startswith("_")}
     except ValueError:  # an exception without a constructor of its own
         return
-    if parameters and name != "SekronError":
+    if parameters:
         text = inspect.getdoc(found) or ""
         assert "Args:" in text
         for parameter in parameters:
