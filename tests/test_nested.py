@@ -13,19 +13,26 @@ from torch import Tensor, nn
 from torch.utils.data import StackDataset, TensorDataset
 
 import sekron_search
-from sekron_search.config import FinetuneConfig
+from examples.common import train
+from examples.segmentation import Segmenter, drawn, loss
+from sekron_search.api import job_from_config
+from sekron_search.config import Config, FinetuneConfig
 from sekron_search.costs.traced import traced_flops
 from sekron_search.curvature import output_curvature
-from sekron_search.data import input_batches, to_device, whole_batches
+from sekron_search.data import DataBundle, input_batches, to_device, whole_batches
 from sekron_search.deployment import deploy
 from sekron_search.divergence import check_divergence, divergence, mean_divergence, reference_outputs
 from sekron_search.errors import DataError
 from sekron_search.exchange import codec, export_network
-from sekron_search.files import digest
+from sekron_search.files import digest, write_tensors
 from sekron_search.inspection import inspect_model
 from sekron_search.losses import distillation_loss
 from sekron_search.model import batch_size, joined, output_tensors, part_of
 from sekron_search.nested import as_plain, is_plain, leaves, map_tensors, named_leaves
+from sekron_search.progress import Reporter
+from sekron_search.run import run
+from sekron_search.run_export import export_run
+from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.registry import make_runtime
 
 pytestmark = pytest.mark.filterwarnings(
@@ -285,3 +292,35 @@ def test_a_network_of_nested_inputs_and_outputs_is_compressed(tmp_path: Path) ->
     assert isinstance(found.model(*inputs), Record)
     opened = sekron_search.load(found.path, model=TwoInputs())
     assert torch.equal(opened(*inputs).scores, found.model(*inputs).scores)
+
+
+def drawn_data() -> DataBundle:
+    """A data factory: a sample is (image, {"mask": ..., "box": ...})."""
+    return DataBundle(drawn(160, seed=0), drawn(32, seed=1), drawn(32, seed=2))
+
+
+SEGMENTATION = """
+model: {factory: "examples.segmentation:Segmenter"}
+data: {source: factory, factory: "tests.test_nested:drawn_data"}
+metric: "examples.segmentation:mean_iou"
+budget: {flops: 0.8x}
+space: {max_options: 6, rank_levels: 4}
+calibration: {samples: 64, holdout: 64, batch_size: 32, refine_steps: 2, sequential_steps: 2}
+search: {trials: 2, divergence: mse}
+latency: {batch_size: 4, rounds: 1}
+finetune: {epochs: 1, candidates: 1, batch_size: 32, learning_rate: 0.001, loss: "examples.segmentation:loss"}
+"""
+
+
+def test_a_network_of_a_file_with_outputs_in_a_dictionary_is_exported_and_quantized(tmp_path: Path) -> None:
+    state = train(Segmenter(), drawn(160, seed=0), loss, epochs=2).state_dict()
+    write_tensors(tmp_path / "trained.safetensors", dict(state))
+    (tmp_path / "config.yaml").write_text(SEGMENTATION.replace('r"}', 'r", weights: trained.safetensors}', 1))
+    folder = RunFolder(tmp_path / "run")
+    report = run(job_from_config(Config.load(tmp_path / "config.yaml")), folder, Reporter(), resume=False)
+    assert report["budgets"][0]["met"]
+    record = export_run(folder, Reporter(), format="onnx", int8=True)
+    found = {(row["name"], row["precision"]): row["metric"] for row in record["networks"]}
+    assert found["compressed", "float32"] == pytest.approx(report["compressed"]["metric"], abs=0.01)
+    assert found["original", "float32"] == pytest.approx(report["original"]["metric"], abs=0.01)
+    assert found["compressed", "int8"] > 0.8 * found["compressed", "float32"]
