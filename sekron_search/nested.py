@@ -96,7 +96,8 @@ def hidden_tensors(value: Any) -> str | None:
 
 def _with_parts(value: Any, items: list[Any]) -> Any:
     if isinstance(value, MutableMapping):
-        own = copy.copy(value)  # whatever else a class of the user's keeps comes along
+        # Whatever else a class of the user's keeps comes along; a shallow copy may share with it where the items lie.
+        own = copy.deepcopy(value, {id(leaf): leaf for leaf in leaves(value)})
         for key, item in zip(value, items, strict=True):
             own[key] = item
         return own

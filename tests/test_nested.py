@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +57,30 @@ class Boxed:
 
 
 A, B = torch.randn(2, 3), torch.randn(2, 4)
+
+
+class Wrapped(MutableMapping[str, Any]):
+    """A mapping of the user's: a shallow copy of it shares its items."""
+
+    def __init__(self, **held: Any) -> None:
+        self.held, self.note = held, "as it was"
+
+    def __getitem__(self, key: str) -> Any:
+        return self.held[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.held[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
 #: Values of two tensors each, in every kind of container.
 VALUES: dict[str, Any] = {
     "tuple": (A, B),
@@ -63,6 +88,7 @@ VALUES: dict[str, Any] = {
     "dictionary": {"z": A, "a": {"deep": B, "ids": torch.tensor([1, 2])}},
     "ordered dictionary": OrderedDict(z=A, a=(B, None)),
     "mapping": UserDict(z=A, a=B),
+    "mapping of the user's": Wrapped(z=A, a=[B]),
     "named tuple": Pair(A, {"b": B}),
     "dataclass": Record(A, [Pair(B, 3)]),
 }
