@@ -86,7 +86,7 @@ def input_batches(source: Any, batch_size: int) -> list[Inputs]:
     """
     if isinstance(source, Tensor):
         source = (source,)
-    if isinstance(source, tuple) and source:
+    if isinstance(source, tuple) and source and not any(isinstance(item, tuple | list) for item in source):
         size = samples_of(source)
         found = [part_of(source, slice(start, start + batch_size)) for start in range(0, size, batch_size)]
     elif isinstance(source, Dataset):
