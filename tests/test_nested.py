@@ -283,6 +283,7 @@ def test_calibration_data_of_several_arguments() -> None:
         (x, y),
         StackDataset(TensorDataset(x, y), cast(Any, torch.zeros(10))),
         [((x[:8], y[:8]), None)],
+        (((x[:8], y[:8]), None),),
     ]
     for source in sources:
         first = input_batches(source, 8)[0]
