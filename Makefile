@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 NAME ?= accuracy
 DATA ?= ../shared
 
-.PHONY: help demo test test-slow check format bench setup clean
+.PHONY: help demo test test-slow check format bench docs setup clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -39,6 +39,9 @@ format: $(STAMP)  ## Format the code
 
 bench: $(STAMP)  ## Run a benchmark: make bench NAME=accuracy DATA=folder-with-the-data
 	$(BIN)/python -m benchmarks.$(NAME) --data $(DATA)
+
+docs: $(STAMP)  ## Build the reference of the Python interface from its docstrings, in build/docs
+	$(BIN)/python docs/reference.py build/docs
 
 clean:  ## Delete the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -17,7 +17,6 @@ from sekron_search.data import (
     DataBundle,
     batches,
     evaluate,
-    import_reference,
     input_batches,
     length,
     load_data,
@@ -28,8 +27,9 @@ from sekron_search.data import (
 from sekron_search.errors import ConfigError, DataError
 from sekron_search.export import Factory, check_factory, guess_factory, load, load_weights
 from sekron_search.job import Job, checked_metric
-from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, part_of, run_model
+from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, first_batches, joined, part_of, run_model
 from sekron_search.progress import ConsoleReporter, Reporter
+from sekron_search.references import import_reference
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget
@@ -82,8 +82,9 @@ def compress(
         model: A trained network; it is not changed.
         example_inputs: What it takes: a tensor, or a tuple of arguments. Latency and peak memory are of this batch.
         budget: Upper bounds, e.g. {"flops": "0.5x", "latency_ms": 3.0}.
-        calibration: Some hundreds of typical inputs without labels: a tensor, a dataset, or an iterable of batches.
-            Half of them fit the layers, half measure how far a compressed network is from the original.
+        calibration: Some hundreds of typical inputs without labels: a tensor, a tuple of tensors for a network of
+            several arguments, a dataset, or an iterable of batches. Half of them fit the layers, half measure how far
+            a compressed network is from the original.
         evaluate: Metric of a network for choosing among candidates, higher is better.
         test: Metric for the report, on data used nowhere else; by default `evaluate`.
         train: For fine-tuning by distillation: a dataset or an iterable of (inputs, target) batches.
@@ -113,6 +114,7 @@ def compress(
     if train is not None:
         data = TrainingData(train, checked.finetune.batch_size, seed=checked.seed)
     run_model(moved.eval(), inputs)
+    _check_arguments(len(inputs), fit[0])
     if factory is None:
         named = guess_factory(moved, inputs)
     else:
@@ -185,6 +187,16 @@ def make_job(model: nn.Module, factory: Factory, data: DataBundle, config: Confi
     )
 
 
+def _check_arguments(expected: int, batch: Inputs) -> None:
+    """Raise a `DataError` unless calibration batches have as many arguments as the example."""
+    if len(batch) != expected:
+        raise DataError(
+            f"calibration: the example inputs are {expected} arguments of the network, a calibration batch gives "
+            f"{len(batch)}. A batch is (inputs, target), inputs a tuple of {expected}: write ((a, b), None) for two "
+            "arguments a and b without a target, or give a tuple of tensors, one for each argument"
+        )
+
+
 def _halves(found: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
     """Calibration batches in two parts of about equal numbers of samples; a single batch is cut in two."""
     if len(found) == 1:
@@ -202,9 +214,9 @@ def _example_batch(batches: Sequence[Inputs], size: int) -> Inputs:
     Raises:
         ConfigError: If there are too few samples.
     """
-    joined = as_inputs(tuple(torch.cat(list(argument)) for argument in zip(*batches, strict=True)))
-    if batch_size(joined) < size:
+    whole = joined(first_batches(batches, size))
+    if batch_size(whole) < size:
         raise ConfigError(
-            f"latency.batch_size is {size}, but there are only {batch_size(joined)} calibration samples to fill it"
+            f"latency.batch_size is {size}, but there are only {batch_size(whole)} calibration samples to fill it"
         )
-    return part_of(joined, slice(size))
+    return part_of(whole, slice(size))

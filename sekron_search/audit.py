@@ -18,8 +18,9 @@ from sekron_search.files import read_json, read_tensors, write_json, write_tenso
 from sekron_search.job import Job
 from sekron_search.learning_rate import tuned
 from sekron_search.progress import Reporter
-from sekron_search.proxies import PROXIES, Judge, Subject, score
+from sekron_search.proxies import PROXIES, Judge, Proxy, Subject, score
 from sekron_search.ranking import rank_correlation
+from sekron_search.references import import_reference
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import with_memory_format
 from sekron_search.search.budget import Budget, CostName
@@ -49,7 +50,8 @@ def check_audit(job: Job) -> None:
 
     Raises:
         DataError: If there is nothing to train with, or no metric that could be foretold.
-        ConfigError: If latency is budgeted for the audit only: options are timed for the run's budget.
+        ConfigError: If latency is budgeted for the audit only: options are timed for the run's budget. If a proxy of
+            the user's cannot be imported.
     """
     config = job.settings.audit
     if config.candidates == 0:
@@ -60,6 +62,8 @@ def check_audit(job: Job) -> None:
                 f"audit.candidates is {config.candidates}, but there is no {what}: the audit trains candidates and "
                 "compares their metrics with what the proxies foretold; give it, or set audit.candidates to 0"
             )
+    for reference in config.proxies:
+        import_reference(reference, "audit.proxies")
     timed = "latency_ms" in job.settings.bounds.names
     if not timed and any("latency_ms" in budget for budget in config.budgets):
         raise ConfigError(
@@ -144,22 +148,23 @@ def audit(
         "metric_name": assembler.job.settings.metric_name,
         "original_metric": read_json(folder.original)["validation_metric"],
         "train_seconds": float(np.median([row["train_seconds"] for row in rows])),
-        "proxies": compare(rows),
+        "proxies": compare(rows, examiner.judge.proxies),
         "candidates": rows,
     }
     write_json(folder.audit, record)
     return record
 
 
-def compare(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def compare(rows: Sequence[Mapping[str, Any]], proxies: Mapping[str, Proxy] = PROXIES) -> list[dict[str, Any]]:
     """How well every proxy ranks candidates by their metric after training.
 
     Args:
         rows: With the keys budget, scores, seconds and metric.
+        proxies: By name.
     """
     found = []
     groups = [row["budget"] for row in rows]
-    for name, proxy in PROXIES.items():
+    for name, proxy in proxies.items():
         scores = [-row["scores"][name] for row in rows]
         ranked = rank_correlation(scores, [row["metric"] for row in rows], groups)
         found.append(
@@ -217,7 +222,7 @@ class Examiner:
         """
         if row["assignment"] != list(candidate.assignment):
             raise RunFolderError(f"{self.folder.audit}: it is of other candidates; delete it to have them audited anew")
-        missing = [name for name in PROXIES if name not in row["scores"]]
+        missing = [name for name in self.judge.proxies if name not in row["scores"]]
         added = score(self.subject(candidate), missing)
         row["scores"] |= added.values
         row["seconds"] |= added.seconds

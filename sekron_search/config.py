@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sekron_search.divergence import DivergenceName
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
 from sekron_search.precision import Autocast
-from sekron_search.runtimes.base import MemoryFormat, RuntimeName
+from sekron_search.references import Reference, name_or_reference
+from sekron_search.runtimes.base import MemoryFormat
+from sekron_search.runtimes.registry import RUNTIMES
 from sekron_search.search.budget import Budget
 from sekron_search.search.space import SearchSpace, explain
 
@@ -24,25 +25,13 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 #: What every generator takes.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-REFERENCE = r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*"
-Reference = Annotated[str, Field(pattern=f"^{REFERENCE}$")]
-
-
-def _or_own(*names: str) -> AfterValidator:
-    """Of a string: that it is one of the names, or a reference to a function of the user's."""
-
-    def check(value: str) -> str:
-        if value not in names and re.fullmatch(REFERENCE, value) is None:
-            raise ValueError(f"expected {', '.join(names)} or a function of your own as 'package.module:function'")
-        return value
-
-    return AfterValidator(check)
-
 
 #: A metric by name, or a function of (network, dataset) that returns a number, higher is better.
-Metric = Annotated[str, _or_own(*get_args(MetricName))]
+Metric = Annotated[str, name_or_reference(*get_args(MetricName))]
 #: A loss by name, or a function of (output, target) that returns a scalar tensor.
-Loss = Annotated[str, _or_own(*get_args(LossName))]
+Loss = Annotated[str, name_or_reference(*get_args(LossName))]
+#: A runtime by name, or a subclass of `Runtime`.
+RuntimeChoice = Annotated[str, name_or_reference(*RUNTIMES, what="class")]
 
 
 class _Section(BaseModel):
@@ -142,7 +131,8 @@ class LatencyConfig(_Section):
 
     Args:
         batch_size: Samples of the example batch, on which latency and peak memory are meant.
-        runtime: "pytorch-eager", "torch-compile", "onnxruntime" or "openvino".
+        runtime: "pytorch-eager", "torch-compile", "onnxruntime", "openvino", or `package.module:Class` of a subclass of
+            `sekron_search.runtimes.base.Runtime`.
         num_threads: Intra-operator threads; as torch has it if not given.
         memory_format: "contiguous", "channels_last", or "auto": whichever makes the network's options fastest.
         rounds: Interleaved samples of every measurement of a whole network.
@@ -151,7 +141,7 @@ class LatencyConfig(_Section):
     """
 
     batch_size: Positive = 1
-    runtime: RuntimeName = "pytorch-eager"
+    runtime: RuntimeChoice = "pytorch-eager"
     num_threads: Positive | None = None
     memory_format: Literal["auto"] | MemoryFormat = "auto"
     rounds: Positive = 21
@@ -202,12 +192,15 @@ class AuditConfig(_Section):
             none is given.
         epochs: Of fine-tuning.
         seed: Of the candidates that are drawn.
+        proxies: More proxies than those of the package: functions of a `sekron_search.proxies.Subject`, each as
+            `package.module:function`; the smaller its number, the better the candidate should be.
     """
 
     candidates: NonNegative = 0
     budgets: tuple[dict[str, float | str], ...] = ()
     epochs: Positive = 1
     seed: Seed = 0
+    proxies: tuple[Reference, ...] = ()
 
     @field_validator("budgets", mode="before")
     @classmethod

@@ -27,6 +27,15 @@ BATCH_SHARE = 1 + DRAWS
 MAX_SAMPLES = 1024
 
 
+def spread(reference: Tensor) -> Tensor:
+    """Variance of an output's entries around their mean; of a single one, which has none, its square."""
+    reference = reference.float()
+    variance = (reference - reference.mean()).square().mean()
+    if reference.numel() == 1:
+        variance = reference.square().mean()
+    return variance.clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def output_curvature(
     model: nn.Module, layers: Sequence[LayerInfo], batches: Sequence[Inputs], *, classes: bool, seed: int = 0
 ) -> dict[str, Tensor]:
@@ -34,8 +43,9 @@ def output_curvature(
 
     g is the gradient of v' z for the network's output z and a random v with E[v v'] = diag(p) - p p' for class
     probabilities p = softmax(z / T), the Hessian of the KL divergence at temperature T, or the identity for other
-    outputs. To second order, and with positions taken as independent, an error d of the layer's output raises the
-    divergence by d' H d, up to a constant per layer.
+    outputs. Of several outputs each v is scaled as the divergence scales its output: by how many entries it has a mean
+    of, and by its spread. To second order, and with positions taken as independent, an error d of the layer's output
+    raises the divergence by d' H d, up to a constant per layer.
 
     Args:
         model: The network; left in evaluation mode.
@@ -56,7 +66,7 @@ def output_curvature(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys((info.name for info in layers), 0)
     outputs: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
+    directions = _Directions(classes, seed)
 
     def hook(name: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -73,7 +83,7 @@ def output_curvature(
             if samples >= MAX_SAMPLES:
                 break
             samples += batch_size(inputs)
-            for gradients in _gradients(model, inputs, outputs, classes, generator):
+            for gradients in _gradients(model, inputs, outputs, directions):
                 for info in layers:
                     gradient = gradients.get(info.name)
                     if gradient is not None:
@@ -88,7 +98,7 @@ def output_curvature(
 
 
 def _gradients(
-    model: nn.Module, inputs: Inputs, outputs: dict[str, Tensor], classes: bool, generator: torch.Generator
+    model: nn.Module, inputs: Inputs, outputs: dict[str, Tensor], directions: _Directions
 ) -> Iterable[dict[str, Tensor | None]]:
     """The gradients at the recorded outputs, for one random direction after the other."""
     outputs.clear()
@@ -96,10 +106,9 @@ def _gradients(
         ends = [t for t in output_tensors(run_model(model, inputs)) if t.requires_grad]
     names = list(outputs)
     for draw in range(DRAWS if ends and names else 0):
-        directions = [_direction(t.detach(), classes, generator) for t in ends]
         try:
             found = torch.autograd.grad(
-                ends, [outputs[n] for n in names], directions, retain_graph=draw < DRAWS - 1, allow_unused=True
+                ends, [outputs[n] for n in names], directions.of(ends), retain_graph=draw < DRAWS - 1, allow_unused=True
             )
         except RuntimeError as error:
             raise DataError(
@@ -108,11 +117,36 @@ def _gradients(
         yield dict(zip(names, found, strict=True))
 
 
-def _direction(output: Tensor, classes: bool, generator: torch.Generator) -> Tensor:
-    """A random v with the curvature as its second moment: E[v v'] = diag(p) - p p', or the identity."""
-    signs = (torch.randint(0, 2, output.shape, generator=generator) * 2 - 1).to(output)
-    if not classes:
-        return signs
-    p = torch.softmax(output / TEMPERATURE, 1)
-    spread = p.sqrt() * signs
-    return spread - p * spread.sum(1, keepdim=True)
+class _Directions:
+    """Random directions of outputs, with the curvature as their second moment.
+
+    Args:
+        classes: Whether the outputs are logits (N, classes, ...).
+        seed: Of the directions.
+    """
+
+    def __init__(self, classes: bool, seed: int) -> None:
+        self.classes = classes
+        self.generator = torch.Generator().manual_seed(seed)
+        self.weights: list[float] = []
+
+    def of(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """A direction for every output; each has the weight in the divergence that it had on the first batch."""
+        if not self.weights:
+            scales = [self._scale(output.detach()) for output in outputs]
+            self.weights = [(scales[0] / scale) ** 0.5 for scale in scales]
+        return [self._one(output.detach()) * w for output, w in zip(outputs, self.weights, strict=True)]
+
+    def _scale(self, output: Tensor) -> float:
+        """What the divergence divides the squared error of a sample's output by, summed over its entries."""
+        each = output.numel() / max(output.shape[0], 1) if output.dim() else 1
+        return each / output.shape[1] if self.classes else each * float(spread(output))
+
+    def _one(self, output: Tensor) -> Tensor:
+        """A random v with E[v v'] = diag(p) - p p', or the identity."""
+        signs = (torch.randint(0, 2, output.shape, generator=self.generator) * 2 - 1).to(output)
+        if not self.classes:
+            return signs
+        p = torch.softmax(output / TEMPERATURE, 1)
+        rooted = p.sqrt() * signs
+        return rooted - p * rooted.sum(1, keepdim=True)

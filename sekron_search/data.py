@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sekron_search.config import DataConfig, MetricName
-from sekron_search.errors import ConfigError, DataError, SekronError
-from sekron_search.model import Inputs, as_inputs, batch_size
+from sekron_search.errors import DataError, SekronError
+from sekron_search.model import Inputs, as_inputs, joined, part_of
+from sekron_search.model import batch_size as samples_of
+from sekron_search.nested import map_tensors
+from sekron_search.references import import_reference
 
 Batch = tuple[Inputs, Any]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -76,19 +77,27 @@ def as_batch(item: Any) -> Batch:
 
 
 def input_batches(source: Any, batch_size: int) -> list[Inputs]:
-    """Inputs only, from a tensor, a dataset, or an iterable of batches (with or without targets).
+    """Inputs only, from a tensor, a tuple of the network's arguments, a dataset, or an iterable of batches.
+
+    What a dataset or an iterable gives are pairs of inputs and targets, or inputs alone.
 
     Raises:
         DataError: If there is nothing in it.
     """
     if isinstance(source, Tensor):
-        found = [(chunk,) for chunk in source.split(batch_size)]
+        source = (source,)
+    if isinstance(source, tuple) and source and not any(isinstance(item, tuple | list) for item in source):
+        size = samples_of(source)
+        found = [part_of(source, slice(start, start + batch_size)) for start in range(0, size, batch_size)]
     elif isinstance(source, Dataset):
         found = [inputs for inputs, _ in batches(source, batch_size)]
     elif isinstance(source, Iterable):
         found = [as_batch(item)[0] for item in source]
     else:
-        raise DataError(f"expected calibration data as a tensor, dataset or iterable of batches, got {type(source)}")
+        raise DataError(
+            "calibration: expected a tensor, a tuple of the network's arguments, a dataset or an iterable of batches, "
+            f"got {type(source).__name__}"
+        )
     if not found:
         raise DataError("the calibration data is empty; give at least one batch")
     return whole_batches(found)
@@ -96,49 +105,17 @@ def input_batches(source: Any, batch_size: int) -> list[Inputs]:
 
 def whole_batches(found: Sequence[Inputs]) -> list[Inputs]:
     """The batches, a last one of a single sample joined to the one before: batch-norms cannot train on one sample."""
-    if len(found) < 2 or batch_size(found[-1]) > 1 or not all(isinstance(a, Tensor) for a in found[-1]):
+    if len(found) < 2 or samples_of(found[-1]) > 1:
         return list(found)
-    return [*found[:-2], tuple(torch.cat(pair) for pair in zip(*found[-2:], strict=True))]
+    try:
+        return [*found[:-2], joined(found[-2:])]
+    except DataError:  # sequences of other lengths, images of other sizes
+        return list(found)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Tensors, and tuples, lists and dictionaries of them, on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device) for item in value)
-    return value
-
-
-def import_reference(reference: str, key: str) -> Callable[..., Any]:
-    """The function or class that `package.module:name` names; the working directory can be imported from.
-
-    Raises:
-        ConfigError: If it cannot be imported, or is not the user's own code or an installed package's: what the
-            standard library offers is never called on behalf of a file.
-    """
-    module_name, _, path = reference.partition(":")
-    if not path or module_name.partition(".")[0] in sys.stdlib_module_names:
-        raise ConfigError(f"key '{key}': expected 'package.module:function' of your own, got {reference!r}")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        target: Any = importlib.import_module(module_name)
-        for part in path.split("."):
-            target = getattr(target, part)
-    except Exception as error:  # whatever the module does when it is imported
-        raise ConfigError(f"key '{key}': cannot import {reference!r}: {type(error).__name__}: {error}") from error
-    home = str(getattr(target, "__module__", None)).partition(".")[0]
-    if home != module_name.partition(".")[0] or home in {"torch", "numpy"}:
-        raise ConfigError(
-            f"key '{key}': {reference!r} is defined in {home!r}; expected 'package.module:function' of your own"
-        )
-    if not callable(target):
-        raise ConfigError(f"key '{key}': {reference!r} is not callable")
-    result: Callable[..., Any] = target
-    return result
+    """The same with its tensors on the device, however they are nested."""
+    return map_tensors(lambda tensor: tensor.to(device), value)
 
 
 def load_data(config: DataConfig, seed: int) -> DataBundle:
@@ -283,7 +260,8 @@ def evaluate(
             output = model(*to_device(inputs, device))
             if not isinstance(output, Tensor):
                 raise DataError(
-                    f"metric '{metric}' needs a network that returns one tensor, got {type(output).__name__}"
+                    f"metric '{metric}' needs a network that returns one tensor, got {type(output).__name__}; give a "
+                    "function of (network, dataset) of your own: metric: package.module:function"
                 )
             if not isinstance(target, Tensor):
                 raise DataError(f"metric '{metric}' needs data with a target per sample, got {type(target).__name__}")

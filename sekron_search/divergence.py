@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sekron_search.curvature import TEMPERATURE
+from sekron_search.curvature import TEMPERATURE, spread
 from sekron_search.errors import DataError
-from sekron_search.model import Inputs, output_tensors, run_model
+from sekron_search.model import Inputs, batch_size, output_tensors, run_model
 
 DivergenceName = Literal["kl", "mse"]
 
@@ -31,15 +31,16 @@ def kl_divergence(output: Tensor, reference: Tensor) -> Tensor:
 def relative_mse(output: Tensor, reference: Tensor) -> Tensor:
     """Squared error relative to the reference's variance around its mean."""
     reference = reference.float()
-    spread = (reference - reference.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (output.float() - reference).square().mean() / spread
+    return (output.float() - reference).square().mean() / spread(reference)
 
 
 def relative_l1(output: Tensor, reference: Tensor) -> Tensor:
     """Absolute error relative to the reference's mean deviation from its mean."""
     reference = reference.float()
-    spread = (reference - reference.mean()).abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (output.float() - reference).abs().mean() / spread
+    deviation = (reference - reference.mean()).abs().mean()
+    if reference.numel() == 1:  # as `spread`
+        deviation = reference.abs().mean()
+    return (output.float() - reference).abs().mean() / deviation.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 #: Divergences by name: functions of (output, reference), both tensors of the same shape.
@@ -47,21 +48,37 @@ DIVERGENCES: dict[DivergenceName, Callable[[Tensor, Tensor], Tensor]] = {"kl": k
 
 
 def divergence(name: DivergenceName, output: Any, reference: Any) -> Tensor:
-    """Mean divergence over all floating-point tensors of the outputs."""
+    """Mean divergence over all floating-point tensors of the outputs, however they are nested."""
     ours, theirs = output_tensors(output), output_tensors(reference)
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         raise DataError(
-            f"outputs differ in shape: {[tuple(t.shape) for t in ours]} against {[tuple(t.shape) for t in theirs]}"
+            f"outputs differ in shape: {[tuple(t.shape) for t in ours]} against {[tuple(t.shape) for t in theirs]}; "
+            "a network that selects outputs by their values (boxes above a score) can be compared only before it does: "
+            "compress it without that step"
         )
     return torch.stack([DIVERGENCES[name](a, b) for a, b in zip(ours, theirs, strict=True)]).mean()
 
 
-def check_divergence(name: DivergenceName, output: Any) -> None:
-    """Raise a `DataError` unless the divergence means something on such outputs: "kl" needs logits of classes."""
-    if name == "kl" and (bad := [tuple(t.shape) for t in output_tensors(output) if t.dim() < 2 or t.shape[1] < 2]):
+def check_divergence(name: DivergenceName, output: Any, *, asked_for: bool = True) -> None:
+    """Raise a `DataError` unless the divergence means something on such outputs: "kl" needs logits of classes.
+
+    Args:
+        name: Of the divergence.
+        output: Of the network.
+        asked_for: Whether the user named it: of several outputs only the user knows whether all are logits.
+    """
+    if name != "kl":
+        return
+    found = output_tensors(output)
+    if bad := [tuple(t.shape) for t in found if t.dim() < 2 or t.shape[1] < 2]:
         raise DataError(
             f"search.divergence is 'kl', which needs logits of shape (N, classes, ...) with two classes or more; the "
             f"network gives {bad[0]}: set search.divergence to 'mse'"
+        )
+    if len(found) > 1 and not asked_for:
+        raise DataError(
+            f"the network returns {len(found)} tensors, of shapes {[tuple(t.shape) for t in found]}: set "
+            "search.divergence to 'kl' if all of them are logits (N, classes, ...), else to 'mse'"
         )
 
 
@@ -85,7 +102,7 @@ def mean_divergence(
     model.eval()
     total = count = 0.0
     for inputs, reference in zip(batches, references, strict=True):
-        size = float(output_tensors(reference)[0].shape[0])
+        size = float(batch_size(inputs))
         total += float(divergence(name, run_model(model, inputs), reference)) * size
         count += size
     return total / count

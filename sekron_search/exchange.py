@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from sekron_search.deployment import deploy, relative_difference
 from sekron_search.errors import ConfigError, DataError
 from sekron_search.files import atomic
 from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, output_tensors
+from sekron_search.nested import map_tensors
 from sekron_search.runtimes.exported import doubled, exported_program, quiet
 
 FileFormat = Literal["onnx", "pt2"]
@@ -115,7 +115,7 @@ def codec(
 
 def on_cpu(inputs: Inputs) -> Inputs:
     """The inputs in the memory of the CPU."""
-    moved: Inputs = tree_map_only(Tensor, lambda tensor: tensor.cpu(), inputs)
+    moved: Inputs = map_tensors(lambda tensor: tensor.cpu(), inputs)
     return moved
 
 

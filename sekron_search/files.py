@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils._pytree import tree_leaves
 
 from sekron_search.errors import ConfigError, RunFolderError
+from sekron_search.nested import leaves
 
 #: Key of a JSON file's checksum.
 CHECKSUM = "checksum"
@@ -144,9 +144,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def digest(values: Any) -> str:
-    """Hash of nested tuples, lists and dictionaries of tensors and plain values."""
+    """Hash of nested containers (see `nested.parts`) of tensors and plain values."""
     found = hashlib.sha256()
-    for leaf in tree_leaves(values):
+    for leaf in leaves(values):
         if isinstance(leaf, Tensor) and not isinstance(leaf, UninitializedParameter | UninitializedBuffer):
             dense = leaf.detach().dequantize() if leaf.is_quantized else leaf.detach().to_dense()
             found.update(repr((str(leaf.dtype), tuple(leaf.shape))).encode())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sekron_search.config import FinetuneConfig
-from sekron_search.data import Batch, import_reference, to_device
+from sekron_search.data import Batch, to_device
 from sekron_search.divergence import DivergenceName
 from sekron_search.errors import ConfigError, DataError, DivergedError, SekronError
 from sekron_search.export import layers_json, with_layers
@@ -24,6 +24,7 @@ from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.losses import TargetLoss, distillation_loss, layer_loss
 from sekron_search.model import run_model
 from sekron_search.precision import autocast_dtype
+from sekron_search.references import import_reference
 from sekron_search.team import Team
 from sekron_search.training_data import TrainingData
 from sekron_search.training_form import training_form
@@ -229,7 +230,7 @@ class Distillation:
     def _loss(
         self, model: nn.Module, replaced: Sequence[str], layer_weight: float, inputs: tuple[Any, ...], target: Any
     ) -> Tensor:
-        config, device = self.config, inputs[0].device
+        config, device = self.config, next(model.parameters()).device
         dtype = autocast_dtype(config.autocast, device)
         cast = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
         with cast, _outputs_of(model, replaced) as ours, _outputs_of(self.teacher, replaced) as theirs:

@@ -208,8 +208,8 @@ class _Worker:
     """A process that fits what it is told on its standard input, and ends with it."""
 
     def __init__(self, cache: Path, log: Path) -> None:
-        package = str(Path(__file__).parent.parent)
-        paths = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH")) if p)
+        # Where this process finds the user's modules, the worker finds them too: families of the user's own.
+        paths = os.pathsep.join(dict.fromkeys([str(Path(__file__).parent.parent), *filter(None, sys.path)]))
         self._log = log
         with log.open("w") as errors:
             self.process = subprocess.Popen(

@@ -27,9 +27,23 @@ from sekron_search.model import (
     output_tensors,
     run_model,
 )
+from sekron_search.nested import hidden_tensors, leaves
 
 _REPLACEABLE = tuple(REPLACEMENTS)
 _NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+#: Modules that do not call these layers of theirs: in evaluation mode a fused kernel takes their weights.
+_READERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+    nn.MultiheadAttention: ("out_proj",),
+}
+
+#: Modules of torch whose weights lie in parameters of other names, and what is said of them.
+_PACKED: dict[type[nn.Module], str] = {
+    nn.MultiheadAttention: "its projections are packed into one weight that a fused kernel reads",
+    nn.RNNBase: "recurrent layers are not factorized",
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,10 @@ def inspect_model(model: nn.Module, example_inputs: Any) -> Inspection:
     reasons = {name: _static_reason(module) for name, module in model.named_modules() if _has_weight(module)}
     _mark_shared(model, reasons)
     for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for part in ("linear1", "linear2"):
-                reasons[f"{name}.{part}".lstrip(".")] = "nn.TransformerEncoderLayer reads its weight itself"
+        for kind, parts in _READERS.items():
+            if isinstance(module, kind):
+                for part in parts:
+                    reasons[f"{name}.{part}".lstrip(".")] = f"nn.{kind.__name__} reads its weight itself"
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.is_floating_point():
             continue
@@ -127,6 +142,8 @@ class _Record:
 
 
 def _has_weight(module: nn.Module) -> bool:
+    if isinstance(module, tuple(_PACKED)):
+        return True
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and "weight" in module._parameters:
         return True
     weight = getattr(module, "weight", None)
@@ -138,6 +155,9 @@ def _has_weight(module: nn.Module) -> bool:
 def _static_reason(module: nn.Module) -> str | None:
     """Why a module with a weight cannot be replaced, as far as the module itself tells."""
     kind = type(module).__name__
+    for packed, reason in _PACKED.items():
+        if isinstance(module, packed):
+            return reason
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "a lazy layer without a weight yet; run the network once first"
     if parametrize.is_parametrized(module):
@@ -220,6 +240,11 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
         for module, mode in training.items():
             module.training = mode
     tensors = output_tensors(output)
+    if (hidden := hidden_tensors(output)) is not None:
+        raise DataError(
+            f"the network's output holds tensors in an object of class {hidden}, which nothing here looks into; return "
+            "them in dictionaries, tuples, lists or dataclasses"
+        )
     if not tensors:
         raise DataError(
             f"the network returned no floating-point tensor but {type(output).__name__}; nothing to preserve"
@@ -228,7 +253,7 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
         raise DataError(
             "the network gives NaN or infinity on the example inputs; check its weights and the inputs' scale"
         )
-    returned = {id(leaf) for leaf in tree_leaves(output)}
+    returned = {id(leaf) for leaf in leaves(output)}
     for name, record in records.items():
         # A batch-norm takes up a shift only if nothing else sees it, if it has the statistics of one input alone, and
         # if its channels are the layer's: those of a linear layer stand last.

@@ -14,6 +14,7 @@ from sekron_search.data import check_labels
 from sekron_search.divergence import DivergenceName, relative_l1, relative_mse
 from sekron_search.errors import DataError
 from sekron_search.model import output_tensors
+from sekron_search.nested import named_leaves
 
 #: A loss of (output, target).
 TargetLoss = Callable[[Any, Any], Tensor]
@@ -30,7 +31,8 @@ def distillation_loss(
     """The divergence from the original's outputs, mixed with the loss against the targets where there are any.
 
     "kl": (1 - w) T^2 KL(softmax(reference / T) || softmax(output / T)) + w cross-entropy; "mse": the mean squared
-    error relative to the reference's variance, or the absolute one, mixed with the same against the target.
+    error relative to the reference's variance, or the absolute one, mixed with the same against the target. Of several
+    outputs it is the mean; targets are nested and named as the outputs are, or there is one, for the first output.
 
     Args:
         name: How outputs are compared.
@@ -47,21 +49,31 @@ def distillation_loss(
         distilled = torch.stack([values(a, b) for a, b in pairs]).mean()
     else:
         distilled = torch.stack([_softened_kl(a, b, config.temperature) for a, b in pairs]).mean()
-    weight, first = config.label_weight, pairs[0][0]
+    weight = config.label_weight
     if weight == 0:
         return distilled
     if own is not None:
         labelled = _checked_loss(own(output, target))
-    elif not isinstance(target, Tensor):
-        return distilled
-    elif name == "mse" and target.shape == first.shape:
-        labelled = values(first, target)
-    elif name == "kl" and not target.is_floating_point():
-        check_labels(target, first)
-        labelled = F.cross_entropy(first.float(), target)
     else:
-        return distilled
+        losses = []
+        for ours, wanted in _with_targets(output, target):
+            if name == "mse" and wanted.shape == ours.shape:
+                losses.append(values(ours, wanted))
+            elif name == "kl" and not wanted.is_floating_point():
+                check_labels(wanted, ours)
+                losses.append(F.cross_entropy(ours.float(), wanted))
+        if not losses:
+            return distilled
+        labelled = torch.stack(losses).mean()
     return (1 - weight) * distilled + weight * labelled
+
+
+def _with_targets(output: Any, target: Any) -> list[tuple[Tensor, Tensor]]:
+    """Outputs and their targets: one alone is the first output's, others are of the outputs of their names."""
+    if isinstance(target, Tensor):
+        return [(output_tensors(output)[0], target)]
+    ours = {name: leaf for name, leaf in named_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    return [(ours[name], t) for name, t in named_leaves(target) if name in ours and isinstance(t, Tensor)]
 
 
 def _softened_kl(output: Tensor, reference: Tensor, hot: float) -> Tensor:

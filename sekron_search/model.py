@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from sekron_search.errors import DataError, StructureError, UnsupportedLayerError
@@ -17,6 +18,7 @@ from sekron_search.kron.geometry import ConvGeometry, Size
 from sekron_search.kron.layer import HowToRun, KroneckerLayer
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.structure import Shape, Structure
+from sekron_search.nested import as_plain, is_plain, leaves, map_leaves, map_tensors, tensors
 
 Inputs = tuple[Any, ...]
 OutputShift = Literal["absorbed", "correctable", "kept"]
@@ -70,16 +72,47 @@ def as_inputs(example_inputs: Any) -> Inputs:
 
 def batch_size(inputs: Inputs) -> int:
     """Number of samples: the leading size of the first tensor."""
-    for item in inputs:
-        if isinstance(item, Tensor) and item.dim() > 0 and item.shape[0] > 0:
-            return int(item.shape[0])
-    shown = ", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else type(i).__name__ for i in inputs) or "nothing"
-    raise DataError(f"expected an example input with a tensor whose first axis is the batch, got {shown}")
+    for tensor in tensors(inputs):
+        if tensor.dim() > 0 and tensor.shape[0] > 0:
+            return int(tensor.shape[0])
+    raise DataError(
+        f"expected an example input with a tensor whose first axis is the batch, got {_shapes(inputs) or 'nothing'}"
+    )
 
 
 def part_of(inputs: Inputs, samples: slice) -> Inputs:
-    """Some samples of a batch; arguments that have no batch axis stay."""
-    return tuple(a[samples] if isinstance(a, Tensor) and a.dim() > 0 else a for a in inputs)
+    """Some samples of a batch; tensors whose first axis is not as long as the batch stay."""
+    size = batch_size(inputs)
+    part: Inputs = map_tensors(lambda t: t[samples] if t.dim() > 0 and t.shape[0] == size else t, inputs)
+    return part
+
+
+def joined(batches: Sequence[Inputs]) -> Inputs:
+    """All samples in one batch; what has no batch axis is the first one's.
+
+    Raises:
+        DataError: If the batches' tensors differ in more than the number of samples.
+    """
+    sizes = [batch_size(inputs) for inputs in batches]
+
+    def join(column: tuple[Any, ...]) -> Any:
+        per_sample = all(
+            isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == n for t, n in zip(column, sizes, strict=True)
+        )
+        return torch.cat(column) if per_sample else column[0]
+
+    try:
+        columns = iter(list(zip(*map(leaves, batches), strict=True)))
+        result: Inputs = map_leaves(lambda leaf: join(next(columns)), batches[0])
+    except (RuntimeError, ValueError):
+        shapes = " and ".join(map(_shapes, batches))
+        raise DataError(f"expected batches that differ in nothing but the number of samples, got {shapes}") from None
+    return result
+
+
+def _shapes(inputs: Inputs) -> str:
+    """The shapes of a network's arguments, for messages."""
+    return ", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else type(i).__name__ for i in leaves(inputs))
 
 
 def first_batches(batches: Sequence[Inputs], samples: int) -> Sequence[Inputs]:
@@ -150,11 +183,31 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
     try:
         return model(*inputs)
     except Exception as error:
-        shapes = [tuple(i.shape) if isinstance(i, Tensor) else type(i).__name__ for i in inputs]
         raise DataError(
-            f"the network does not run on inputs of shapes {shapes}: {type(error).__name__}: {error}. "
-            "Check the shape of the example input and of the data"
+            f"the network does not run on inputs of shapes [{_shapes(inputs)}]: {type(error).__name__}: {error}. "
+            "Check the shape of the example input and of the data; where the network takes several arguments, they "
+            "are a tuple, and what a dataset gives for a sample is (that tuple, target)"
         ) from error
+
+
+class _PlainOutputs(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any) -> Any:
+        return as_plain(self.network(*inputs))
+
+
+@torch.no_grad()
+def with_plain_outputs(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """The network itself, or one around it whose outputs are in dictionaries, lists and tuples, as tracers want them.
+
+    Args:
+        model: In evaluation mode.
+        inputs: It is run on them once.
+    """
+    return model if is_plain(model(*inputs)) else _PlainOutputs(model).train(model.training)
 
 
 class _Reached(Exception):
@@ -182,11 +235,5 @@ def run_until(model: nn.Module, inputs: Inputs, name: str | None) -> Any:
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """All floating-point tensors in a network's output: a tensor, or tuples, lists and dictionaries of them."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, tuple | list):
-        return [tensor for item in output for tensor in output_tensors(item)]
-    return []
+    """All floating-point tensors in a network's output, however they are nested: see `nested.parts`."""
+    return [tensor for tensor in tensors(output) if tensor.is_floating_point()]

@@ -109,7 +109,8 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
         raise DataError(f"no layer can be replaced ({skipped or 'there is none'}); see `sekron-search inspect`")
     reference_outputs(job.model, job.calibration[:1])
     check_repeatable(job.model, job.calibration[0])
-    check_divergence(settings.search.divergence, job.references[0])
+    asked_for = "divergence" in settings.search.model_fields_set
+    check_divergence(settings.search.divergence, job.references[0], asked_for=asked_for)
     if job.distillation is not None:
         job.distillation.check()
     layout = find_layout(job, folder, reporter, layers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence as output_divergence
 from sekron_search.model import Inputs, part_of
+from sekron_search.references import import_reference
 from sekron_search.response import LinearResponse, normalised_outputs
 from sekron_search.search.knapsack import additive_error, additive_errors, curvature_errors
 from sekron_search.search.options import Assignment
@@ -30,6 +31,16 @@ class Judge:
     def __init__(self, assembler: Assembler) -> None:
         self.assembler, self.job = assembler, assembler.job
         self.network = assembler.tables.network
+
+    @cached_property
+    def proxies(self) -> dict[str, Proxy]:
+        """The package's, and the user's own that the settings name.
+
+        Raises:
+            ConfigError: If one of these cannot be imported.
+        """
+        own = self.job.settings.audit.proxies
+        return {**PROXIES, **{name: Proxy(import_reference(name, "audit.proxies"), name) for name in own}}
 
     @cached_property
     def response(self) -> LinearResponse:
@@ -187,17 +198,18 @@ class Scores:
     seconds: dict[str, float]
 
 
-def score(subject: Subject, names: Sequence[str] = tuple(PROXIES)) -> Scores:
-    """The value of proxies, each timed as if it were the only one."""
+def score(subject: Subject, names: Sequence[str] | None = None) -> Scores:
+    """The value of proxies, of all if none are named, each timed as if it were the only one."""
     values, seconds = {}, {}
     prepared: dict[Callable[[Subject], object], float] = {}
-    for name in names:
-        proxy = PROXIES[name]
+    proxies = subject.judge.proxies
+    for name in proxies if names is None else names:
+        proxy = proxies[name]
         if proxy.prepare is not None and proxy.prepare not in prepared:
             start = time.perf_counter()
             proxy.prepare(subject)
             prepared[proxy.prepare] = time.perf_counter() - start
         start = time.perf_counter()
-        values[name] = proxy.score(subject)
+        values[name] = float(proxy.score(subject))
         seconds[name] = time.perf_counter() - start + (prepared[proxy.prepare] if proxy.prepare else 0.0)
     return Scores(values, seconds)

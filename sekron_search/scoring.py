@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from sekron_search.costs.analytic import LayerCost, layer_cost
-from sekron_search.kron.enumeration import FamilyName, Skeleton, rank_choices, skeletons
+from sekron_search.kron.enumeration import Skeleton, rank_choices, skeletons
 from sekron_search.kron.families import dense, nested_graph
 from sekron_search.kron.projection import pad_channels, project
 from sekron_search.kron.spectra import PairSpectra, core_tails, error_bound, nested_tails
@@ -70,7 +70,7 @@ def _candidates(info: LayerInfo, space: SearchSpace) -> tuple[CandidateStructure
     return tuple(found.values())
 
 
-def _skeletons(name: FamilyName, info: LayerInfo, space: SearchSpace) -> Iterator[Skeleton]:
+def _skeletons(name: str, info: LayerInfo, space: SearchSpace) -> Iterator[Skeleton]:
     return skeletons(name, info.weight_shape, space.max_factors, space.channel_multiple)
 
 

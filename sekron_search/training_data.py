@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset
 
 from sekron_search.data import Augment, Batch, as_batch, batches, length, sample_order
 from sekron_search.errors import DataError
 from sekron_search.model import batch_size, part_of
+from sekron_search.nested import map_tensors
 from sekron_search.team import ALONE, Team
 
 
@@ -85,4 +85,4 @@ def _part(batch: Batch, team: Team) -> Batch:
         return batch
     inputs, target = batch
     own = team.part(batch_size(inputs))
-    return part_of(inputs, own), tree_map_only(Tensor, lambda t: t[own] if t.dim() > 0 else t, target)
+    return part_of(inputs, own), map_tensors(lambda t: t[own] if t.dim() > 0 else t, target)

@@ -16,11 +16,12 @@ from sekron_search.config import Config, DataConfig
 from sekron_search.costs import profiling
 from sekron_search.costs.design import design
 from sekron_search.costs.profile import DeviceProfile
-from sekron_search.data import batches, digits, evaluate, image_folder, import_reference, load_data
+from sekron_search.data import batches, digits, evaluate, image_folder, load_data
 from sekron_search.errors import ConfigError, DataError
 from sekron_search.files import read_json, write_json
 from sekron_search.kron.enumeration import FAMILIES
 from sekron_search.kron.plan import best_plan
+from sekron_search.references import import_reference
 from sekron_search.scoring import candidates
 from sekron_search.search.space import SearchSpace
 from tests.cases import CONFIG, blobs, net_of_odd_layers, small_net, write_config

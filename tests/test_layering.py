@@ -51,7 +51,8 @@ LAYERS = [
     ["inspection"],
     ["model"],
     ["kron"],
-    ["files", "precision", "progress", "ranking", "team"],
+    ["files", "precision", "progress", "ranking", "references", "team"],
+    ["nested"],
     ["errors"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import sekron_search
 from sekron_search.errors import DataError, StructureError
 from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
@@ -92,7 +93,8 @@ def test_quantized_and_lazy_layers_stay() -> None:
     assert found.layers == ()
     reasons = {layer.name: layer.reason for layer in found.skipped}
     assert "lazy" in reasons["lazy"]
-    assert "subclass" in reasons["attention.out_proj"]
+    assert "nn.MultiheadAttention reads its weight itself" in reasons["attention.out_proj"]
+    assert "packed into one weight" in reasons["attention"]
 
 
 def test_replacement_works_on_a_copy() -> None:
@@ -204,3 +206,41 @@ def test_layers_that_would_not_run_are_left_alone() -> None:
     reasons = {s.name: s.reason for s in inspect_model(Net(), torch.randn(2, 8)).skipped}
     assert "keyword arguments only" in reasons["named"]
     assert "without a batch axis" in reasons["single"]
+
+
+def test_a_transformers_fused_kernel_gets_the_weights_that_it_reads() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+            self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, 12)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+            self.memory = nn.LSTM(16, 16, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.memory(self.encoder(self.embed(x)))[0])
+            return out
+
+    torch.manual_seed(0)
+    network, x = Net().eval(), torch.randn(4, 5, 8)
+    found = inspect_model(network, x)
+    assert [info.name for info in found.layers] == ["embed", "head"]
+    reasons = {s.name: s.reason for s in found.skipped}
+    for number in (0, 1):
+        own = f"encoder.layers.{number}"
+        for name in ("linear1", "linear2"):
+            assert reasons[f"{own}.{name}"] == "nn.TransformerEncoderLayer reads its weight itself"
+        assert "packed into one weight" in reasons[f"{own}.self_attn"]
+    assert reasons["memory"] == "recurrent layers are not factorized"
+    # Layers of all ranks, so that nothing is lost: the fused kernel (in evaluation mode, without gradients) and the
+    # plain code (with gradients) both have to give the original's outputs.
+    full = {i.name: layer_like(network, i.name, fam.channel_svd(i.weight_shape, 16)) for i in found.layers}
+    for name, layer in full.items():
+        dense: Any = network.get_submodule(name)
+        full[name] = KroneckerLinear.from_linear(dense, layer.structure)
+    replaced = replace_layers(network, full).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(replaced(x), network(x), atol=1e-5, rtol=1e-4)
+        fused = replaced(x)
+    torch.testing.assert_close(replaced(x), fused, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sekron_search.deploy(replaced, x)(x), fused, atol=1e-5, rtol=1e-4)

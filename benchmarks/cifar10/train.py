@@ -16,7 +16,8 @@ from torch.utils.data import TensorDataset
 from benchmarks.cifar10.config import NETWORKS, archive_of
 from benchmarks.cifar10.data import cifar10, crop_and_flip
 from benchmarks.training import Pair, train_from_scratch
-from sekron_search.data import evaluate, import_reference
+from sekron_search.data import evaluate
+from sekron_search.references import import_reference
 
 EPOCHS, BATCH, RATE, DECAY = 40, 128, 0.1, 5e-4
 

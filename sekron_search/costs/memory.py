@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sekron_search.model import as_inputs, run_model
+from sekron_search.nested import tensors
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def peak_memory(model: nn.Module, example_inputs: object, layers: tuple[str, ...
             handles.append(model.get_submodule(name).register_forward_pre_hook(enter(name)))
             handles.append(model.get_submodule(name).register_forward_hook(leave))
         with torch.no_grad(), tracker:
-            tracker.watch(inputs)
+            tracker.watch(tensors(inputs))
             run_model(model, inputs)
     finally:
         for handle in handles:

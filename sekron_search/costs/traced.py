@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     from fvcore.nn.precise_bn import update_bn_stats
 
 from sekron_search.errors import DataError
-from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, run_until
+from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, run_until, with_plain_outputs
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def traced_flops(model: nn.Module, example_inputs: object) -> TracedFlops:
     training = model.training
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.eval()(*inputs)  # layers that rebuild their weight do so once, here, and not in the trace
-        analysis = FlopCountAnalysis(model, inputs)
+        # Run once: layers that rebuild their weight do so here, and not in the trace.
+        analysis = FlopCountAnalysis(with_plain_outputs(model.eval(), inputs), inputs)
         analysis.set_op_handle("aten::_convolution_mode", _named_padding_flops)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         try:

@@ -9,8 +9,10 @@ from itertools import product
 from math import log2, prod
 from typing import Literal
 
+from sekron_search.errors import StructureError
 from sekron_search.kron.families import GRAPHS, Graph, GraphName, channel_svd, mode_shapes, spatial_svd, tucker2
 from sekron_search.kron.structure import Shape, Structure
+from sekron_search.references import import_reference
 
 FamilyName = Literal[
     "sekron",
@@ -149,15 +151,44 @@ FREE_SHAPES: frozenset[FamilyName] = frozenset(
 MOST_PADDING = 1.25
 
 
-def skeletons(family: FamilyName, weight_shape: Shape, max_factors: int, channel_multiple: int) -> Iterator[Skeleton]:
-    """All skeletons of a family for a weight shape, and for it with padded channels if the family's shapes are free."""
-    yield from FAMILIES[family](weight_shape, max_factors)
+def skeletons(family: str, weight_shape: Shape, max_factors: int, channel_multiple: int) -> Iterator[Skeleton]:
+    """All skeletons of a family for a weight shape, and for it with padded channels if the family's shapes are free.
+
+    Args:
+        family: A key of `FAMILIES`, or `package.module:function` of a function like its values.
+        weight_shape: (F, C, *kernel).
+        max_factors: Of the families with free factor shapes.
+        channel_multiple: Of the channels when they are padded.
+
+    Raises:
+        ConfigError: If the function cannot be imported.
+        StructureError: If it gives anything but skeletons of the weight shape.
+    """
+    if family not in FAMILIES:
+        yield from _own_skeletons(family, weight_shape, max_factors)
+        return
+    build = FAMILIES[family]
+    yield from build(weight_shape, max_factors)
     for padded in padded_shapes(weight_shape, channel_multiple) if family in FREE_SHAPES else ():
         added = [mode for mode in (0, 1) if padded[mode] != weight_shape[mode]]
-        for skeleton in FAMILIES[family](padded, max_factors):
+        for skeleton in build(padded, max_factors):
             # Channels that one factor holds alone need no divisors: padded they only cost more.
             if all(sum(shape[mode] > 1 for shape in skeleton.shapes) > 1 for mode in added):
                 yield skeleton
+
+
+def _own_skeletons(family: str, weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
+    """Those of a function of the user's, checked."""
+    for skeleton in import_reference(family, "space.families")(weight_shape, max_factors):
+        if not isinstance(skeleton, Skeleton):
+            raise StructureError(f"family {family!r}: expected it to give Skeletons, got {type(skeleton).__name__}")
+        structure = skeleton.with_ranks([1] * len(skeleton.names))
+        if structure.weight_shape != tuple(weight_shape):
+            raise StructureError(
+                f"family {family!r}: expected skeletons of the weight shape {tuple(weight_shape)}, got factor shapes "
+                f"{skeleton.shapes}, whose products are {structure.weight_shape}"
+            )
+        yield skeleton
 
 
 def padded_shapes(weight_shape: Shape, multiple: int) -> list[Shape]:

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from sekron_search.model import Inputs, copy_model
+from sekron_search.nested import map_tensors
 
 RuntimeName = Literal["pytorch-eager", "torch-compile", "onnxruntime", "openvino"]
 MemoryFormat = Literal["contiguous", "channels_last"]
@@ -54,8 +54,8 @@ class Runtime(ABC):
     device: torch.device = CPU
     memory_format: MemoryFormat = "contiguous"
 
-    #: As users name it.
-    name: ClassVar[RuntimeName]
+    #: As profiles and reports name it.
+    name: ClassVar[str]
     #: Whether elementwise operations and batch-norms after a convolution cost next to nothing.
     fuses_elementwise: ClassVar[bool]
     #: Whether it has a clock of its own: `node_times`.
@@ -113,7 +113,7 @@ def laid_out(module: nn.Module, inputs: Inputs, runtime: Runtime) -> tuple[nn.Mo
     def moved(tensor: Tensor) -> Tensor:
         return formatted(tensor.to(runtime.device), runtime.memory_format)
 
-    return module, tree_map_only(Tensor, moved, inputs)
+    return module, map_tensors(moved, inputs)
 
 
 def with_memory_format(module: nn.Module, memory_format: MemoryFormat) -> nn.Module:

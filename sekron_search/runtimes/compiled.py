@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs, output_tensors
-from sekron_search.runtimes.base import Compiled, MemoryFormat, Runtime, RuntimeName, laid_out
+from sekron_search.runtimes.base import Compiled, MemoryFormat, Runtime, laid_out
 
 
 class CompileRuntime(Runtime):
     """Compiles the module for the shapes of its inputs; some seconds for every new one."""
 
-    name: ClassVar[RuntimeName] = "torch-compile"
+    name: ClassVar[str] = "torch-compile"
     fuses_elementwise: ClassVar[bool] = True
     device_types: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     memory_formats: ClassVar[tuple[MemoryFormat, ...]] = ("contiguous", "channels_last")

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sekron_search.model import Inputs, output_tensors
-from sekron_search.runtimes.base import Compiled, MemoryFormat, Runtime, RuntimeName, laid_out
+from sekron_search.runtimes.base import Compiled, MemoryFormat, Runtime, laid_out
 
 
 class EagerRuntime(Runtime):
     """Calls the module."""
 
-    name: ClassVar[RuntimeName] = "pytorch-eager"
+    name: ClassVar[str] = "pytorch-eager"
     fuses_elementwise: ClassVar[bool] = False
     device_types: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     memory_formats: ClassVar[tuple[MemoryFormat, ...]] = ("contiguous", "channels_last")

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sekron_search.errors import DataError
-from sekron_search.model import Inputs, batch_size
+from sekron_search.model import Inputs, batch_size, with_plain_outputs
+from sekron_search.nested import map_tensors, tensors
 
 
 def exported_program(module: nn.Module, inputs: Inputs, *, dynamic_batch: bool) -> ExportedProgram:
-    """A network as one graph of operators.
+    """A network as one graph of operators; outputs in classes of the user's become dictionaries and tuples.
 
     Args:
         module: In evaluation mode; it is not changed.
@@ -36,13 +36,13 @@ def exported_program(module: nn.Module, inputs: Inputs, *, dynamic_batch: bool) 
         if batch_size(inputs) == 1:
             inputs = doubled(inputs)  # torch takes an axis of size 1 for one that is never longer
         size, batch = batch_size(inputs), Dim("batch")
-        for leaf in tree_leaves(inputs):
-            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size:
+        for leaf in tensors(inputs):
+            if leaf.dim() > 0 and leaf.shape[0] == size:
                 shapes[leaf] = {0: batch}
     with quiet(), torch.no_grad():
         try:
             spec: Any = shapes if dynamic_batch else None
-            return torch.export.export(module, inputs, dynamic_shapes=spec)
+            return torch.export.export(with_plain_outputs(module, inputs), inputs, dynamic_shapes=spec)
         except Exception as error:  # torch raises many kinds
             raise DataError(_explained(module, error)) from error
 
@@ -54,7 +54,7 @@ def doubled(inputs: Inputs) -> Inputs:
     def twice(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, tensor]) if tensor.dim() > 0 and tensor.shape[0] == size else tensor
 
-    result: Inputs = tree_map_only(Tensor, twice, inputs)
+    result: Inputs = map_tensors(twice, inputs)
     return result
 
 

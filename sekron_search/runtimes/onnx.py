@@ -16,18 +16,18 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs
-from sekron_search.runtimes.base import Compiled, NodeTime, Runtime, RuntimeName, laid_out
+from sekron_search.nested import map_tensors, tensors
+from sekron_search.runtimes.base import Compiled, NodeTime, Runtime, laid_out
 from sekron_search.runtimes.exported import exported_program, quiet
 
 
 class OnnxRuntime(Runtime):
     """ONNX Runtime on the CPU, with all its graph optimisations."""
 
-    name: ClassVar[RuntimeName] = "onnxruntime"
+    name: ClassVar[str] = "onnxruntime"
     fuses_elementwise: ClassVar[bool] = True
     times_nodes: ClassVar[bool] = True
 
@@ -168,14 +168,17 @@ class OnnxNetwork(nn.Module):
     def __init__(self, model: bytes, output: Any, *, num_threads: int | None = None) -> None:
         super().__init__()
         self.session = make_session(model, num_threads or torch.get_num_threads())
-        self.structure = tree_structure(output)
+        self.output = map_tensors(lambda tensor: tensor.new_empty(0), output)
 
     def forward(self, *inputs: Any) -> Any:
-        """Run the model: outputs lie where the first input does, in a list if some of the network's are no tensors."""
-        device = next((x.device for x in tree_leaves(inputs) if isinstance(x, Tensor)), None)
+        """Run the model: outputs lie where the first input does; what is no tensor is as it was on the example."""
+        device = next((x.device for x in tensors(inputs)), None)
         arrays = self.session.run(None, _named(self.session, inputs))
         found = [torch.from_numpy(array).to(device) for array in arrays]
-        return tree_unflatten(found, self.structure) if len(found) == self.structure.num_leaves else found
+        if len(found) != len(tensors(self.output)):
+            return found
+        each = iter(found)
+        return map_tensors(lambda _: next(each), self.output)
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -191,11 +194,11 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 def _named(session: onnxruntime.InferenceSession, inputs: Inputs) -> dict[str, Any]:
     """The tensors among a network's inputs as arrays, by the names that they have in the model."""
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    found = tensors(inputs)
     names = [entry.name for entry in session.get_inputs()]
-    if len(names) != len(tensors):
-        raise DataError(f"the ONNX model takes {len(names)} tensors {names}, the network {len(tensors)}")
-    return {n: t.detach().cpu().contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
+    if len(names) != len(found):
+        raise DataError(f"the ONNX model takes {len(names)} tensors {names}, the network {len(found)}")
+    return {n: t.detach().cpu().contiguous().numpy() for n, t in zip(names, found, strict=True)}
 
 
 class _Session:

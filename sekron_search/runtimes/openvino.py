@@ -9,18 +9,18 @@ import torch
 from openvino import properties
 from openvino.properties import hint
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs
-from sekron_search.runtimes.base import Compiled, Runtime, RuntimeName, laid_out
+from sekron_search.nested import tensors
+from sekron_search.runtimes.base import Compiled, Runtime, laid_out
 from sekron_search.runtimes.onnx import to_onnx_quickly
 
 
 class OpenVinoRuntime(Runtime):
     """OpenVINO on the CPU, tuned for latency, in float32: what it computes compares with the other runtimes."""
 
-    name: ClassVar[RuntimeName] = "openvino"
+    name: ClassVar[str] = "openvino"
     fuses_elementwise: ClassVar[bool] = True
 
     def compile(self, module: nn.Module, inputs: Inputs) -> Compiled:
@@ -47,9 +47,8 @@ class OpenVinoRuntime(Runtime):
 class _Request:
     def __init__(self, request: Any, inputs: Inputs) -> None:
         self.request = request
-        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         # OpenVINO reads the arrays where they are; they have to live as long as the request.
-        self.arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors]
+        self.arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in tensors(inputs)]
         for index, array in enumerate(self.arrays):
             request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
 

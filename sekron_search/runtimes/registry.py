@@ -7,6 +7,7 @@ from importlib import import_module
 import torch
 
 from sekron_search.errors import ConfigError
+from sekron_search.references import import_reference
 from sekron_search.runtimes.base import MemoryFormat, Runtime, RuntimeName
 
 RUNTIMES: dict[RuntimeName, str] = {
@@ -21,7 +22,7 @@ EXTRAS: dict[RuntimeName, str] = {"onnxruntime": "onnx", "openvino": "openvino"}
 
 
 def make_runtime(
-    name: RuntimeName,
+    name: str,
     *,
     num_threads: int | None = None,
     device: str | torch.device = "cpu",
@@ -30,15 +31,17 @@ def make_runtime(
     """A runtime by its name.
 
     Args:
-        name: A key of `RUNTIMES`.
+        name: A key of `RUNTIMES`, or `package.module:Class` of a subclass of `Runtime`.
         num_threads, device, memory_format: As of `Runtime`.
 
     Raises:
         ConfigError: If there is no such runtime, what it needs is not installed, or it does not run on that device or
             in that memory format.
     """
-    if name not in RUNTIMES:
-        raise ConfigError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {name!r}")
+    if name not in RUNTIMES and ":" not in name:
+        raise ConfigError(
+            f"runtime: expected one of {', '.join(RUNTIMES)}, or package.module:Class of your own, got {name!r}"
+        )
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"runtime {name}: expected at least one thread, got {num_threads}")
     kind, device = runtime_class(name), checked_device(device)
@@ -72,8 +75,13 @@ def checked_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def runtime_class(name: RuntimeName) -> type[Runtime]:
+def runtime_class(name: str) -> type[Runtime]:
     """The class of a runtime; errors as of `make_runtime` where what it needs is not installed."""
+    if name not in RUNTIMES:
+        own = import_reference(name, "latency.runtime")
+        if not (isinstance(own, type) and issubclass(own, Runtime)):
+            raise ConfigError(f"key 'latency.runtime': expected a subclass of Runtime, got {name!r}")
+        return own
     module, _, attribute = RUNTIMES[name].partition(":")
     try:
         found: type[Runtime] = getattr(import_module(f"sekron_search.runtimes.{module}"), attribute)

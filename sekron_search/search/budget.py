@@ -66,8 +66,13 @@ class Bound:
 class Budget:
     """Upper bounds on any of flops, params, latency_ms and peak_activation_bytes, together.
 
-    Each is a number or a multiple of the original's cost as text ("0.5x"); None leaves the cost free. flops are per
-    sample; latency_ms and peak_activation_bytes are of one forward pass on the example inputs.
+    Each is a number or a multiple of the original's cost as text ("0.5x"); None leaves the cost free.
+
+    Args:
+        flops: Multiply-adds per sample, as fvcore counts them.
+        params: Parameters.
+        latency_ms: Milliseconds of one forward pass on the example inputs.
+        peak_activation_bytes: Bytes of activations that are alive at a time, in one such pass.
 
     Raises:
         ConfigError: If a bound is not such a value, or none is given.

@@ -10,7 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
-from sekron_search.kron.enumeration import FamilyName
+from sekron_search.kron.enumeration import FAMILIES
+from sekron_search.references import name_or_reference
+
+#: A family by name, or a function of (weight shape, most factors) that gives its skeletons.
+Family = Annotated[str, name_or_reference(*FAMILIES)]
 
 
 class SearchSpace(BaseModel):
@@ -18,7 +22,8 @@ class SearchSpace(BaseModel):
 
     Args:
         name: For reports.
-        families: Families to enumerate; leaving a layer as it is is always an option.
+        families: Families to enumerate, by name or as `package.module:function` of the user's own; leaving a layer as
+            it is is always an option.
         max_factors: Longest sequence for the families with free factor shapes.
         rank_levels: Ranks per skeleton, spread on a logarithmic scale.
         rank_multiple: Ranks that are larger are multiples of this; under a latency budget, of the multiple of channels
@@ -35,7 +40,7 @@ class SearchSpace(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "default"
-    families: Annotated[tuple[FamilyName, ...], Field(min_length=1)] = ("sekron", "tucker2")
+    families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("sekron", "tucker2")
     max_factors: Annotated[int, Field(ge=2, le=5)] = 2
     rank_levels: Annotated[int, Field(ge=1, le=64)] = 12
     rank_multiple: Annotated[int, Field(ge=1)] = 1
