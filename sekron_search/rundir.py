@@ -47,6 +47,7 @@ class RunFolder:
         self.selections = self.path / "selections"
         self.report = self.path / "report.json"
         self.markdown = self.path / "report.md"
+        self.page = self.path / "report.html"
         self.plots = self.path / "plots"
 
     @classmethod

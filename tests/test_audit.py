@@ -178,7 +178,7 @@ def test_no_candidates_no_audit(prepared: tuple[Job, Tables, Path], tmp_path: Pa
     assert plan_audit(job, prepared[1].network) == []
     assert audit(Assembler(job, prepared[1]), [], RunFolder(tmp_path), Reporter()) is None
     assert not (tmp_path / "audit.json").exists()
-    assert audit_section(None) == ""
+    assert audit_section(None) is None
 
 
 def test_what_cannot_be_audited_is_refused_early(prepared: tuple[Job, Tables, Path], tmp_path: Path) -> None:
@@ -210,7 +210,12 @@ def test_bad_sections_name_what_is_wrong(section: str, message: str, tmp_path: P
 
 
 def test_the_report_says_how_far_to_trust(record: dict[str, Any]) -> None:
-    text = audit_section(record)
+    def written(audit: dict[str, Any]) -> str:
+        section = audit_section(audit)
+        assert section is not None
+        return section.markdown()
+
+    text = written(record)
     assert "## How far to trust the proxies" in text
     for proxy in PROXIES.values():
         assert f"| {proxy.label} |" in text
@@ -219,9 +224,9 @@ def test_the_report_says_how_far_to_trust(record: dict[str, Any]) -> None:
         proxies = [{**p, "tau": tau, "mean_within": tau} for p in record["proxies"]]
         return {**record, "proxies": proxies}
 
-    assert "names the better one in 95% of the cases" in audit_section(with_taus(0.9))
-    assert "Its order can be trusted" in audit_section(with_taus(0.9))
-    assert "tells good networks from bad ones" in audit_section(with_taus(0.5))
-    assert "says little" in audit_section(with_taus(0.1))
-    assert "says little" in audit_section(with_taus(-0.5))
+    assert "names the better one in 95% of the cases" in written(with_taus(0.9))
+    assert "Its order can be trusted" in written(with_taus(0.9))
+    assert "tells good networks from bad ones" in written(with_taus(0.5))
+    assert "says little" in written(with_taus(0.1))
+    assert "says little" in written(with_taus(-0.5))
     assert len(audit_plot(record).axes[0].collections) == 3

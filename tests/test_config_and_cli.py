@@ -107,10 +107,13 @@ def test_run_and_report_commands(tmp_path: Path) -> None:
     done = runner.invoke(app, ["run", str(config), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "flops: asked at most" in done.output
-    (tmp_path / "out" / "report.md").unlink()
+    for name in ("report.md", "report.html"):
+        (tmp_path / "out" / name).unlink()
     again = runner.invoke(app, ["report", str(tmp_path / "out")])
     assert again.exit_code == 0, again.output
     assert (tmp_path / "out" / "report.md").exists()
+    assert (tmp_path / "out" / "report.html").exists()
+    assert "report.html" in again.output.replace("\n", "")
 
 
 def test_profile_command_writes_a_profile_that_a_run_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,16 +61,36 @@ def test_hypervolume_counts_trials_that_were_measured_to_the_end() -> None:
     assert found["shares"] == pytest.approx([0.6 * (1 - flops) * (1 - params)] * 2)
 
 
+def written(found: dict[str, Any] | None, **changed: Any) -> str:
+    budgets = [{"name": name, "bound": bound} for name, bound in changed.get("bounds", BOUNDS).items()]
+    return optimality_section({"optimality": found, "budgets": budgets, "divergence": 0.3}).markdown()
+
+
 def test_the_section_says_what_was_proven_and_what_cannot_be_compared() -> None:
-    text = optimality_section({"optimality": facts()}, ["optimality"])
+    text = written(facts())
     assert "that is proven" in text
     assert "| flops |" in text
     assert "plots/optimality.png" in text
+    assert "millisecond" not in text
     assert optimality_facts(NETWORK, {"flops": 1.0}, [], (3, 3, 3), 0.1) is None
     assert "nothing" not in text
-    assert "no best to compare with" in optimality_section({"optimality": None}, [])
+    assert "no best to compare with" in written(None)
     empty = optimality_facts(NETWORK, BOUNDS, [], (1, 2, 1), 0.1)
-    assert "No trial was measured" in optimality_section({"optimality": empty}, [])
+    assert "No trial was measured" in written(empty)
+
+
+@pytest.mark.parametrize(
+    ("bound_ms", "gain", "says"),
+    [
+        (20.0, 0.001, "One more millisecond of time would, at this rate, lower the divergence by 0.005 of 0.3"),
+        (2.0, 0.001, "0.1 ms more of time would, at this rate, lower the divergence by 0.005 of 0.3"),
+        (20.0, 0.2, "lower the divergence by 0.3 of 0.3"),  # never by more than there is
+        (20.0, 0.0, "One more millisecond of time would buy nothing"),
+    ],
+)
+def test_what_time_would_buy(bound_ms: float, gain: float, says: str) -> None:
+    gains = [{"name": "latency_ms", "step": 0.01, "error": gain, "share": gain, "divergence": gain}]
+    assert says in written({**facts(), "gains": gains}, bounds={"latency_ms": bound_ms})
 
 
 @pytest.mark.parametrize(("budgeted", "word"), [("latency_ms", "time"), ("params", "parameters"), ("flops", "flops")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -28,6 +29,7 @@ from sekron_search.progress import Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from tests.cases import CONFIG, blobs, nan_net, small_data, small_net, write_config
+from tests.pages import Page
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings(
@@ -92,6 +94,18 @@ def test_pictures_and_markdown_are_there(finished: Path) -> None:
         assert f"plots/{name}.png" in text
         assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (finished / "plots" / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_the_page_shows_the_run(finished: Path) -> None:
+    page = Page((finished / "report.html").read_text())
+    report, data = read_json(finished / "report.json"), json.loads(page.code["data"])
+    assert "Every budget is met." in page.text
+    assert [axis["name"] for axis in data["axes"]] == ["divergence", "flops", "params", "peak_activation_bytes"]
+    assert len(data["front"]) == len(report["front"])
+    assert data["layers"] == ["conv1", "conv2", "conv3", "linear"]
+    for layer in report["layers"]:
+        assert layer["reason"] in page.text
+    assert "not measured" not in page.text  # a latency that nobody asked for takes no room
 
 
 def test_a_finished_run_is_not_done_again(finished: Path, tmp_path: Path) -> None:

@@ -150,4 +150,4 @@ def export(
             f"{network['name']}, {network['precision']}: {metric}{network['num_bytes']:,} bytes, "
             f"{network['latency_ms']:.3f} ms"
         )
-    print(f"report: {folder.markdown}")
+    print(f"report: {folder.page}")

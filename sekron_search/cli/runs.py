@@ -154,11 +154,11 @@ def report(run_folder: RunArgument) -> None:
 
 
 def _conclude(facts: dict[str, Any], folder: Path) -> None:
-    from sekron_search.report.write import summary
+    from sekron_search.report.verdict import summary
 
     for line in summary(facts):
         print(line)
-    print(f"report: {folder / 'report.md'}")
+    print(f"report: {folder / 'report.html'} (the same as Markdown: report.md)")
     print(f"network: {folder / 'compressed'} (open it with sekron_search.load({str(folder)!r}))")
     if not all(budget["met"] for budget in facts["budgets"]):
         raise typer.Exit(BUDGET_MISSED)

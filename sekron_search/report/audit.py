@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sekron_search.report.document import Column, Picture, Section, Table
+
 #: What the search minimises.
 SEARCHED = "divergence"
 
@@ -16,28 +18,21 @@ VERDICTS = (
 )
 
 
-def audit_section(audit: Mapping[str, Any] | None) -> str:
-    """The section as Markdown; nothing if there was no audit.
+def audit_section(audit: Mapping[str, Any] | None) -> Section | None:
+    """What the audit found; None if there was none.
 
     Args:
         audit: The record that `sekron_search.audit` makes.
     """
     if audit is None:
-        return ""
+        return None
     proxies = {proxy["name"]: proxy for proxy in audit["proxies"]}
     searched, best = proxies[SEARCHED], best_cheap(audit)
     epochs = f"{audit['epochs']} epoch" + ("s" if audit["epochs"] > 1 else "")
     verdict = next(text for share, text in VERDICTS if _share(searched["mean_within"]) >= share)
-    rows = ["| proxy | tau | 95 % interval | within budgets | s per network |", "| --- | ---: | ---: | ---: | ---: |"]
-    for proxy in audit["proxies"]:
-        within = ", ".join(f"{tau:.2f}" for tau in proxy["within"].values())
-        rows.append(
-            f"| {proxy['label']} | {proxy['tau']:.2f} | {proxy['low']:.2f} to {proxy['high']:.2f} | {within} | "
-            f"{proxy['seconds']:.3g} |"
-        )
-    return "\n\n".join(
-        [
-            "## How far to trust the proxies",
+    return Section(
+        "How far to trust the proxies",
+        (
             f"{len(audit['candidates'])} random networks were ranked by every proxy, then trained for {epochs} "
             f"({audit['train_seconds']:.0f} s each) and ranked by {audit['metric_name']} on the validation split. "
             f"Budgets: {'; '.join(searched['within'])}.",
@@ -46,12 +41,27 @@ def audit_section(audit: Mapping[str, Any] | None) -> str:
             f"{_share(searched['mean_within']):.0%}. {verdict} The best proxy that looks at errors and needs neither "
             f"labels nor a fit of the whole network is: {best['label']}, right in {_share(best['tau']):.0%} and "
             f"{_share(best['mean_within']):.0%} of the cases.",
-            f"![{best['label']} against {audit['metric_name']}](plots/audit.png)",
-            "\n".join(rows),
+            Picture("audit", f"{best['label']} against {audit['metric_name']}"),
+            _table(audit),
             "tau is Kendall's: 1 if both rankings agree on every pair, 0 if on as many as chance. Over all budgets it "
             "is easier to be right than within one.",
-        ]
+        ),
     )
+
+
+def _table(audit: Mapping[str, Any]) -> Table:
+    rows = tuple(
+        (
+            proxy["label"],
+            f"{proxy['tau']:.2f}",
+            f"{proxy['low']:.2f} to {proxy['high']:.2f}",
+            ", ".join(f"{tau:.2f}" for tau in proxy["within"].values()),
+            f"{proxy['seconds']:.3g}",
+        )
+        for proxy in audit["proxies"]
+    )
+    titles = "tau", "95 % interval", "within budgets", "s per network"
+    return Table((Column("proxy", "text"), *map(Column, titles)), rows)
 
 
 def best_cheap(audit: Mapping[str, Any]) -> dict[str, Any]:

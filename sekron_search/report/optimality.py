@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sekron_search.errors import InfeasibleBudgetError
+from sekron_search.report.document import Column, Picture, Section, Table
 from sekron_search.search.budget import CostName, meets
 from sekron_search.search.frontier import STEP, additive_front, marginal_gains
 from sekron_search.search.knapsack import additive_error, additive_errors, gap
@@ -90,33 +92,52 @@ def _hypervolume(network: Network, names: Sequence[CostName], trials: Sequence[T
     return {"reference": reference, "trials": [t.index for t in whole], "shares": shares}
 
 
-def optimality_section(report: Mapping[str, Any], plots: Sequence[str]) -> str:
-    """The section as Markdown."""
-    facts = report["optimality"]
+def optimality_section(report: Mapping[str, Any]) -> Section:
+    """How close the run came to the best, and what more of each budget would buy."""
+    title, facts = "How close to the best", report["optimality"]
     if facts is None:
-        return (
-            "## How close to the best\n\nNo choice of structures meets the budget by the tables' costs, so there is no "
-            "best to compare with."
+        return Section(
+            title,
+            ("No choice of structures meets the budget by the tables' costs, so there is no best to compare with.",),
         )
-    lines = [
-        "## How close to the best",
+    text = (
         f"The search starts from an additive error: what each layer's error does to the network's outputs, added up. "
         f"No choice of the options fitted has one below {facts['lower_bound']:.6g} within the budget: that is "
         f"proven. The chosen network's is {facts['error']:.6g}, {facts['gap']:.2%} of it above that"
         + ("." if facts["within_bounds"] else "; by the tables its costs are not quite within the budget.")
         + " Trials measure divergences, which an additive error only comes near, and may well prefer a network that "
-        "adds up to more.",
-        "| 1 % more of | lowers the least additive error by | and the divergence, in proportion, by |\n"
-        "| --- | ---: | ---: |\n"
-        + "\n".join(
-            f"| {gain['name']} | {gain['error']:.3g} ({gain['share']:.2%}) | {gain['divergence']:.3g} |"
-            for gain in facts["gains"]
-        ),
-        _volume(facts["hypervolume"]),
-    ]
-    if "optimality" in plots:
-        lines.append("![How close to the best](plots/optimality.png)")
-    return "\n\n".join(lines)
+        "adds up to more."
+    )
+    picture = Picture("optimality", "How close to the best")
+    return Section(title, (text, _gains(facts), *_millisecond(report), _volume(facts["hypervolume"]), picture))
+
+
+def _gains(facts: Mapping[str, Any]) -> Table:
+    rows = tuple(
+        (gain["name"], f"{gain['error']:.3g} ({gain['share']:.2%})", f"{gain['divergence']:.3g}")
+        for gain in facts["gains"]
+    )
+    columns = Column("1 % more of", "text"), Column("lowers the least additive error by")
+    return Table((*columns, Column("and the divergence, in proportion, by")), rows)
+
+
+def _millisecond(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a millisecond would buy at the rate of the first hundredth; nothing where time is not budgeted."""
+    bounds = {budget["name"]: budget["bound"] for budget in report["budgets"]}
+    gains = {gain["name"]: gain for gain in report["optimality"]["gains"]}
+    if "latency_ms" not in gains:
+        return ()
+    gain = gains["latency_ms"]
+    step_ms = gain["step"] * bounds["latency_ms"]
+    # The rate holds near the budget only: of a budget of few milliseconds, a tenth or less of one.
+    unit_ms = min(1.0, 10.0 ** math.floor(math.log10(bounds["latency_ms"] / 10)))
+    amount = "One more millisecond" if unit_ms == 1.0 else f"{unit_ms:g} ms more"
+    if gain["divergence"] == 0:
+        return (f"{amount} of time would buy nothing at this rate: what binds is something else.",)
+    lowered = min(gain["divergence"] * unit_ms / step_ms, report["divergence"])
+    return (
+        f"{amount} of time would, at this rate, lower the divergence by {lowered:.3g} of {report['divergence']:.3g}.",
+    )
 
 
 def _volume(facts: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -10,16 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sekron_search.report.audit import best_cheap
-
-# Okabe and Ito's colours, told apart by colour-blind readers; markers repeat what colours say.
-BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#999999", "#000000"
-
-LABELS = {
-    "flops": "multiply-adds per sample",
-    "params": "parameters",
-    "latency_ms": "latency, ms per batch (predicted)",
-    "peak_activation_bytes": "peak activations, bytes (predicted)",
-}
+from sekron_search.report.style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PALE
 
 
 def make_plots(report: dict[str, Any]) -> dict[str, Figure]:
@@ -33,10 +25,20 @@ def make_plots(report: dict[str, Any]) -> dict[str, Figure]:
         plots["finetuning"] = lambda: _curve_plot(report)
     if report.get("audit") is not None:
         plots["audit"] = lambda: audit_plot(report["audit"])
-    with mpl.rc_context(
-        {"svg.hashsalt": "sekron", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         return {name: make() for name, make in plots.items()}
+
+
+def save_plot(figure: Figure, path: Path, ending: str) -> None:
+    """Write a plot as PNG or SVG, the same bytes for the same report.
+
+    Args:
+        figure: One of `make_plots`.
+        path: The file, whatever its name.
+        ending: "png" or "svg".
+    """
+    with mpl.rc_context({"svg.hashsalt": "sekron"}):
+        figure.savefig(path, format=ending, dpi=130, metadata={"Date": None} if ending == "svg" else {})
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -104,7 +106,7 @@ def _layers_plot(report: dict[str, Any]) -> Figure:
     for axes, cost in ((left, "flops"), (middle, "params")):
         before = [layer["before"][cost] for layer in layers]
         after = [layer["after"][cost] for layer in layers]
-        axes.barh(rows, before, color="#DDDDDD", edgecolor=GREY, linewidth=0.5, label="before")
+        axes.barh(rows, before, color=PALE, edgecolor=GREY, linewidth=0.5, label="before")
         axes.barh(rows, after, color=BLUE, height=0.5, label="after")
         axes.set_xlabel(LABELS[cost])
         axes.ticklabel_format(axis="x", scilimits=(-3, 4))
