@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,23 @@ def batches(dataset: Dataset[Any], batch_size: int, *, order: Sequence[int] | No
             yield as_batch(tuple(tensor[chunk] for tensor in dataset.tensors))
         return
     loader: DataLoader[Any] = DataLoader(Subset(dataset, indices.tolist()), batch_size=batch_size)
-    for item in loader:
+    for item in readable(loader):
         yield as_batch(item)
+
+
+def readable(source: Iterable[Any]) -> Iterator[Any]:
+    """The items of a user's data; whatever goes wrong when one is read is a `DataError` that counts them."""
+    items = iter(source)
+    for number in count(1):
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except SekronError:
+            raise
+        except Exception as error:
+            raise DataError(f"the data: batch {number} could not be read: {type(error).__name__}: {error}") from error
+        yield item
 
 
 def sample_order(count: int, seed: int) -> list[int]:
@@ -92,7 +108,7 @@ def input_batches(source: Any, batch_size: int) -> list[Inputs]:
     elif isinstance(source, Dataset):
         found = [inputs for inputs, _ in batches(source, batch_size)]
     elif isinstance(source, Iterable):
-        found = [as_batch(item)[0] for item in source]
+        found = [as_batch(item)[0] for item in readable(source)]
     else:
         raise DataError(
             "calibration: expected a tensor, a tuple of the network's arguments, a dataset or an iterable of batches, "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sekron_search.data import Augment, Batch, as_batch, batches, length, sample_order
+from sekron_search.data import Augment, Batch, as_batch, batches, length, readable, sample_order
 from sekron_search.errors import DataError
 from sekron_search.model import batch_size, part_of
 from sekron_search.nested import map_tensors
@@ -72,7 +72,7 @@ class TrainingData:
             own = [chunk[team.part(len(chunk))] for chunk in chunks]
             found = batches(self.source, max(map(len, own), default=1), order=list(chain.from_iterable(own)))
         else:
-            found = (_part(as_batch(item), team) for item in islice(self.source, self.limit))
+            found = (_part(as_batch(item), team) for item in readable(islice(self.source, self.limit)))
         for inputs, target in found:
             if self.augment is not None:
                 inputs = (self.augment(inputs[0], generator), *inputs[1:])

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.config import Config
+from sekron_search.data import batches, input_batches
 from sekron_search.errors import DataError
 from sekron_search.files import read_json
 from sekron_search.progress import Reporter
@@ -20,6 +22,7 @@ from sekron_search.repeatable import check_repeatable
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.search.options import Assignment
+from sekron_search.training_data import TrainingData
 from tests.cases import CONFIG, SmallNet, small_net, write_config
 
 ROOT = Path(__file__).parent.parent
@@ -150,3 +153,26 @@ def test_networks_that_are_no_functions_of_their_inputs_are_refused(network: typ
 
 def test_networks_that_are_functions_of_their_inputs_are_not(tmp_path: Path) -> None:
     check_repeatable(small_net(), (torch.randn(4, 3, 8, 8),))
+
+
+class Failing(Dataset[tuple[Tensor, Tensor]]):
+    """Whose last samples cannot be read."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index >= 12:
+            raise OSError(f"sample {index} is damaged")
+        return torch.zeros(3, 8, 8), torch.tensor(0)
+
+
+def test_data_that_fails_is_told_by_the_number_of_the_batch() -> None:
+    says = r"batch 2 could not be read: OSError: sample 12 is damaged"
+    with pytest.raises(DataError, match=says):
+        list(batches(Failing(), 8))
+    with pytest.raises(DataError, match=says):
+        input_batches(DataLoader(Failing(), batch_size=8), 8)
+    with pytest.raises(DataError, match=says):
+        list(TrainingData(DataLoader(Failing(), batch_size=8), 8).epoch(1))
+    assert len(list(batches(Failing(), 4, order=range(12)))) == 3
