@@ -1,4 +1,8 @@
-"""Files that are either whole or not there: atomic writes, and reads that say what is wrong."""
+"""Files that are either whole or not there: atomic writes, and reads that say what is wrong.
+
+torch takes seconds to import: it is imported where tensors are read or written, so that what lists and compares runs,
+which reads JSON and YAML alone, answers at once.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils._pytree import tree_leaves
 
 from sekron_search.errors import ConfigError, RunFolderError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -87,6 +88,8 @@ def read_yaml(path: Path, where: str) -> dict[Any, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors, atomically."""
+    from safetensors.torch import save
+
     data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
     with atomic(path) as temporary:
         temporary.write_bytes(data)
@@ -98,6 +101,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         RunFolderError: If the file is missing, truncated or damaged.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return dict(load_file(path))
     except FileNotFoundError:
@@ -108,6 +114,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def digest(values: Any) -> str:
     """Hash of nested tuples, lists and dictionaries of tensors and plain values."""
+    import torch
+    from torch import Tensor
+    from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+    from torch.utils._pytree import tree_leaves
+
     found = hashlib.sha256()
     for leaf in tree_leaves(values):
         if isinstance(leaf, Tensor) and not isinstance(leaf, UninitializedParameter | UninitializedBuffer):
@@ -123,6 +134,8 @@ def digest(values: Any) -> str:
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a training checkpoint atomically; it is read with `weights_only=True`."""
+    import torch
+
     with atomic(path) as temporary:
         torch.save(dict(state), temporary)
 
@@ -133,6 +146,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         RunFolderError: If the file is missing or damaged.
     """
+    import torch
+
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file

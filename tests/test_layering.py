@@ -12,13 +12,13 @@ PACKAGE = Path(sekron_search.__file__).parent
 #: From the top down; a module may import from its own row's modules only below the comma-separated order given here.
 LAYERS = [
     ["cli"],
-    ["demo"],
+    ["demo", "finishing"],
     ["run_export", "select", "worker"],
     ["api"],
     ["run"],
     ["report"],
     ["candidates"],
-    ["candidate"],
+    ["candidate", "pick"],
     ["audit"],
     ["proxies"],
     ["prepare"],
