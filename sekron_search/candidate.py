@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +59,6 @@ class Candidate:
         """Read its record."""
         data = read_json(folder / "candidate.json")
         return cls(**{**data, "assignment": tuple(data["assignment"])})
-
-
-def candidate_name(network: Network, assignment: Assignment) -> str:
-    """Name of a candidate's folder, after what the layers of its network become."""
-    structures = [(o.structure, o.schedule, o.execution) for o in network.chosen(assignment)]
-    return hashlib.sha256(repr(structures).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sekron_search.assembly import Assembler
-from sekron_search.candidate import Candidate, Finished, Searched, candidate_name
+from sekron_search.candidate import Candidate, Finished, Searched
 from sekron_search.errors import InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, read_tensors, write_json, write_tensors
@@ -262,4 +262,4 @@ class Finder:
 
     def home(self, assignment: Assignment) -> Path:
         """Folder of a candidate."""
-        return self.folder.candidates / candidate_name(self.network, assignment)
+        return self.folder.candidates / self.network.digest(assignment)

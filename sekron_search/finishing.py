@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sekron_search.api import Result, job_from_config
-from sekron_search.candidate import candidate_name
+from sekron_search.catalog import Searched, finished_report
 from sekron_search.config import AuditConfig, Config
 from sekron_search.errors import ConfigError, RunFolderError
 from sekron_search.export import load
@@ -24,7 +24,7 @@ from sekron_search.progress import ConsoleReporter, Reporter
 from sekron_search.run import run as run_stages
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, meets
-from sekron_search.search.record import SearchRecord, read_trials, trial_of
+from sekron_search.search.record import SearchRecord, trial_of
 from sekron_search.search.trial import Trial
 
 #: Source of a trial that is none of the search: what `select` found.
@@ -93,9 +93,7 @@ def finish_run(
     """
     if (trial is None) == (selection is None):
         raise ConfigError("finish: name a trial or a selection, one of the two")
-    folder.read_manifest()
-    if not folder.report.exists():
-        raise RunFolderError(f"run folder {folder.path}: not finished; go on with `run --resume`, then pick a network")
+    finished_report(folder)
     if "model" not in read_yaml(folder.config, f"config {folder.config}"):
         raise RunFolderError(
             f"run folder {folder.path}: its network was given as an object, which no file names: another of its "
@@ -128,10 +126,9 @@ class _Found:
 
 def _whole(folder: RunFolder) -> tuple[SearchRecord, list[Trial]]:
     """A run's options and trials, assignments as of all options."""
-    record = SearchRecord.load(folder.network)
-    trials = [replace(t, assignment=record.whole(t.assignment)) for t in read_trials(folder.search)]
-    every = tuple(tuple(range(len(table.options))) for table in record.network.tables)
-    return replace(record, searched=every), trials
+    found = Searched.load(folder)
+    every = tuple(tuple(range(len(table.options))) for table in found.record.network.tables)
+    return replace(found.record, searched=every), list(found.trials)
 
 
 def _trial_of(folder: RunFolder, number: int) -> _Found:
@@ -196,7 +193,7 @@ def _begin(folder: RunFolder, target: RunFolder, found: _Found) -> None:
     for path in (folder.layout, folder.original, folder.profile, folder.calibration, folder.learning_rate):
         _copy(path, target.path / path.name)
     picked = trial_of(found.trials, found.pick.trial, folder.search)
-    home = folder.candidates / candidate_name(found.record.network, picked.assignment)
+    home = folder.candidates / found.record.network.digest(picked.assignment)
     for name in ("weights.safetensors", "candidate.json", "checkpoint.pt"):
         _copy(home / name, target.candidates / home.name / name)
     if not target.search.exists():

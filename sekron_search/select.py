@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sekron_search.errors import ConfigError, RunFolderError
-from sekron_search.files import read_json, read_yaml, write_json
+from sekron_search.files import read_yaml, write_json
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, CostName, meets

@@ -147,5 +147,5 @@ def test_what_cannot_be_finished_says_why(finished: RunFolder, tmp_path: Path) -
     with pytest.raises(RunFolderError, match=f"it finishes trial {first} of run"):
         finish_run(finished, Reporter(), trial=second, out=target.path)
     copy.report.unlink()
-    with pytest.raises(RunFolderError, match="not finished"):
+    with pytest.raises(RunFolderError, match="not a finished run"):
         finish_run(copy, Reporter(), trial=first)
