@@ -26,16 +26,21 @@ from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.refine import Refiner
 from sekron_search.kron.steps import Schedule
 from sekron_search.learning_rate import FACTOR, FEWEST_STEPS, LARGEST_SHARE, MOST_STEPS, SHARE, START
-from sekron_search.model import LayerInfo, batch_size, copy_model, layer_weight, run_model
+from sekron_search.model import LayerInfo, batch_size, copy_model, first_batches, layer_weight, run_model
 from sekron_search.prepare import TIMED_SCHEDULES
 from sekron_search.progress import Reporter
 from sekron_search.runtimes.base import threads
 from sekron_search.scoring import CandidateStructure, candidates, scores, shortlist
 from sekron_search.selection import worthwhile
-from sekron_search.table_responses import SAMPLES
+from sekron_search.table_responses import LEAST_OPTIONS, SAMPLES
+from sekron_search.timing import Placed, network_costs
 
-#: Structures of a kind of layer that are fitted for the estimate, and options that are timed.
-FITTED, TIMED = 3, 4
+#: Structures of a kind of layer that are fitted for the estimate: so many, or as many as take so many seconds, but for
+#: the fewest. Options that are timed.
+FITTED, FIT_S, FEWEST_FITTED, TIMED = 12, 1.0, 2, 4
+
+#: Multiples of it modulo 1 are spread evenly, however many there are.
+GOLDEN = (5**0.5 - 1) / 2
 
 #: Steps of the training that are timed, after one that is not.
 STEPS = 3
@@ -43,8 +48,14 @@ STEPS = 3
 #: Learning rates that are tried, as it mostly comes out.
 RATES = 4
 
+#: Seconds of importing matplotlib and drawing the plots.
+PLOTS_S = 3.0
+
 #: Bytes of an option in JSON files, of a parameter, and of plots and reports.
 OPTION_BYTES, PARAM_BYTES, REPORT_BYTES = 1500, 4, 2 * 2**20
+
+#: What a run takes at its largest, in multiples of what its parts take here: records, plots, fragments of memory.
+HELD = 1.25
 
 #: What a checkpoint of the training holds per parameter: the weight and two moments of AdamW.
 CHECKPOINT = 3
@@ -139,22 +150,25 @@ def estimate(job: Job, reporter: Reporter) -> Estimate:
         layers = worthwhile(inspect_model(job.model, job.example_inputs), job.settings.space).layers
         if not layers:
             raise DataError("no layer can be replaced; see `sekron-search inspect`")
-        reporter.say("measuring passes of the network")
+        reporter.say("measuring the original network")
+        original: dict[str, Placed] = {"original": (job.model, job.memory_formats[0])}
         pass_s = _pass_seconds(job)
         metric = job.validate
         metric_s = 0.0 if metric is None else _once(lambda: metric(job.model), job)
+        first_s, costs_s = (_once(lambda: network_costs(job, original), job) for _ in range(2))
         moments_s, metrics = _calibrated(job, layers)
         kinds = _kinds(job, layers, metrics, reporter)
         stages = [
+            Stage("original", "its costs and metric", first_s + len(job.memory_formats) * costs_s + metric_s),
             _tables(job, layers, kinds, moments_s),
             *_latencies(job, layers, kinds, reporter),
             *_search(job, layers, kinds, pass_s),
-            _candidates(job, layers, kinds, pass_s, metric_s),
+            _candidates(job, layers, kinds, pass_s, metric_s + 3 * costs_s),
             *_training(job, metric_s, reporter),
-            Stage("report", "metric of three networks, plots", 3 * metric_s + 10 * pass_s),
+            Stage("report", "costs of two networks, metrics of three, plots", 2 * costs_s + 3 * metric_s + PLOTS_S),
         ]
-    workers = _workers(job, layers, stages[0].seconds)
-    peak = _peak_bytes() + (workers * base_bytes if workers > 1 else 0)
+    workers = _workers(job, layers, _fit_seconds(layers, kinds))
+    peak = int(HELD * _peak_bytes()) + (workers * base_bytes if workers > 1 else 0)
     return Estimate(
         tuple(LayerPlan(i.name, kinds[_key(i)].structures, len(kinds[_key(i)].shortlist)) for i in layers),
         tuple(stages),
@@ -204,7 +218,7 @@ def _calibrated(job: Job, layers: Sequence[LayerInfo]) -> tuple[float, dict[str,
 
 def _kinds(job: Job, layers: Sequence[LayerInfo], metrics: Any, reporter: Reporter) -> dict[LayerInfo, _Kind]:
     """One layer of every kind: scored as the run scores it, and a few of its structures fitted."""
-    space, steps = job.settings.space, job.settings.calibration.refine_steps
+    space = job.settings.space
     first = {_key(info): info for info in reversed(layers)}
     found = {}
     with reporter.task("measuring fits", len(first)) as task, threads(None if job.device.type == "cuda" else 1):
@@ -214,13 +228,22 @@ def _kinds(job: Job, layers: Sequence[LayerInfo], metrics: Any, reporter: Report
             pool = candidates(info, space)
             chosen = [pool[i] for i in shortlist(pool, scores(pool, weight, space.max_fits), space.max_options)]
             score_s = watch.seconds()
-            tried = chosen[:: max(1, len(chosen) // FITTED)][:FITTED]
-            refiner, watch = Refiner(weight, metrics[key]), Stopwatch(job.device)
-            for candidate in tried:
-                refiner.fit(candidate.structure, steps=steps)
-            found[key] = _Kind(len(pool), tuple(chosen), score_s, watch.seconds() / max(len(tried), 1))
+            fit_s = _fit_seconds_of(job, chosen, Refiner(weight, metrics[key]))
+            found[key] = _Kind(len(pool), tuple(chosen), score_s, fit_s)
             task.update(done, info.name)
     return found
+
+
+def _fit_seconds_of(job: Job, chosen: Sequence[CandidateStructure], refiner: Refiner) -> float:
+    """Of one of these, on average: some are fitted, spread over their flops whenever time is up."""
+    order = sorted(range(len(chosen)), key=lambda i: (i + 1) * GOLDEN % 1)[:FITTED]
+    watch, done = Stopwatch(job.device), 0
+    for i in order:
+        refiner.fit(chosen[i].structure, steps=job.settings.calibration.refine_steps)
+        done += 1
+        if done >= FEWEST_FITTED and watch.seconds() > FIT_S:
+            break
+    return watch.seconds() / max(done, 1)
 
 
 def _fit_seconds(layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind]) -> float:
@@ -257,24 +280,26 @@ def _latencies(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Ki
 def _search(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], pass_s: float) -> list[Stage]:
     trials, held_out = job.settings.search.trials, _samples(job.holdout)
     copy_s = _once(lambda: copy_model(job.model), job)
+    seen = _samples(first_batches(job.holdout, SAMPLES))
     options = sum(len(kinds[_key(i)].shortlist) for i in layers)
-    responses = min(options, trials * held_out // SAMPLES)
+    affordable = trials * held_out // seen
+    responses = min(options, affordable) if affordable >= LEAST_OPTIONS * len(layers) else 0
     return [
-        Stage("responses", f"{responses:,} options", responses * (copy_s + SAMPLES * pass_s)),
+        Stage("responses", f"{responses:,} options", responses * (copy_s + seen * pass_s)),
         Stage("trials", f"{trials} networks on {held_out:,} samples", trials * (copy_s + 1.25 * held_out * pass_s)),
     ]
 
 
 def _candidates(
-    job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], pass_s: float, metric_s: float
+    job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], pass_s: float, measured_s: float
 ) -> Stage:
-    """Fits layer after layer: a fit each, and passes of both networks up to the layer."""
+    """Fits layer after layer: a fit each, and passes of both networks up to the layer; then costs and metric."""
     count = job.settings.finetune.candidates
     fits_s = 0.0
     if job.settings.calibration.sequential_steps:
         fits_s = sum(kinds[_key(i)].fit_s for i in layers) + len(layers) * 2 * _samples(job.calibration) * pass_s
     amount = f"{count} networks, layer after layer"
-    return Stage("candidates", amount, count * (fits_s + metric_s + _samples(job.holdout) * pass_s))
+    return Stage("candidates", amount, count * (fits_s + measured_s + _samples(job.holdout) * pass_s))
 
 
 def _training(job: Job, metric_s: float, reporter: Reporter) -> list[Stage]:
@@ -314,7 +339,8 @@ def _peak_bytes() -> int:
 
 def _disk_bytes(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind]) -> int:
     tables = sum(len(kinds[_key(i)].shortlist) * (kinds[_key(i)].params * PARAM_BYTES + OPTION_BYTES) for i in layers)
-    # Of the whole network, for a budget of parameters may be absolute, and others say little of them.
-    weights = sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
+    bound = dict(job.settings.bounds.items()).get("params")
+    share = bound.value if bound is not None and bound.relative else 1.0
+    weights = share * sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
     trained = CHECKPOINT if job.distillation is not None else 0
     return int(tables + weights * (1 + job.settings.finetune.candidates * (2 + trained)) + REPORT_BYTES)

@@ -52,6 +52,7 @@ def answer(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
     """The object that a command prints with --json, and nothing beside it."""
     done = invoke(*arguments, "--json")
     assert done.exit_code == code, done.output
+    assert all(c.isprintable() or c == "\n" for c in done.output), "progress too is plain where there is no terminal"
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -35,8 +35,10 @@ def test_what_is_counted_is_what_the_run_will_do(tmp_path: Path) -> None:
         assert plan.structures == len(pool)
         assert plan.options == len(shortlist(pool, scores(pool, weight, space.max_fits), space.max_options))
     stages = {stage.name: stage for stage in found.stages}
-    parts = ["tables", "latencies", "responses", "trials", "candidates", "learning rate", "fine-tuning", "report"]
-    assert list(stages) == parts
+    assert list(stages) == [
+        *("original", "tables", "latencies", "responses", "trials", "candidates"),
+        *("learning rate", "fine-tuning", "report"),
+    ]
     assert "8 networks on 128 samples" in stages["trials"].amount
     assert "2 networks, 2 epochs, 32 batches at most" in stages["fine-tuning"].amount
     assert all(stage.seconds > 0 for stage in found.stages)

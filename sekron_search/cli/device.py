@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sekron_search.cli.arguments import RunArgument
+from sekron_search.cli.arguments import RunArgument, UsageError
 from sekron_search.cli.completion import candidates
 
 
@@ -104,7 +104,7 @@ def _exact_profile(config: Path, out: Path, given: dict[str, Any], reporter: Any
     from sekron_search.rundir import RunFolder
 
     if named := [name for name, value in given.items() if value is not None]:
-        raise ConfigError(f"--for: the config says with what to measure; leave out {', '.join(named)}")
+        raise UsageError(f"--for: the config says with what to measure; leave out {', '.join(named)}")
     job = job_from_config(Config.load(config))
     if job.elsewhere is not None:
         raise ConfigError(f"--for: {config}: its latency.profile is of another machine; leave it out to measure here")

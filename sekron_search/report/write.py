@@ -107,7 +107,9 @@ def _is_predicted(report: dict[str, Any]) -> bool:
 def _verdict(report: dict[str, Any]) -> str:
     met = all(budget["met"] for budget in report["budgets"])
     head = "**Every budget is met.**" if met else "**Not every budget is met.**"
-    return head + "\n\n" + "\n".join(f"- {line}" for line in summary(report))
+    origin = report.get("finishes")
+    told = "" if origin is None else f" This is {_cell(origin['source'])} of run {origin['run']}, finished afterwards."
+    return head + told + "\n\n" + "\n".join(f"- {line}" for line in summary(report))
 
 
 def _costs(report: dict[str, Any]) -> str:
