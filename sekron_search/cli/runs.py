@@ -92,16 +92,12 @@ def run(
     from sekron_search.sharing import Sharing
     from sekron_search.team import Team
 
-    config = _config(given, out, resume)
-    if time_limit is not None:
-        limited = config.search.model_copy(update={"time_limit_s": seconds(time_limit, "--time-limit")})
-        config = config.model_copy(update={"search": limited})
+    config = _limited(_config(given, out, resume), time_limit)
     if dry_run:
         _foretell(config, as_json=as_json)
         return
     folder = _folder(config, out, resume)
-    first = Team.here().rank == 0
-    if first:
+    if first := Team.here().rank == 0:
         print(f"run folder: {folder.path}", file=sys.stderr)
     try:
         with json_alone(as_json):
@@ -128,6 +124,14 @@ def _config(given: Given, out: Path | None, resume: bool) -> Config:
                 f"--resume: {out} holds no run that has begun; give a CONFIG, or --model, --data and --budget"
             )
     return given.load(fallback=fallback)
+
+
+def _limited(config: Config, time_limit: str | None) -> Config:
+    """With the time limit of the search that is given, if one is."""
+    if time_limit is None:
+        return config
+    limited = config.search.model_copy(update={"time_limit_s": seconds(time_limit, "--time-limit")})
+    return config.model_copy(update={"search": limited})
 
 
 def _folder(config: Config, out: Path | None, resume: bool) -> RunFolder:
