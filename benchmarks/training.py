@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sekron_search.files import read_checkpoint, write_checkpoint, write_tensors
 from sekron_search.precision import autocast_dtype
+from sekron_search.tensor_files import read_checkpoint, write_checkpoint, write_tensors
 
 #: Gradients are scaled down to this norm; epochs over which the learning rate rises; epochs between two scores.
 MOST_GRADIENT, WARM, SCORED = 1.0, 1, 10

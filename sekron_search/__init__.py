@@ -1,6 +1,6 @@
 """Searches which tensor factorization structure each layer of a trained network should get, under a budget.
 
-`compress` does the whole job; `load` opens what it made.
+`compress` does the whole job; `load` opens what it made; `finish` makes another network of the same search.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sekron_search.errors import InfeasibleBudgetError, SekronError
     from sekron_search.exchange import export_network
     from sekron_search.export import load
+    from sekron_search.finishing import finish
     from sekron_search.kron.conv import KroneckerConv, KroneckerConvTranspose
     from sekron_search.kron.linear import KroneckerLinear
     from sekron_search.kron.structure import Structure
@@ -40,6 +41,7 @@ _HOMES = {
     "compress": "api",
     "deploy": "deployment",
     "export_network": "exchange",
+    "finish": "finishing",
     "load": "export",
 }
 
@@ -58,6 +60,7 @@ __all__ = [
     "compress",
     "deploy",
     "export_network",
+    "finish",
     "load",
 ]
 

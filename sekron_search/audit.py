@@ -14,7 +14,7 @@ from torch import nn
 
 from sekron_search.assembly import Assembler
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
-from sekron_search.files import read_json, read_tensors, write_json, write_tensors
+from sekron_search.files import read_json, write_json
 from sekron_search.job import Job
 from sekron_search.learning_rate import tuned
 from sekron_search.progress import Reporter
@@ -28,6 +28,7 @@ from sekron_search.search.draws import draw_assignment
 from sekron_search.search.knapsack import solve_knapsack
 from sekron_search.search.options import Assignment, Network
 from sekron_search.search.problem import Problem
+from sekron_search.tensor_files import read_tensors, write_tensors
 
 #: Where no budgets are given: the run's own, and this much of the way from it to the original and to the least that can
 #: be reached.

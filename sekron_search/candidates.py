@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,10 +14,11 @@ from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
 from sekron_search.errors import DataError, InfeasibleBudgetError
 from sekron_search.export import save_artefact
-from sekron_search.files import read_json, read_tensors, write_json, write_tensors
+from sekron_search.files import read_json, write_json
 from sekron_search.job import Job
 from sekron_search.learning_rate import tuned
 from sekron_search.network_tables import Tables
+from sekron_search.pick import Pick
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import with_memory_format
@@ -25,9 +26,11 @@ from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, infeasible, solve_knapsack
 from sekron_search.search.options import Assignment
 from sekron_search.search.problem import Problem
+from sekron_search.search.record import SearchRecord, read_trials, trial_of
 from sekron_search.search.study import Halving, take_part
 from sekron_search.search.trial import Trial, best_feasible
 from sekron_search.sharing import Sharing
+from sekron_search.tensor_files import read_tensors, write_tensors
 from sekron_search.timing import network_costs, network_latencies
 
 #: How often the search is repeated with corrected costs when its networks miss the budget as measured.
@@ -73,6 +76,7 @@ class Finder:
         self.deadline = None if limit_s is None else time.monotonic() + limit_s
         corrected = dict(self.bounds)
         best: Searched | None = None
+        told: dict[str, Any] = {}
         for number in range(1, MAX_ROUNDS + 1):
             try:
                 trials = self._trials(corrected, number)
@@ -89,15 +93,31 @@ class Finder:
             if not candidates:
                 raise infeasible(self.network, self.bounds)
             searched = Searched(trials, candidates, self.network, min(c.excess(self.budget) for c in candidates))
-            best = searched if best is None or searched.excess < best.excess else best
+            if best is None or searched.excess < best.excess:
+                best = searched
+                told = {"round": number, "bounds": dict(corrected), "trials": [t.to_json() for t in trials]}
             if best.excess <= 1 or number == MAX_ROUNDS:
                 break
             self._correct(corrected, candidates)
             self.reporter.say("the measured networks miss the budget; searching again with corrected costs")
         assert best is not None
+        write_json(self.folder.search, told)  # of the round that counts: the report names trials by their numbers
         self.sharing.conclude(self.folder)
         self.network = best.network
         return best
+
+    def take(self, pick: Pick) -> Searched:
+        """What another run's search has found, with the picked trial as the only candidate: nothing is searched.
+
+        Raises:
+            RunFolderError: If the options of the layers are no longer those of that search.
+        """
+        record = SearchRecord.load(self.folder.network)
+        record.check_options([f.table.options for f in self.tables.fitted], self.folder.network)
+        self.network, self.budget = record.network, pick.bounds
+        trials = read_trials(self.folder.search)
+        candidate = self._candidate(trial_of(trials, pick.trial, self.folder.search))
+        return Searched(trials, [candidate], self.network, candidate.excess(self.budget))
 
     def _correct(self, corrected: dict[CostName, float], candidates: Sequence[Candidate]) -> None:
         """Make the costs of the tables, or their bounds, agree with the candidate that kept most of its promise."""
@@ -191,10 +211,7 @@ class Finder:
         )
         name = f"round {number}: " + ", ".join(f"{n} <= {b:.6g}" for n, b in bounds.items())
         with self.sharing.open(self.folder, self.tables, name, problem) as ledger:
-            trials = take_part(problem, self.assembler.evaluate, ledger, self.reporter, deadline=self.deadline)
-        record = {"round": number, "bounds": dict(bounds), "trials": [t.to_json() for t in trials]}
-        write_json(self.folder.search, record)
-        return trials
+            return take_part(problem, self.assembler.evaluate, ledger, self.reporter, deadline=self.deadline)
 
     def _candidate(self, trial: Trial) -> Candidate:
         """A trial's network, fitted layer after layer and measured; from the run folder if it is there."""
@@ -225,8 +242,10 @@ class Finder:
                 metric=self.job.validate(network) if self.job.validate is not None else None,
             )
             write_json(home / "candidate.json", asdict(candidate))
-        # What the tables predict changes from round to round, what was measured does not.
-        return replace(Candidate.load(home), trial=trial.index, predicted=dict(trial.costs))
+        # What the tables predict changes from round to round, and how trials are numbered from run to run; what was
+        # measured does not.
+        known = Candidate.load(home)
+        return replace(known, assignment=trial.assignment, trial=trial.index, predicted=dict(trial.costs))
 
     def _train(self, candidate: Candidate, network: nn.Module, halving: Halving, what: str) -> list[dict[str, float]]:
         job = self.job
@@ -248,6 +267,5 @@ class Finder:
         return curve
 
     def home(self, assignment: Assignment) -> Path:
-        """Folder of a candidate, named after what its layers become."""
-        structures = [(o.structure, o.schedule, o.execution) for o in self.network.chosen(assignment)]
-        return self.folder.candidates / hashlib.sha256(repr(structures).encode()).hexdigest()[:10]
+        """Folder of a candidate."""
+        return self.folder.candidates / self.network.digest(assignment)

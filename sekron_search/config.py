@@ -291,15 +291,18 @@ class Config(Settings):
             ConfigError: If the file is missing or damaged, or a key is unknown, missing or wrong; names file and key.
         """
         path = Path(path)
-        where = f"config {path}"
-        data = read_yaml(path, where)
+        return cls.of(read_yaml(path, f"config {path}"), f"config {path}", path.parent)
+
+    @classmethod
+    def of(cls, data: dict[Any, Any], where: str, base: Path) -> Config:
+        """As `load`, from what a file holds; errors name `where`, paths are relative to the folder `base`."""
         if isinstance(data.get("space"), str):
-            data["space"] = SearchSpace.load(path.parent / data["space"]).model_dump()
+            data = {**data, "space": SearchSpace.load(base / data["space"]).model_dump()}
         try:
             config = cls.model_validate(data)
         except ValidationError as error:
             raise ConfigError(explain(error, where, cls)) from None
-        return config._resolved(path.parent)
+        return config._resolved(base)
 
     def _resolved(self, base: Path) -> Config:
         """With all paths absolute, and those that must exist checked."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from sekron_search.config import Config
 from sekron_search.data import DataBundle, batches, digits, sample_order
 from sekron_search.errors import ConfigError
-from sekron_search.files import write_tensors
 from sekron_search.progress import Reporter
+from sekron_search.tensor_files import write_tensors
 
 EPOCHS = 25
 BATCH = 64

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sekron_search.errors import DataError, RunFolderError, SekronError
-from sekron_search.files import read_json, read_tensors, write_json, write_tensors
+from sekron_search.files import read_json, write_json
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.steps import Schedule
 from sekron_search.kron.structure import Structure
 from sekron_search.model import Inputs, kronecker_layers, layer_like, output_tensors, replace_layers
 from sekron_search.references import import_reference
 from sekron_search.runtimes.base import MemoryFormat, with_memory_format
+from sekron_search.tensor_files import read_tensors, write_tensors
 
 FORMAT = 3
 

@@ -18,7 +18,6 @@ from sekron_search.data import Batch, to_device
 from sekron_search.divergence import DivergenceName
 from sekron_search.errors import ConfigError, DataError, DivergedError, SekronError
 from sekron_search.export import layers_json, with_layers
-from sekron_search.files import read_checkpoint, write_checkpoint
 from sekron_search.kron.dense import KINDS
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.losses import TargetLoss, distillation_loss, layer_loss
@@ -26,6 +25,7 @@ from sekron_search.model import run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.references import import_reference
 from sekron_search.team import Team
+from sekron_search.tensor_files import read_checkpoint, write_checkpoint
 from sekron_search.training_data import TrainingData
 from sekron_search.training_form import training_form
 from sekron_search.training_state import TrainingState, trainable

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from sekron_search.errors import SekronError, WorkerError
-from sekron_search.files import read_json, read_tensors, write_json, write_tensors
+from sekron_search.files import read_json, write_json
 from sekron_search.kron.geometry import ConvGeometry
 from sekron_search.kron.metric import InputMetric
 from sekron_search.model import LayerInfo
 from sekron_search.runtimes.base import threads
 from sekron_search.search.space import SearchSpace
 from sekron_search.tables import FittedLayer, build_layer_table, load_table, save_table
+from sekron_search.tensor_files import read_tensors, write_tensors
 
 #: Work of less is done here: workers take seconds to start.
 LEAST_SECONDS = 10.0

@@ -17,12 +17,12 @@ from sekron_search.curvature import output_curvature
 from sekron_search.divergence import reference_outputs
 from sekron_search.errors import DataError, SekronError
 from sekron_search.export import Factory, factory_json
-from sekron_search.files import digest
 from sekron_search.finetune import Distillation
 from sekron_search.inspection import inspect_model
 from sekron_search.model import Inputs, batch_size
 from sekron_search.runtimes.base import MemoryFormat, Runtime
 from sekron_search.runtimes.registry import make_runtime, runtime_class
+from sekron_search.tensor_files import digest
 from sekron_search.training_data import TrainingData
 
 Metric = Callable[[nn.Module], float]

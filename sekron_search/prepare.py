@@ -14,7 +14,7 @@ from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile
 from sekron_search.divergence import check_divergence, reference_outputs
 from sekron_search.errors import DataError
-from sekron_search.files import digest, read_json, write_json
+from sekron_search.files import read_json, write_json
 from sekron_search.fitting import FitJob, Fitter
 from sekron_search.inspection import inspect_model
 from sekron_search.job import Job
@@ -32,6 +32,7 @@ from sekron_search.search.space import SearchSpace
 from sekron_search.selection import worthwhile
 from sekron_search.table_responses import with_responses
 from sekron_search.tables import FittedLayer, cheapest_table, load_table, table_files, table_key
+from sekron_search.tensor_files import digest
 from sekron_search.timing import Layout, find_layout, measured_profile, network_costs, with_latencies
 from sekron_search.variants import with_variants
 

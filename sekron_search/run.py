@@ -22,7 +22,8 @@ from sekron_search.export import factory_json, load, save_artefact
 from sekron_search.files import read_json, write_json, write_text
 from sekron_search.job import Job
 from sekron_search.model import output_tensors
-from sekron_search.prepare import prepare
+from sekron_search.pick import Pick
+from sekron_search.prepare import prepare, prepare_whole
 from sekron_search.progress import Reporter
 from sekron_search.report.facts import RunFacts
 from sekron_search.report.write import write_report
@@ -92,26 +93,29 @@ def _run(
     sharing.check()
     check_audit(job)
     fingerprint = job.fingerprint()
-    with folder.claimed(fingerprint, resume=resume), threads(job.settings.latency.num_threads):
+    with (
+        folder.claimed(fingerprint, resume=resume),
+        folder.failures_kept(),
+        threads(job.settings.latency.num_threads),
+    ):
         if folder.report.exists():
             write_report(folder)
             finished: dict[str, Any] = read_json(folder.report)
             return finished
         write_text(folder.config, yaml.safe_dump({**fingerprint["settings"], **job.source}, sort_keys=False))
-        tables = prepare(job, folder, reporter)
+        pick = Pick.of(folder)
+        tables = prepare(job, folder, reporter) if pick is None else prepare_whole(job, folder, reporter)
         planned = plan_audit(job, tables.network)
         _write_environment(job, folder, tables.layout.memory_format)
         finder = Finder(job, tables, folder, reporter, sharing)
-        searched = finder.search()
-        whole = dataclasses.replace(tables.whole or tables.network, latency_scale=searched.network.latency_scale)
-        SearchRecord.of(whole, searched.network, job.settings.bounds.names).save(folder.network)
+        searched = _searched(finder) if pick is None else finder.take(pick)
         chosen = finder.finish(searched)
         reporter.say("measuring the saved and re-loaded network beside the original")
         layout = tables.layout
         networks = {"original": job.model, "compressed": _saved(job, folder, chosen.network, layout.memory_format)}
         formats = {"original": layout.original_format, "compressed": layout.memory_format}
         facts = RunFacts(
-            settings=job.settings,
+            settings=job.settings.model_copy(update={} if pick is None else {"budget": dict(pick.budget)}),
             inspection=tables.inspection,
             network=searched.network,
             latency=_latency_facts(job, folder, layout, searched),
@@ -125,10 +129,22 @@ def _run(
             uncounted=traced_flops(networks["compressed"], job.example_inputs).uncounted,
             environment=read_json(folder.environment),
         )
-        report = {**facts.to_json(), "audit": audit(finder.assembler, planned, folder, reporter)}
+        report = {
+            **facts.to_json(),
+            "audit": audit(finder.assembler, planned, folder, reporter),
+            "finishes": None if pick is None else pick.to_json(),
+        }
         write_json(folder.report, report)
         write_report(folder)
         return report
+
+
+def _searched(finder: Finder) -> Searched:
+    """The search's result; all options of the layers are recorded, for other budgets."""
+    searched, tables = finder.search(), finder.tables
+    whole = dataclasses.replace(tables.whole or tables.network, latency_scale=searched.network.latency_scale)
+    SearchRecord.of(whole, searched.network, finder.job.settings.bounds.names).save(finder.folder.network)
+    return searched
 
 
 def _saved(job: Job, folder: RunFolder, network: nn.Module, memory_format: MemoryFormat) -> nn.Module:

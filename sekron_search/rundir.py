@@ -45,6 +45,9 @@ class RunFolder:
         self.compressed = self.path / "compressed"
         self.exports = self.path / "exports"
         self.selections = self.path / "selections"
+        self.finished = self.path / "finished"
+        self.pick = self.path / "pick.json"
+        self.failure = self.path / "failure.json"
         self.report = self.path / "report.json"
         self.markdown = self.path / "report.md"
         self.page = self.path / "report.html"
@@ -85,6 +88,28 @@ class RunFolder:
                 ) from None
             self._check(fingerprint, resume)
             yield self
+
+    @contextlib.contextmanager
+    def failures_kept(self) -> Iterator[None]:
+        """What makes a run fail, and not what interrupts it, is kept until it is gone on with: `list` tells it."""
+        self.failure.unlink(missing_ok=True)
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(OSError):  # a full disk may be the failure
+                write_json(self.failure, {"error": type(error).__name__, "message": str(error)})
+            raise
+
+    def is_claimed(self) -> bool:
+        """Whether a process owns the folder now."""
+        try:
+            with (self.path / ".lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def _check(self, fingerprint: dict[str, Any], resume: bool) -> None:
         if not self.manifest.exists():

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sekron_search.errors import ConfigError, RunFolderError
-from sekron_search.files import read_json, read_yaml, write_json
+from sekron_search.files import read_yaml, write_json
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, CostName, meets
 from sekron_search.search.knapsack import additive_error, additive_errors, gap, solve_knapsack
 from sekron_search.search.options import Assignment
-from sekron_search.search.record import SearchRecord
-from sekron_search.search.trial import Trial
+from sekron_search.search.record import SearchRecord, read_trials
 
 #: A trial is preferred to the knapsack's own solution, whose divergence nobody measured, up to this multiple of its
 #: additive error: additive errors rank networks only so well, and a budget may be far from what the run looked at.
@@ -94,7 +93,7 @@ class Selection:
 
     @staticmethod
     def _choice_json(choice: Choice) -> dict[str, Any]:
-        values = {"error": choice.error, "divergence": choice.divergence}
+        values = {"error": choice.error, "divergence": choice.divergence, "assignment": list(choice.assignment)}
         return {"source": choice.source, "costs": dict(choice.costs), **values}
 
 
@@ -130,7 +129,7 @@ def select(folder: RunFolder, budget: Budget) -> Selection:
 
     trials = [
         choice(f"trial {trial.index}", record.whole(trial.assignment), trial.divergence)
-        for trial in _trials(folder)
+        for trial in read_trials(folder.search)
         if not trial.pruned
     ]
     own = next((t for t in trials if t.assignment == solution.assignment), None)
@@ -175,7 +174,7 @@ def with_network(folder: RunFolder, selection: Selection, reporter: Reporter, ou
     job.model.eval()
     with folder.claimed(job.fingerprint(), resume=True):
         tables = prepare_whole(job, folder, reporter)
-        _check_unchanged(folder, [f.table.options for f in tables.fitted], selection.record)
+        selection.record.check_options([f.table.options for f in tables.fitted], folder.network)
         assembler = Assembler(job, tables)
         measured = [
             replace(c, divergence=assembler.evaluate(c.assignment).divergence) if c.divergence is None else c
@@ -190,14 +189,6 @@ def with_network(folder: RunFolder, selection: Selection, reporter: Reporter, ou
         save_artefact(home, network, job.factory, tables.layout.memory_format)
         write_json(home / "selection.json", selection.to_json())
     return selection
-
-
-def _trials(folder: RunFolder) -> list[Trial]:
-    data = read_json(folder.search)
-    try:
-        return [Trial.from_json(trial) for trial in data["trials"]]
-    except (KeyError, TypeError) as error:
-        raise RunFolderError(f"{folder.search}: damaged ({type(error).__name__}: {error})") from None
 
 
 def _better(trial: Choice | None, knapsack: Choice) -> tuple[Choice, str]:
@@ -216,14 +207,3 @@ def _better(trial: Choice | None, knapsack: Choice) -> tuple[Choice, str]:
         if knapsack.error > 0
         else "the knapsack's solution, which has no error"
     )
-
-
-def _check_unchanged(folder: RunFolder, options: Sequence[Sequence[Any]], record: SearchRecord) -> None:
-    def told(own: Sequence[Any]) -> list[Any]:
-        return [(o.structure, o.schedule, o.execution, o.error) for o in own]
-
-    if [told(own) for own in options] != [told(table.options) for table in record.network.tables]:
-        raise RunFolderError(
-            f"run folder {folder.path}: the options of its layers are no longer those of its search; was it written by "
-            "another version?"
-        )

@@ -13,13 +13,14 @@ from torch import Tensor
 from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence
 from sekron_search.errors import RunFolderError
-from sekron_search.files import digest, read_json, write_json
+from sekron_search.files import read_json, write_json
 from sekron_search.job import Job
 from sekron_search.model import batch_size, first_batches
 from sekron_search.network_tables import Tables
 from sekron_search.progress import Reporter
 from sekron_search.response import normalised_outputs
 from sekron_search.search.options import LayerTable
+from sekron_search.tensor_files import digest
 
 #: Held-out samples on which a response is measured, in whole batches: the knapsack's solutions are as good as with
 #: twice as many.

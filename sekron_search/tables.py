@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sekron_search.costs.analytic import layer_cost
 from sekron_search.errors import SekronError
-from sekron_search.files import read_json, read_tensors, write_json, write_tensors
+from sekron_search.files import read_json, write_json
 from sekron_search.kron.families import dense, family
 from sekron_search.kron.layer import Execution
 from sekron_search.kron.metric import InputMetric
@@ -27,6 +27,7 @@ from sekron_search.search.budget import CostName
 from sekron_search.search.options import LayerTable, Option
 from sekron_search.search.pareto import non_dominated
 from sekron_search.search.space import SearchSpace
+from sekron_search.tensor_files import read_tensors, write_tensors
 
 #: Raised whenever a change makes earlier tables wrong.
 TABLE_VERSION = 10

@@ -252,7 +252,7 @@ def test_resuming_needs_a_folder_and_a_missed_budget_an_exit_code(
     monkeypatch.setattr(sys, "argv", ["sekron-search", "run", str(config), "--resume"])
     with pytest.raises(SystemExit) as caught:
         main()
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     assert "name its folder with --out" in capsys.readouterr().err.lower()
     runner = CliRunner()
     assert runner.invoke(app, ["run", str(config), "--out", str(tmp_path / "out")]).exit_code == 0

@@ -22,8 +22,9 @@ from sekron_search.cli import app
 from sekron_search.config import Config
 from sekron_search.errors import ConfigError
 from sekron_search.export import load_weights
-from sekron_search.files import read_json, write_tensors
+from sekron_search.files import read_json
 from sekron_search.references import import_reference
+from sekron_search.tensor_files import write_tensors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning"

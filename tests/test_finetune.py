@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 
 from sekron_search.config import FinetuneConfig, make_settings
 from sekron_search.errors import ConfigError, DataError
-from sekron_search.files import read_checkpoint
 from sekron_search.finetune import Distillation, _outputs_of
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.losses import distillation_loss, layer_loss
 from sekron_search.model import replace_layers
+from sekron_search.tensor_files import read_checkpoint
 from sekron_search.training_data import TrainingData
 from tests.cases import blobs, small_net
 

@@ -25,7 +25,6 @@ from sekron_search.deployment import deploy
 from sekron_search.divergence import check_divergence, divergence, mean_divergence, reference_outputs
 from sekron_search.errors import DataError
 from sekron_search.exchange import codec, export_network
-from sekron_search.files import digest, write_tensors
 from sekron_search.inspection import inspect_model
 from sekron_search.losses import distillation_loss
 from sekron_search.model import batch_size, joined, output_tensors, part_of
@@ -35,6 +34,7 @@ from sekron_search.run import run
 from sekron_search.run_export import export_run
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.registry import make_runtime
+from sekron_search.tensor_files import digest, write_tensors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::UserWarning"

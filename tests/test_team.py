@@ -11,8 +11,9 @@ import torch
 
 from sekron_search import load
 from sekron_search.errors import DataError
-from sekron_search.files import read_json, read_tensors
+from sekron_search.files import read_json
 from sekron_search.team import ALONE, Team
+from sekron_search.tensor_files import read_tensors
 from tests.cases import write_config
 from tests.team_training import SIZES, trained
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from sekron_search import DataBundle
-from sekron_search.files import read_tensors, write_tensors
+from sekron_search.tensor_files import read_tensors, write_tensors
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).reshape(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1)

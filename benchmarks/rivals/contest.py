@@ -11,11 +11,12 @@ from torch import nn
 from benchmarks.rivals.methods import RIVALS
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError, DivergedError, InfeasibleBudgetError
-from sekron_search.files import digest, read_json, write_json, write_tensors
+from sekron_search.files import read_json, write_json
 from sekron_search.job import Job
 from sekron_search.learning_rate import tuned
 from sekron_search.progress import Reporter
 from sekron_search.references import import_reference
+from sekron_search.tensor_files import digest, write_tensors
 from sekron_search.timing import Placed, network_latencies
 
 

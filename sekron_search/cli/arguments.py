@@ -1,4 +1,4 @@
-"""What several commands share: their arguments and exit codes."""
+"""What several commands share: their arguments, exit codes and errors of usage."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from typing import Annotated
 
 import typer
 
+from sekron_search.cli.completion import run_folders
 from sekron_search.errors import ConfigError
 
 #: Exit code of a run that ended well but whose network, as measured, misses a budget.
 BUDGET_MISSED = 3
+
+#: Exit code of a command that was called in a wrong way.
+WRONG_USAGE = 2
+
+#: Short names of costs in `--budget`.
+SHORT_COSTS = {"latency": "latency_ms"}
 
 ConfigArgument = Annotated[
     Path, typer.Argument(help="YAML file that describes model, data and budget.", metavar="CONFIG")
@@ -29,17 +36,32 @@ ArtifactsOption = Annotated[
         help="Folder or s3://BUCKET/PREFIX for what workers need that do not see the run folder.", metavar="URL"
     ),
 ]
-RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", autocompletion=run_folders)]
+BudgetOption = Annotated[
+    list[str],
+    typer.Option(
+        help="A cost and its bound, such as flops=0.4x, params=2e5 or latency=0.5x (short for latency_ms); may be "
+        "repeated.",
+        metavar="COST=BOUND",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")
+]
 
 #: Units of times, in seconds.
 UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class UsageError(ConfigError):
+    """Arguments of a command that are wrong, or do not go together; names the option."""
 
 
 def seconds(text: str, option: str) -> float:
     """A time such as 90s, 10m or 2h, in seconds.
 
     Raises:
-        ConfigError: If it is none; names the option.
+        UsageError: If it is none; names the option.
     """
     number, unit = (text[:-1], text[-1]) if text and text[-1] in UNITS_S else (text, "s")
     try:
@@ -47,5 +69,21 @@ def seconds(text: str, option: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise ConfigError(f"{option}: expected a time such as 90s, 10m or 2h, got {text!r}")
+        raise UsageError(f"{option}: expected a time such as 90s, 10m or 2h, got {text!r}")
     return value
+
+
+def budget_of(texts: list[str]) -> dict[str, str]:
+    """Costs and their bounds from `--budget` options.
+
+    Raises:
+        UsageError: If one is not COST=BOUND, or a cost comes twice.
+    """
+    bounds: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = SHORT_COSTS.get(name, name)
+        if not equals or name in bounds:
+            raise UsageError(f"--budget: expected every cost once, as in flops=0.4x, got {text!r}")
+        bounds[name] = value
+    return bounds

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sekron_search.cli.arguments import RunArgument
+from sekron_search.cli.arguments import RunArgument, UsageError
+from sekron_search.cli.completion import candidates
 
 
 def profile(
@@ -35,13 +36,16 @@ def profile(
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of operations.")] = 0,
     merge: Annotated[Path | None, typer.Option(help="Another profile of this device, to take in.")] = None,
 ) -> None:
-    """Measure this device: a designed set of operations, and a model that predicts all others; some minutes.
+    """Measure this device.
 
-    torch-compile takes seconds for every one of the thousands of operations: hours. Nothing of any network is needed,
-    unless --for asks for the exact latencies of one. After Ctrl-C the same command goes on. Runs use the profile with
-    `latency.profile`, on any machine.
+    A designed set of operations, and a model that predicts all others; some minutes. torch-compile takes seconds
+    for every one of the thousands of operations: hours. Nothing of any network is needed, unless --for asks for the
+    exact latencies of one. After Ctrl-C the same command goes on. Runs use the profile with `latency.profile`, on
+    any machine.
 
-    Example: sekron-search profile --runtime onnxruntime --threads 1 --out phone.yaml
+    \b
+    Example:
+      sekron-search profile --runtime onnxruntime --threads 1 --out phone.yaml
     """
     from sekron_search.costs.profile import DeviceProfile
     from sekron_search.costs.profiling import measure_device, summary_rows, with_merged
@@ -100,7 +104,7 @@ def _exact_profile(config: Path, out: Path, given: dict[str, Any], reporter: Any
     from sekron_search.rundir import RunFolder
 
     if named := [name for name, value in given.items() if value is not None]:
-        raise ConfigError(f"--for: the config says with what to measure; leave out {', '.join(named)}")
+        raise UsageError(f"--for: the config says with what to measure; leave out {', '.join(named)}")
     job = job_from_config(Config.load(config))
     if job.elsewhere is not None:
         raise ConfigError(f"--for: {config}: its latency.profile is of another machine; leave it out to measure here")
@@ -117,16 +121,24 @@ def export(
     run_folder: RunArgument,
     format: Annotated[str, typer.Option(help="onnx, pt2 (torch.export), or safetensors (a folder for load).")],
     candidate: Annotated[
-        str | None, typer.Option(help="Name of a folder in RUN/candidates; by default the network that was chosen.")
+        str | None,
+        typer.Option(
+            help="Name of a folder in RUN/candidates; by default the network that was chosen.",
+            autocompletion=candidates,
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; by default in RUN/exports.")] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="ONNX: quantize as well, and measure the original quantized beside it.")
     ] = False,
 ) -> None:
-    """Write a finished run's network to a file for other programs, checked against PyTorch on real inputs.
+    """Write a run's network for other programs.
 
-    Example: sekron-search export runs/demo --format onnx --int8
+    The file is checked against PyTorch on real inputs.
+
+    \b
+    Example:
+      sekron-search export runs/demo --format onnx --int8
     """
     from sekron_search.progress import ConsoleReporter
     from sekron_search.run_export import export_run

@@ -1,31 +1,40 @@
-"""The command select: another budget for a finished run."""
+"""Commands that take another network out of a finished run: select for another budget, finish."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sekron_search.cli.arguments import RunArgument
+from sekron_search.cli.arguments import BudgetOption, JsonOption, RunArgument, UsageError, budget_of
+from sekron_search.cli.completion import selections, trials
+from sekron_search.cli.output import conclude, json_alone, print_json
 
 if TYPE_CHECKING:
     from sekron_search.select import Choice, Selection
 
+#: What `finish --export` takes.
+EXPORT_FORMATS = ("onnx", "pt2", "safetensors")
+
 
 def select(
     run_folder: RunArgument,
-    budget: Annotated[
-        list[str], typer.Option(help="A cost and its bound, such as flops=0.4x; may be repeated.", metavar="COST=BOUND")
-    ],
+    budget: BudgetOption,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the network; by default RUN/selections/ and the budget.")
     ] = None,
     print_only: Annotated[bool, typer.Option("--print-only", help="Write no network: neither model nor data.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Answer another budget from the tables and trials of a finished run, in seconds: no search, no training.
+    """Answer another budget from a finished run.
 
-    Example: sekron-search select runs/resnet --budget flops=0.4x --budget params=0.5x
+    From its tables and trials, in seconds: no search, no training.
+
+    \b
+    Example:
+      sekron-search select runs/resnet --budget flops=0.4x --budget params=0.5x
     """
     from sekron_search.progress import ConsoleReporter
     from sekron_search.rundir import RunFolder
@@ -34,27 +43,72 @@ def select(
     from sekron_search.select import with_network
 
     folder = RunFolder(run_folder)
-    found = answer(folder, Budget.of(_parsed(budget)))
+    found = answer(folder, Budget.of(budget_of(budget)))
     try:
         if not print_only:
-            found = with_network(folder, found, ConsoleReporter(), out)
+            with json_alone(as_json):
+                found = with_network(folder, found, ConsoleReporter(), out)
     finally:  # the answer stands, whether or not its network can be written
-        print("\n".join(_lines(found)))
-    if not print_only:
-        home = out or folder.selections / found.name
+        if not as_json:
+            print("\n".join(_lines(found)))
+    home = None if print_only else out or folder.selections / found.name
+    if as_json:
+        print_json({"run": str(run_folder), **found.to_json(), "network": None if home is None else str(home)})
+    elif home is not None:
         print(f"network, not fine-tuned: {home} (open it with sekron_search.load({str(home)!r}))")
 
 
-def _parsed(budget: list[str]) -> dict[str, str]:
-    from sekron_search.errors import ConfigError
+def finish(
+    run_folder: RunArgument,
+    trial: Annotated[
+        int | None, typer.Option(min=0, help="Number of a trial, as `show` lists them.", autocompletion=trials)
+    ] = None,
+    selection: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: name of a folder in RUN/selections, that `select` wrote.", autocompletion=selections
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder of the result; by default RUN/finished/trial-N or the selection's name."),
+    ] = None,
+    export: Annotated[
+        str | None, typer.Option(help="Also export it: onnx, pt2 or safetensors.", metavar="FORMAT")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Finish another network of a finished run.
 
-    bounds: dict[str, str] = {}
-    for text in budget:
-        name, equals, value = text.partition("=")
-        if not equals or name in bounds:
-            raise ConfigError(f"--budget: expected every cost once, as in flops=0.4x, got {text!r}")
-        bounds[name] = value
-    return bounds
+    It is fitted, measured, fine-tuned and saved, with a report of its own. Nothing is searched, and no tables are
+    made. Killed at any moment, the same command goes on. The settings are the run's own; a selection is judged by
+    the budget that it answers.
+
+    \b
+    Examples:
+      sekron-search finish runs/demo --trial 7
+      sekron-search finish runs/demo --selection params-0.3x --export onnx
+    """
+    from sekron_search.finishing import finish_run
+    from sekron_search.progress import ConsoleReporter
+    from sekron_search.run_export import export_run
+    from sekron_search.rundir import RunFolder
+
+    if (trial is None) == (selection is None):
+        raise UsageError("--trial, --selection: give one of the two")
+    if export not in (None, *EXPORT_FORMATS):
+        raise UsageError(f"--export: expected {', '.join(EXPORT_FORMATS)}, got {export!r}")
+    folder, reporter = RunFolder(run_folder), ConsoleReporter()
+    try:
+        with json_alone(as_json):
+            target, report = finish_run(folder, reporter, trial=trial, selection=selection, out=out)
+            if export is not None:
+                exported: dict[str, Any] = export_run(target, reporter, format=export)  # type: ignore[arg-type]
+                print(f"exported: {exported['file']}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    conclude(report, target.path, as_json=as_json)
 
 
 def _lines(found: Selection) -> list[str]:

@@ -19,12 +19,14 @@ def worker(
         str, typer.Option(help="How long to wait for a search to begin: 90s, 10m, 2h.", metavar="TIME")
     ] = "10m",
 ) -> None:
-    """Take part in the search of a run, as one of any number of processes, until the run searches no more.
+    """Take part in the search of a run.
 
-    Start as many as there are cores or GPUs to spare, before or after the run. The trials are the same however many
-    there are and whichever of them die.
+    As one of any number of processes, until the run searches no more. Start as many as there are cores or GPUs to
+    spare, before or after the run. The trials are the same however many there are and whichever of them die.
 
-    Example: sekron-search worker runs/resnet
+    \b
+    Example:
+      sekron-search worker runs/resnet
     """
     patience_s = seconds(patience, "--patience")
 
@@ -49,9 +51,14 @@ def proxy(
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 13000,
 ) -> None:
-    """Stand between many workers and a database: they give --storage grpc://HOST:PORT.
+    """Stand between workers and a database.
 
-    Neither encrypted nor protected by a password: keep it within the cluster's own network.
+    They give --storage grpc://HOST:PORT. Neither encrypted nor protected by a password: keep it within the
+    cluster's own network.
+
+    \b
+    Example:
+      sekron-search proxy postgresql://me@database/searches --host 0.0.0.0
     """
     from sekron_search.search.storage import masked, serve
 
@@ -65,7 +72,12 @@ def dashboard(
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8080,
 ) -> None:
-    """Open optuna-dashboard on the studies of a run."""
+    """Open optuna-dashboard on the studies of a run.
+
+    \b
+    Example:
+      sekron-search dashboard runs/resnet
+    """
     from sekron_search.errors import RunFolderError
     from sekron_search.rundir import RunFolder
     from sekron_search.search.dashboard import show

@@ -27,7 +27,9 @@ def shown(name: str, value: float) -> str:
 def headline(report: Mapping[str, Any]) -> str:
     """The verdict in a sentence."""
     met = all(budget["met"] for budget in report["budgets"])
-    return "Every budget is met." if met else "Not every budget is met."
+    origin = report.get("finishes")
+    told = "" if origin is None else f" This is {origin['source']} of run {origin['run']}, finished afterwards."
+    return ("Every budget is met." if met else "Not every budget is met.") + told
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -168,3 +169,8 @@ class Network:
     def chosen(self, assignment: Assignment) -> tuple[Option, ...]:
         """The option of every layer."""
         return tuple(table.options[i] for table, i in zip(self.tables, assignment, strict=True))
+
+    def digest(self, assignment: Assignment) -> str:
+        """Short name of an assignment's network, after what its layers become."""
+        structures = [(o.structure, o.schedule, o.execution) for o in self.chosen(assignment)]
+        return hashlib.sha256(repr(structures).encode()).hexdigest()[:10]

@@ -11,6 +11,7 @@ from sekron_search.errors import RunFolderError
 from sekron_search.files import read_json, write_json
 from sekron_search.search.budget import CostName
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
+from sekron_search.search.trial import Trial
 
 FORMAT = 4
 
@@ -42,6 +43,23 @@ class SearchRecord:
         """An assignment of the search as one of all options."""
         return tuple(kept[i] for kept, i in zip(self.searched, assignment, strict=True))
 
+    def check_options(self, options: Sequence[Sequence[Option]], where: Path) -> None:
+        """Raise a `RunFolderError` unless the options of the layers, all that were fitted, are those of the record.
+
+        Args:
+            options: Of every layer, as they are now.
+            where: The record's file, for the message.
+        """
+
+        def told(own: Sequence[Option]) -> list[Any]:
+            return [(o.structure, o.schedule, o.execution, o.error) for o in own]
+
+        if [told(own) for own in options] != [told(table.options) for table in self.network.tables]:
+            raise RunFolderError(
+                f"{where}: the options of its layers are no longer those of its search; was it written by another "
+                "version?"
+            )
+
     def save(self, path: Path) -> None:
         """Write the record."""
         data = {"format": FORMAT, "network": network_json(self.network), "budgeted": list(self.budgeted)}
@@ -63,6 +81,32 @@ class SearchRecord:
             return cls(network_from_json(data["network"]), searched, tuple(data["budgeted"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunFolderError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """The trials of a search.
+
+    Raises:
+        RunFolderError: If the file is missing or damaged.
+    """
+    data = read_json(path)
+    try:
+        return [Trial.from_json(trial) for trial in data["trials"]]
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def trial_of(trials: Sequence[Trial], index: int, where: Path) -> Trial:
+    """The trial of a number.
+
+    Raises:
+        RunFolderError: If there is none; says which there are.
+    """
+    found = next((trial for trial in trials if trial.index == index), None)
+    if found is None:
+        known = f"{trials[0].index} to {trials[-1].index}" if trials else "none"
+        raise RunFolderError(f"{where}: expected the number of one of its trials ({known}), got {index}")
+    return found
 
 
 def network_json(network: Network) -> dict[str, Any]:

@@ -1,0 +1,346 @@
+"""What a run will do, and about how long it takes, from short measurements of its parts: nothing is written.
+
+Every part of a run that takes long is timed once or a few times as the run itself does it: a pass of the network, a
+step of the training, the fits of a few structures of every kind of layer. The rest is counting.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from sekron_search.calibration import collect_metrics, memory_groups
+from sekron_search.costs.measure import Stopwatch
+from sekron_search.costs.profile import DeviceProfile
+from sekron_search.curvature import output_curvature
+from sekron_search.errors import DataError
+from sekron_search.fitting import LEAST_SECONDS
+from sekron_search.inspection import inspect_model
+from sekron_search.job import Job
+from sekron_search.kron.metric import InputMetric
+from sekron_search.kron.refine import Refiner
+from sekron_search.kron.steps import Schedule
+from sekron_search.learning_rate import FACTOR, FEWEST_STEPS, LARGEST_SHARE, MOST_STEPS, SHARE, START
+from sekron_search.model import LayerInfo, batch_size, copy_model, first_batches, layer_weight, run_model
+from sekron_search.prepare import TIMED_SCHEDULES
+from sekron_search.progress import Reporter
+from sekron_search.runtimes.base import threads
+from sekron_search.scoring import CandidateStructure, candidates, scores, shortlist
+from sekron_search.selection import worthwhile
+from sekron_search.table_responses import LEAST_OPTIONS, SAMPLES
+from sekron_search.timing import Placed, network_costs
+
+#: Structures of a kind of layer that are fitted for the estimate: so many, or as many as take so many seconds, but for
+#: the fewest. Options that are timed.
+FITTED, FIT_S, FEWEST_FITTED, TIMED = 12, 1.0, 2, 4
+
+#: Multiples of it modulo 1 are spread evenly, however many there are.
+GOLDEN = (5**0.5 - 1) / 2
+
+#: Steps of the training that are timed, after one that is not.
+STEPS = 3
+
+#: Learning rates that are tried, as it mostly comes out.
+RATES = 4
+
+#: Seconds of importing matplotlib and drawing the plots.
+PLOTS_S = 3.0
+
+#: Bytes of an option in JSON files, of a parameter, and of plots and reports.
+OPTION_BYTES, PARAM_BYTES, REPORT_BYTES = 1500, 4, 2 * 2**20
+
+#: What a run takes at its largest, in multiples of what its parts take here: records, plots, fragments of memory.
+HELD = 1.25
+
+#: What a checkpoint of the training holds per parameter: the weight and two moments of AdamW.
+CHECKPOINT = 3
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is to be done for a layer.
+
+    Args:
+        name: The layer.
+        structures: Structures of the search space, which are scored.
+        options: Those of them that are fitted on calibration data.
+    """
+
+    name: str
+    structures: int
+    options: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: how much there is to do, and about how many seconds it takes."""
+
+    name: str
+    amount: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will do. All numbers but counts are estimates.
+
+    Args:
+        layers: Of the network that can be replaced.
+        stages: Of the run, in their order.
+        memory_bytes: Of the run's process at its largest, and of the processes that fit tables beside it.
+        device_memory_bytes: Of the GPU; None without one.
+        disk_bytes: Of the run folder.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    stages: tuple[Stage, ...]
+    memory_bytes: int
+    device_memory_bytes: int | None
+    disk_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"estimate": True, "seconds": self.seconds, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Layers of equal shape and geometry, of which one was measured.
+
+    Args:
+        structures: That are scored.
+        shortlist: That are fitted.
+        score_s, fit_s: Seconds of the scoring, and of fitting one of the shortlist.
+    """
+
+    structures: int
+    shortlist: tuple[CandidateStructure, ...]
+    score_s: float
+    fit_s: float
+
+    @property
+    def params(self) -> float:
+        """Of an option, on average."""
+        return sum(c.cost.params for c in self.shortlist) / max(len(self.shortlist), 1)
+
+
+def estimate(job: Job, reporter: Reporter) -> Estimate:
+    """Measure the parts of a run, and count how often it does each.
+
+    Args:
+        job: The run.
+        reporter: Told of the progress.
+
+    Raises:
+        DataError: If nothing can be replaced, or network, data and settings do not fit together.
+    """
+    base_bytes = _peak_bytes()
+    job.model.eval()
+    with threads(job.settings.latency.num_threads):
+        layers = worthwhile(inspect_model(job.model, job.example_inputs), job.settings.space).layers
+        if not layers:
+            raise DataError("no layer can be replaced; see `sekron-search inspect`")
+        reporter.say("measuring the original network")
+        original: dict[str, Placed] = {"original": (job.model, job.memory_formats[0])}
+        pass_s = _pass_seconds(job)
+        metric = job.validate
+        metric_s = 0.0 if metric is None else _once(lambda: metric(job.model), job)
+        first_s, costs_s = (_once(lambda: network_costs(job, original), job) for _ in range(2))
+        moments_s, metrics = _calibrated(job, layers)
+        kinds = _kinds(job, layers, metrics, reporter)
+        stages = [
+            Stage("original", "its costs and metric", first_s + len(job.memory_formats) * costs_s + metric_s),
+            _tables(job, layers, kinds, moments_s),
+            *_latencies(job, layers, kinds, reporter),
+            *_search(job, layers, kinds, pass_s),
+            _candidates(job, layers, kinds, pass_s, metric_s + 3 * costs_s),
+            *_training(job, metric_s, reporter),
+            Stage("report", "costs of two networks, metrics of three, plots", 2 * costs_s + 3 * metric_s + PLOTS_S),
+        ]
+    workers = _workers(job, layers, _fit_seconds(layers, kinds))
+    peak = int(HELD * _peak_bytes()) + (workers * base_bytes if workers > 1 else 0)
+    return Estimate(
+        tuple(LayerPlan(i.name, kinds[_key(i)].structures, len(kinds[_key(i)].shortlist)) for i in layers),
+        tuple(stages),
+        peak,
+        torch.cuda.max_memory_reserved(job.device) if job.device.type == "cuda" else None,
+        _disk_bytes(job, layers, kinds),
+    )
+
+
+def _key(info: LayerInfo) -> LayerInfo:
+    """What layers of a kind have in common."""
+    return replace(info, name="", output_shift="kept")
+
+
+def _once(call: Callable[[], object], job: Job) -> float:
+    watch = Stopwatch(job.device)
+    call()
+    return watch.seconds()
+
+
+@torch.no_grad()
+def _pass_seconds(job: Job) -> float:
+    """Of a pass of the original, per sample: the median of three, after one that is not counted."""
+    inputs = job.calibration[0]
+    times = [_once(lambda: run_model(job.model, inputs), job) for _ in range(4)]
+    return sorted(times[1:])[1] / batch_size(inputs)
+
+
+def _samples(batches: Sequence[Any]) -> int:
+    return sum(map(batch_size, batches))
+
+
+def _calibrated(job: Job, layers: Sequence[LayerInfo]) -> tuple[float, dict[str, InputMetric]]:
+    """Seconds of the moments of all layers, from one batch of them; one metric of every kind of layer."""
+    few = list({_key(info): info for info in layers}.values())
+    watch = Stopwatch(job.device)
+    curvature = {}
+    if job.settings.calibration.curvature:
+        classes = job.settings.search.divergence == "kl"
+        curvature = output_curvature(job.model, few, job.calibration[:1], classes=classes, seed=job.settings.seed)
+    found: dict[str, InputMetric] = {}
+    for group in memory_groups(few):
+        found |= collect_metrics(job.model, group, job.calibration[:1], curvature=curvature, seed=job.settings.seed)
+    share = len(layers) / len(few)
+    return watch.seconds() * share * len(job.calibration), {_key(i): found[i.name] for i in few}  # type: ignore[misc]
+
+
+def _kinds(job: Job, layers: Sequence[LayerInfo], metrics: Any, reporter: Reporter) -> dict[LayerInfo, _Kind]:
+    """One layer of every kind: scored as the run scores it, and a few of its structures fitted."""
+    space = job.settings.space
+    first = {_key(info): info for info in reversed(layers)}
+    found = {}
+    with reporter.task("measuring fits", len(first)) as task, threads(None if job.device.type == "cuda" else 1):
+        for done, (key, info) in enumerate(first.items(), start=1):
+            weight = layer_weight(job.model, info).double()
+            watch = Stopwatch(job.device)
+            pool = candidates(info, space)
+            chosen = [pool[i] for i in shortlist(pool, scores(pool, weight, space.max_fits), space.max_options)]
+            score_s = watch.seconds()
+            fit_s = _fit_seconds_of(job, chosen, Refiner(weight, metrics[key]))
+            found[key] = _Kind(len(pool), tuple(chosen), score_s, fit_s)
+            task.update(done, info.name)
+    return found
+
+
+def _fit_seconds_of(job: Job, chosen: Sequence[CandidateStructure], refiner: Refiner) -> float:
+    """Of one of these, on average: some are fitted, spread over their flops whenever time is up."""
+    order = sorted(range(len(chosen)), key=lambda i: (i + 1) * GOLDEN % 1)[:FITTED]
+    watch, done = Stopwatch(job.device), 0
+    for i in order:
+        refiner.fit(chosen[i].structure, steps=job.settings.calibration.refine_steps)
+        done += 1
+        if done >= FEWEST_FITTED and watch.seconds() > FIT_S:
+            break
+    return watch.seconds() / max(done, 1)
+
+
+def _fit_seconds(layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind]) -> float:
+    return sum(kinds[_key(i)].score_s + kinds[_key(i)].fit_s * len(kinds[_key(i)].shortlist) for i in layers)
+
+
+def _workers(job: Job, layers: Sequence[LayerInfo], seconds: float) -> int:
+    """Processes that fit tables."""
+    several = job.device.type != "cuda" and seconds > LEAST_SECONDS
+    return min(torch.get_num_threads(), len(layers)) if several else 1
+
+
+def _tables(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], moments_s: float) -> Stage:
+    seconds = _fit_seconds(layers, kinds)
+    count = sum(len(kinds[_key(i)].shortlist) for i in layers)
+    amount = f"{count:,} options of {len(layers)} layers, fitted on {_samples(job.calibration):,} samples"
+    return Stage("tables", amount, moments_s + seconds / _workers(job, layers, seconds))
+
+
+def _latencies(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], reporter: Reporter) -> list[Stage]:
+    """The clock's part, where latency is budgeted and not predicted."""
+    if "latency_ms" not in job.settings.bounds.names or job.elsewhere is not None:
+        return []
+    runtime = job.runtime(job.memory_formats[0])
+    info = max(layers, key=lambda i: len(kinds[_key(i)].shortlist))
+    few = kinds[_key(info)].shortlist[:TIMED]
+    jobs = [(info, c.structure, Schedule.parse(str(c.cost.schedule)), "factored") for c in few]
+    reporter.say("measuring latencies of a few options")
+    seconds = _once(lambda: DeviceProfile.empty(runtime).measure(jobs, job.batch, runtime), job)  # type: ignore[arg-type]
+    count = sum(len(kinds[key].shortlist) for key in {_key(i) for i in layers}) * TIMED_SCHEDULES
+    return [Stage("latencies", f"{count:,} ways to run an option, at most", seconds / max(len(few), 1) * count)]
+
+
+def _search(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], pass_s: float) -> list[Stage]:
+    trials, held_out = job.settings.search.trials, _samples(job.holdout)
+    copy_s = _once(lambda: copy_model(job.model), job)
+    seen = _samples(first_batches(job.holdout, SAMPLES))
+    options = sum(len(kinds[_key(i)].shortlist) for i in layers)
+    affordable = trials * held_out // seen
+    responses = min(options, affordable) if affordable >= LEAST_OPTIONS * len(layers) else 0
+    return [
+        Stage("responses", f"{responses:,} options", responses * (copy_s + seen * pass_s)),
+        Stage("trials", f"{trials} networks on {held_out:,} samples", trials * (copy_s + 1.25 * held_out * pass_s)),
+    ]
+
+
+def _candidates(
+    job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], pass_s: float, measured_s: float
+) -> Stage:
+    """Fits layer after layer: a fit each, and passes of both networks up to the layer; then costs and metric."""
+    count = job.settings.finetune.candidates
+    fits_s = 0.0
+    if job.settings.calibration.sequential_steps:
+        fits_s = sum(kinds[_key(i)].fit_s for i in layers) + len(layers) * 2 * _samples(job.calibration) * pass_s
+    amount = f"{count} networks, layer after layer"
+    return Stage("candidates", amount, count * (fits_s + measured_s + _samples(job.holdout) * pass_s))
+
+
+def _training(job: Job, metric_s: float, reporter: Reporter) -> list[Stage]:
+    """Fine-tuning of all candidates to the end: successive halving may end some of them earlier."""
+    distillation, count = job.distillation, job.settings.finetune.candidates
+    if distillation is None:
+        return []
+    reporter.say("measuring steps of the training")
+    student = copy_model(job.model)
+
+    def train(steps: int) -> float:
+        brief = distillation.briefly(steps).with_rate(START / FACTOR)
+        return _once(
+            lambda: brief.train(
+                student, checkpoint=None, validate=None, after_epoch=lambda epoch, metric: True, progress=lambda d: None
+            ),
+            job,
+        )
+
+    train(1)
+    batch_s = train(STEPS) / min(STEPS * distillation.config.accumulate, len(distillation.data))
+    epochs, total = distillation.config.epochs, distillation.total_steps
+    batches = count * distillation.total_batches
+    stages = []
+    if distillation.config.learning_rate == "auto":
+        steps = max(min(int(total * SHARE), MOST_STEPS), min(FEWEST_STEPS, int(total * LARGEST_SHARE)), 1)
+        tried = RATES * steps * distillation.config.accumulate
+        stages.append(Stage("learning rate", f"about {RATES} trainings of {steps} steps", tried * batch_s))
+    amount = f"{count} networks, {epochs} epochs, {batches:,} batches at most"
+    return [*stages, Stage("fine-tuning", amount, batches * batch_s + count * epochs * metric_s)]
+
+
+def _peak_bytes() -> int:
+    """Of memory that this process has taken so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _disk_bytes(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind]) -> int:
+    tables = sum(len(kinds[_key(i)].shortlist) * (kinds[_key(i)].params * PARAM_BYTES + OPTION_BYTES) for i in layers)
+    bound = dict(job.settings.bounds.items()).get("params")
+    share = bound.value if bound is not None and bound.relative else 1.0
+    weights = share * sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
+    trained = CHECKPOINT if job.distillation is not None else 0
+    return int(tables + weights * (1 + job.settings.finetune.candidates * (2 + trained)) + REPORT_BYTES)

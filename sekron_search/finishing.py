@@ -1,0 +1,208 @@
+"""Another network of a finished run's search, finished as the run finished its own: no search, no new tables.
+
+The folder that comes out is a run folder whose search is known: `run` does in it what is left of its stages, and goes
+on with it after a kill.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sekron_search.api import Result, job_from_config
+from sekron_search.catalog import Searched, finished_report
+from sekron_search.config import AuditConfig, Config
+from sekron_search.errors import ConfigError, RunFolderError
+from sekron_search.export import load
+from sekron_search.files import atomic, read_json, read_yaml, write_json
+from sekron_search.job import Job
+from sekron_search.pick import Pick
+from sekron_search.progress import ConsoleReporter, Reporter
+from sekron_search.run import run as run_stages
+from sekron_search.rundir import RunFolder
+from sekron_search.search.budget import Budget, meets
+from sekron_search.search.record import SearchRecord, trial_of
+from sekron_search.search.trial import Trial
+
+#: Source of a trial that is none of the search: what `select` found.
+SELECTED = "selection"
+
+
+def finish(
+    run: str | os.PathLike[str],
+    *,
+    trial: int | None = None,
+    selection: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Result:
+    """Finish another trial of a run than the one it chose: fit, measure, fine-tune, save and report it.
+
+    Called again after a kill, it goes on.
+
+    Args:
+        run: Run folder of a finished run whose network and data a configuration describes.
+        trial: Number of a trial of its front, or of any other of its trials.
+        selection: Instead: name of a folder in the run's `selections/`.
+        out: Run folder of the result; by default in the run's `finished/`.
+        progress: Whether to show progress on standard error.
+
+    Raises:
+        SekronError: As for `finish_run`.
+    """
+    folder, report = finish_run(
+        RunFolder(run),
+        ConsoleReporter() if progress else Reporter(),
+        trial=trial,
+        selection=selection,
+        out=None if out is None else Path(out),
+    )
+    return Result(load(folder.path), report, folder.path)
+
+
+def finish_run(
+    folder: RunFolder,
+    reporter: Reporter,
+    *,
+    trial: int | None = None,
+    selection: str | None = None,
+    out: Path | None = None,
+) -> tuple[RunFolder, dict[str, Any]]:
+    """The stages of a run that follow its search, for one of its networks, in a run folder of their own.
+
+    The settings are the run's: the fine-tuning, the learning rate that was found, the budget that the result is judged
+    by. A selection is judged by the budget that it answers. The run's audit is not repeated.
+
+    Args:
+        folder: The finished run.
+        reporter: Told of the progress.
+        trial: Number of one of its trials.
+        selection: Instead: name of a folder in its `selections/`.
+        out: Run folder of the result; by default `finished/trial-N` or `finished/` and the selection's name in the run.
+
+    Returns:
+        The result's folder and report.
+
+    Raises:
+        ConfigError: If not exactly one of trial and selection is given.
+        RunFolderError: If the run has not finished, there is no such trial or selection, its network was given as an
+            object, network or data changed since, or `out` holds something else.
+    """
+    if (trial is None) == (selection is None):
+        raise ConfigError("finish: name a trial or a selection, one of the two")
+    finished_report(folder)
+    if "model" not in read_yaml(folder.config, f"config {folder.config}"):
+        raise RunFolderError(
+            f"run folder {folder.path}: its network was given as an object, which no file names: another of its "
+            "networks cannot be finished; describe model and data in a config file for that"
+        )
+    found = _trial_of(folder, trial) if trial is not None else _selected(folder, str(selection))
+    target = RunFolder(out or folder.finished / found.name)
+    job = _job(folder)
+    with target.claimed(job.fingerprint(), resume=True):
+        _begin(folder, target, found)
+    return target, run_stages(job, target, reporter, resume=True)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A network of a run.
+
+    Args:
+        name: For a folder.
+        pick: Of it.
+        record: All options, and no assignment but of all of them.
+        trials: The run's, and the network itself where it is none of them.
+    """
+
+    name: str
+    pick: Pick
+    record: SearchRecord
+    trials: list[Trial]
+
+
+def _whole(folder: RunFolder) -> tuple[SearchRecord, list[Trial]]:
+    """A run's options and trials, assignments as of all options."""
+    found = Searched.load(folder)
+    every = tuple(tuple(range(len(table.options))) for table in found.record.network.tables)
+    return replace(found.record, searched=every), list(found.trials)
+
+
+def _trial_of(folder: RunFolder, number: int) -> _Found:
+    record, trials = _whole(folder)
+    trial_of(trials, number, folder.search)
+    own = Pick.of(folder)
+    budget = Config.load(folder.config).budget if own is None else own.budget
+    return _Found(f"trial-{number}", Pick(folder.identity, f"trial {number}", number, budget), record, trials)
+
+
+def _selected(folder: RunFolder, name: str) -> _Found:
+    path = folder.selections / name / "selection.json"
+    if not path.exists():
+        known = ", ".join(sorted(p.parent.name for p in folder.selections.glob("*/selection.json"))) or "there is none"
+        raise RunFolderError(f"run folder {folder.path}: expected one of its selections ({known}), got {name!r}")
+    record, trials = _whole(folder)
+    data = read_json(path)
+    try:
+        chosen, budget = data["chosen"], dict(data["budget"])
+        assignment, divergence = tuple(chosen["assignment"]), float(chosen["divergence"])
+        costs = {str(cost): value for cost, value in record.network.costs(assignment).items()}
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise RunFolderError(
+            f"{path}: damaged, or written by an earlier version ({type(error).__name__}: {error}); select it again"
+        ) from None
+    bounds = Budget.of(budget).resolve(record.network.original)
+    trials = [replace(t, feasible=meets(t.costs, bounds)) for t in trials]
+    same = next((t for t in trials if t.assignment == assignment and not t.pruned), None)
+    if same is None:
+        number = 1 + max((t.index for t in trials), default=-1)
+        same = Trial(number, assignment, divergence, costs, feasible=meets(costs, bounds), source=SELECTED)
+        trials.append(same)
+    return _Found(name, Pick(folder.identity, f"selection {name}", same.index, budget), record, trials)
+
+
+def _job(folder: RunFolder) -> Job:
+    """The run's job, checked to be the run's, as one that takes its tables and repeats no audit."""
+    config = Config.load(folder.config)
+    job = job_from_config(config)
+    folder.check(job.fingerprint())
+    tables = (config.tables or folder.tables).resolve()
+    update = {"tables": tables, "audit": AuditConfig(), "out": None}
+    return replace(job, settings=job.settings.model_copy(update=update))
+
+
+def _begin(folder: RunFolder, target: RunFolder, found: _Found) -> None:
+    """Put what the run knows into a folder; what is there already stays, so that a killed call is gone on with.
+
+    Raises:
+        RunFolderError: If the folder finishes something else.
+    """
+    known = Pick.of(target)
+    if known is not None and known != found.pick:
+        raise RunFolderError(
+            f"run folder {target.path}: it finishes {known.source} of run {known.run}, not {found.pick.source} of run "
+            f"{found.pick.run}; choose another --out"
+        )
+    if known is None:
+        if target.config.exists():
+            raise RunFolderError(f"run folder {target.path}: it holds a run with a search of its own; choose another")
+        found.pick.save(target)  # first, so that nothing takes the folder for one that has to search
+    for path in (folder.layout, folder.original, folder.profile, folder.calibration, folder.learning_rate):
+        _copy(path, target.path / path.name)
+    picked = trial_of(found.trials, found.pick.trial, folder.search)
+    home = folder.candidates / found.record.network.digest(picked.assignment)
+    for name in ("weights.safetensors", "candidate.json", "checkpoint.pt"):
+        _copy(home / name, target.candidates / home.name / name)
+    if not target.search.exists():
+        write_json(target.search, {"trials": [t.to_json() for t in found.trials]})
+    if not target.network.exists():
+        found.record.save(target.network)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.exists() and not target.exists():
+        with atomic(target) as temporary:
+            shutil.copyfile(source, temporary)
