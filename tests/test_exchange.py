@@ -17,7 +17,7 @@ from sekron_search.cli import app
 from sekron_search.config import Config
 from sekron_search.errors import ConfigError, DataError, RunFolderError
 from sekron_search.exchange import FileFormat, export_network
-from sekron_search.files import read_json
+from sekron_search.files import read_json, write_json
 from sekron_search.model import REPLACEMENTS
 from sekron_search.progress import Reporter
 from sekron_search.report.write import write_report
@@ -228,7 +228,7 @@ def test_command(finished: RunFolder) -> None:
 
 def test_damaged_records_are_named(finished: RunFolder) -> None:
     path = finished.exports / "other.json"
-    path.write_text("{}")
+    write_json(path, {})
     try:
         with pytest.raises(RunFolderError, match=r"report.json, or a file in .*exports, is damaged"):
             write_report(finished)
