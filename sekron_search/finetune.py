@@ -40,12 +40,14 @@ class Distillation:
         data: Training batches.
         config: Epochs, optimizer, loss.
         divergence: How outputs are compared.
+        frees_layers: Whether errors of layers count less and less.
     """
 
     teacher: nn.Module
     data: TrainingData
     config: FinetuneConfig
     divergence: DivergenceName
+    frees_layers: bool = True
 
     @property
     def total_batches(self) -> int:
@@ -73,9 +75,13 @@ class Distillation:
         return replace(self, config=self.config.model_copy(update={"learning_rate": rate}))
 
     def briefly(self, steps: int) -> Distillation:
-        """The same, from warm-up to the end of the decay, in one epoch of at most so many steps."""
+        """The beginning, from warm-up to the end of the decay, in one epoch of at most so many steps.
+
+        Errors of layers count in full to the end: outputs alone, after few steps, are nearest to the original's at a
+        fraction of the rate that is best for a long training.
+        """
         data = replace(self.data, limit=steps * self.config.accumulate)
-        return replace(self, config=self.config.model_copy(update={"epochs": 1}), data=data)
+        return replace(self, config=self.config.model_copy(update={"epochs": 1}), data=data, frees_layers=False)
 
     def check(self) -> None:
         """Compute the loss of one batch, before any long work depends on it.
@@ -137,7 +143,8 @@ class Distillation:
         saved = read_checkpoint(checkpoint) if checkpoint is not None and checkpoint.exists() else None
         team = Team.here()
         if team.size > 1:
-            team.told(_Task(self.config, self.data.limit, layers_json(model), dict(model.state_dict()), saved))
+            layers, weights = layers_json(model), dict(model.state_dict())
+            team.told(_Task(self.config, self.data.limit, self.frees_layers, layers, weights, saved))
         with self._started(model, saved, team) as state:
             going = [after_epoch(int(row["epoch"]), row["metric"]) for row in state.curve][-1:] != [False]
             while team.told(going and len(state.curve) < self.config.epochs):
@@ -152,13 +159,14 @@ class Distillation:
 
     @torch.no_grad()
     def loss_of(self, model: nn.Module, batches: Iterable[Batch]) -> float:
-        """Mean loss of a network in training mode, as at the end of a training; its running statistics may change."""
+        """Mean loss of a network in training mode, without training it; its running statistics may change."""
         model.train()
-        device = next(model.parameters()).device
+        device, weight = next(model.parameters()).device, self.config.layer_weight
+        replaced = self._layers_of(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.data.seed)
             losses = [
-                float(self._loss(model, [], 0.0, to_device(inputs, device), to_device(target, device)))
+                float(self._loss(model, replaced, weight, to_device(inputs, device), to_device(target, device)))
                 for inputs, target in batches
             ]
         return math.fsum(losses) / len(losses)
@@ -178,7 +186,8 @@ class Distillation:
 
     def assist(self, task: _Task) -> None:
         """Take part in a training that the team's first process has begun."""
-        team, brief = Team.here(), replace(self, data=replace(self.data, limit=task.limit))
+        data = replace(self.data, limit=task.limit)
+        team, brief = Team.here(), replace(self, data=data, frees_layers=task.frees_layers)
         model = with_layers(self.teacher, task.layers).to(trainable(self.teacher)[0].device)
         model.load_state_dict(task.state)
         # The first process decides what comes of a training that diverges.
@@ -201,7 +210,7 @@ class Distillation:
         summed, done, together = 0.0, 0, self.config.accumulate
         for done, (inputs, target) in enumerate(self.data.epoch(epoch, state.team), start=1):
             # Close to the original's layers first, then free to make up for each other's errors.
-            weight = self.config.layer_weight * state.remaining
+            weight = self.config.layer_weight * (state.remaining if self.frees_layers else 1.0)
             loss = self._loss(state.model, replaced, weight, to_device(inputs, device), to_device(target, device))
             # What is left over at the end of an epoch makes a step of its own, as large as there are batches in it.
             state.add(loss / min(together, len(self.data) - (done - 1) // together * together))
@@ -275,6 +284,7 @@ class _Task:
     Args:
         config: Of it.
         limit: Batches of an epoch at most.
+        frees_layers: Whether errors of layers count less and less.
         layers: How the replaced layers are built.
         state: Of the network.
         checkpoint: To go on from.
@@ -282,6 +292,7 @@ class _Task:
 
     config: FinetuneConfig
     limit: int | None
+    frees_layers: bool
     layers: Mapping[str, Mapping[str, str]]
     state: Mapping[str, Tensor]
     checkpoint: dict[str, Any] | None
