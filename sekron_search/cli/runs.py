@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sekron_search.cli.arguments import ArtifactsOption, JsonOption, RunArgument, StorageOption, UsageError, seconds
+from sekron_search.cli.arguments import (
+    INTERRUPTED,
+    ArtifactsOption,
+    JsonOption,
+    RunArgument,
+    StorageOption,
+    UsageError,
+    seconds,
+)
 from sekron_search.cli.completion import run_folders
 from sekron_search.cli.configuration import Given, with_config_options
 from sekron_search.cli.output import conclude, json_alone, print_json, print_table
@@ -105,7 +113,7 @@ def run(
             report = run_stages(job, folder, ConsoleReporter(), resume=resume, sharing=Sharing(storage, artifacts))
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_how_to_go_on(folder, shared=bool(storage or artifacts))}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     if first:
         conclude(report, folder.path, as_json=as_json)
 
