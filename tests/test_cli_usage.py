@@ -101,6 +101,7 @@ def test_wrong_usage_is_exit_code_2_and_names_the_option(
         ): f"--data {tmp_path / 'none'}: config key 'data.path': no such",
         ("run", config, "--device", "abacus"): "--device abacus: key 'device'",
         ("run", config, "--time-limit", "soon"): "--time-limit: expected a time",
+        ("run", config, "--time-limit", "0s"): "--time-limit: expected more than no time",
         ("run", config, "--resume"): "--resume: which run?",
         ("run", "--resume", "--out", str(tmp_path / "none")): "holds no run that has begun",
         ("select", str(tmp_path), "--budget", "flops"): "--budget: expected every cost once",

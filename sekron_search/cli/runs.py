@@ -138,7 +138,10 @@ def _limited(config: Config, time_limit: str | None) -> Config:
     """With the time limit of the search that is given, if one is."""
     if time_limit is None:
         return config
-    limited = config.search.model_copy(update={"time_limit_s": seconds(time_limit, "--time-limit")})
+    limit_s = seconds(time_limit, "--time-limit")
+    if limit_s == 0:
+        raise UsageError("--time-limit: expected more than no time, for the search takes at least a trial")
+    limited = config.search.model_copy(update={"time_limit_s": limit_s})
     return config.model_copy(update={"search": limited})
 
 
