@@ -210,7 +210,8 @@ def test_budgets_resolve_absolute_and_relative() -> None:
 
 def test_bounds_as_text_are_the_same_bounds() -> None:
     """A selection is kept as text, and judged by it afterwards: a rounded bound would be another one."""
-    for asked, text in {1234567: "1234567", "1234.5678x": "1234.5678x", 2e5: "200000", "0.4x": "0.4x"}.items():
+    written: dict[float | str, str] = {1234567: "1234567", "1234.5678x": "1234.5678x", 2e5: "200000", "0.4x": "0.4x"}
+    for asked, text in written.items():
         ((_, bound),) = Budget(params=asked).items()
         assert str(bound) == text
         ((_, again),) = Budget(params=text).items()
