@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +64,12 @@ def list_runs(folder: Path) -> list[RunEntry]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    for here, below, files in os.walk(folder):
+    seen: set[str] = set()  # links may lead into a circle
+    for here, below, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
         if RunFolder(here).manifest.name in files:
             below[:] = [name for name in below if name == RunFolder(here).finished.name]
@@ -76,14 +81,15 @@ def _entry(folder: RunFolder) -> RunEntry:
     try:
         folder.read_manifest()
         facts = {"date": _date(folder), **_asked(folder)}
+        claimed = folder.is_claimed()  # before the report is looked for, for a run may end in between
         if folder.report.exists():
             return RunEntry(name, "finished", **facts, **_verdict(finished_report(folder)))
-        if folder.is_claimed():
+        if claimed:
             return RunEntry(name, "running", _stage(folder), **facts)
         if folder.failure.exists():
             return RunEntry(name, "failed", _stage(folder), str(read_json(folder.failure)["message"]), **facts)
         return RunEntry(name, "interrupted", _stage(folder), **facts)
-    except (SekronError, KeyError, TypeError, AttributeError) as error:
+    except (SekronError, OSError, KeyError, TypeError, AttributeError) as error:
         return RunEntry(name, "unreadable", reason=str(error) or type(error).__name__)
 
 
@@ -107,13 +113,10 @@ def _texts(budget: Any) -> dict[str, str]:
     return {str(name): str(bound) for name, bound in budget.items()}
 
 
-def _verdict(report: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "met": all(budget["met"] for budget in report["budgets"]),
-        "metric_name": report["metric_name"],
-        "metric": report["compressed"]["metric"],
-        "original_metric": report["original"]["metric"],
-    }
+def _verdict(report: Mapping[str, Any]) -> dict[str, Any]:
+    found = outcome(report)
+    metrics = {"metric": found["compressed"]["metric"], "original_metric": found["original"]["metric"]}
+    return {"met": found["met"], "metric_name": found["metric_name"], **metrics}
 
 
 def _stage(folder: RunFolder) -> str:
@@ -126,7 +129,6 @@ def _stage(folder: RunFolder) -> str:
         (trained or folder.network.exists(), "fine-tuning"),
         (any(folder.candidates.glob("*/candidate.json")), "fitting candidates"),
         (folder.study.exists(), "searching"),
-        (any(folder.tables.glob("*.json")), "fitting tables"),
         (folder.original.exists(), "fitting tables"),
     ]
     return next((stage for is_there, stage in reached if is_there), "preparing")
@@ -141,10 +143,18 @@ def finished_report(folder: RunFolder) -> dict[str, Any]:
     folder.read_manifest()
     if not folder.report.exists():
         raise RunFolderError(f"run folder {folder.path}: not a finished run; go on with `run --resume`")
-    report = read_json(folder.report)
-    if not isinstance(report, dict):
-        raise RunFolderError(f"{folder.report}: damaged; expected an object, got {type(report).__name__}")
-    return report
+    return read_json(folder.report)
+
+
+def outcome(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What came out of a finished run, as plain data: the part of its report that programs are told."""
+    kept = ("budgets", "original", "compressed", "metric_name", "metric_without_training", "divergence_name")
+    return {
+        "met": all(budget["met"] for budget in report["budgets"]),
+        **{key: report[key] for key in kept},
+        "divergence": report["divergence"],
+        "finishes": report.get("finishes"),
+    }
 
 
 @dataclass(frozen=True)
@@ -198,7 +208,8 @@ class Searched:
         Raises:
             RunFolderError: If there is no such candidate.
         """
-        known = {self.record.network.digest(trial.assignment): trial for trial in self.trials}
+        # A later trial may be of the same network as an earlier one, which is the one that was fitted.
+        known = {self.record.network.digest(trial.assignment): trial for trial in reversed(self.trials)}
         there = sorted(p.parent.name for p in self.folder.candidates.glob("*/candidate.json") if p.parent.name in known)
         if name not in there:
             raise RunFolderError(
@@ -207,8 +218,9 @@ class Searched:
         return self._with_layers(known[name])
 
     def _trial(self, trial: Trial) -> dict[str, Any]:
-        report = self.report or {"candidates": []}
-        candidate = next((c for c in report["candidates"] if c["trial"] == trial.index), None)
+        name = self.record.network.digest(trial.assignment)
+        fitted = (self.folder.candidates / name / "candidate.json").exists()
+        candidates = [] if self.report is None else self.report["candidates"]
         return {
             "trial": trial.index,
             "source": trial.source,
@@ -216,8 +228,8 @@ class Searched:
             "costs": dict(trial.costs),
             "feasible": trial.feasible,
             "pruned": trial.pruned,
-            "chosen": candidate is not None and bool(candidate["chosen"]),
-            "candidate": None if candidate is None else candidate["folder"],
+            "chosen": any(c["chosen"] and c["folder"] == name for c in candidates),
+            "candidate": name if fitted else None,
         }
 
     def _with_layers(self, trial: Trial) -> dict[str, Any]:

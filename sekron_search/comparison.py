@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sekron_search.catalog import finished_report
+from sekron_search.catalog import finished_report, outcome
 from sekron_search.errors import RunFolderError
 from sekron_search.files import read_yaml
 from sekron_search.pick import Pick
@@ -49,15 +49,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """What came out."""
-        kept = ("budgets", "original", "compressed", "metric_name", "metric_without_training", "divergence_name")
-        return {
-            "run": self.path,
-            "met": all(budget["met"] for budget in self.report["budgets"]),
-            **{key: self.report[key] for key in kept},
-            "divergence": self.report["divergence"],
-            "finishes": self.report.get("finishes"),
-            "device": self.device,
-        }
+        return {"run": self.path, **outcome(self.report), "device": self.device}
 
     @property
     def device(self) -> dict[str, Any]:

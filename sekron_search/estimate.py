@@ -25,7 +25,6 @@ from sekron_search.job import Job
 from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.refine import Refiner
 from sekron_search.kron.steps import Schedule
-from sekron_search.learning_rate import FACTOR, FEWEST_STEPS, LARGEST_SHARE, MOST_STEPS, SHARE, START
 from sekron_search.model import LayerInfo, batch_size, copy_model, first_batches, layer_weight, run_model
 from sekron_search.prepare import TIMED_SCHEDULES
 from sekron_search.progress import Reporter
@@ -34,6 +33,7 @@ from sekron_search.scoring import CandidateStructure, candidates, scores, shortl
 from sekron_search.selection import worthwhile
 from sekron_search.table_responses import LEAST_OPTIONS, SAMPLES
 from sekron_search.timing import Placed, network_costs
+from sekron_search.training_estimate import Stage, audit_stages, training_stages
 
 #: Structures of a kind of layer that are fitted for the estimate: so many, or as many as take so many seconds, but for
 #: the fewest. Options that are timed.
@@ -41,12 +41,6 @@ FITTED, FIT_S, FEWEST_FITTED, TIMED = 12, 1.0, 2, 4
 
 #: Multiples of it modulo 1 are spread evenly, however many there are.
 GOLDEN = (5**0.5 - 1) / 2
-
-#: Steps of the training that are timed, after one that is not.
-STEPS = 3
-
-#: Learning rates that are tried, as it mostly comes out.
-RATES = 4
 
 #: Seconds of importing matplotlib and drawing the plots.
 PLOTS_S = 3.0
@@ -74,15 +68,6 @@ class LayerPlan:
     name: str
     structures: int
     options: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of a run: how much there is to do, and about how many seconds it takes."""
-
-    name: str
-    amount: str
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -158,14 +143,16 @@ def estimate(job: Job, reporter: Reporter) -> Estimate:
         first_s, costs_s = (_once(lambda: network_costs(job, original), job) for _ in range(2))
         moments_s, metrics = _calibrated(job, layers)
         kinds = _kinds(job, layers, metrics, reporter)
+        count, fit_s = job.settings.finetune.candidates, _sequential_seconds(job, layers, kinds, pass_s)
         stages = [
             Stage("original", "its costs and metric", first_s + len(job.memory_formats) * costs_s + metric_s),
             _tables(job, layers, kinds, moments_s),
             *_latencies(job, layers, kinds, reporter),
             *_search(job, layers, kinds, pass_s),
-            _candidates(job, layers, kinds, pass_s, metric_s + 3 * costs_s),
-            *_training(job, metric_s, reporter),
+            Stage("candidates", f"{count} networks, layer after layer", count * (fit_s + metric_s + 3 * costs_s)),
+            *training_stages(job, metric_s, reporter),
             Stage("report", "costs of two networks, metrics of three, plots", 2 * costs_s + 3 * metric_s + PLOTS_S),
+            *audit_stages(job, fit_s, metric_s, reporter),
         ]
     workers = _workers(job, layers, _fit_seconds(layers, kinds))
     peak = int(HELD * _peak_bytes()) + (workers * base_bytes if workers > 1 else 0)
@@ -284,52 +271,21 @@ def _search(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind]
     options = sum(len(kinds[_key(i)].shortlist) for i in layers)
     affordable = trials * held_out // seen
     responses = min(options, affordable) if affordable >= LEAST_OPTIONS * len(layers) else 0
+    amount, seconds = f"{trials} networks on {held_out:,} samples", trials * (copy_s + 1.25 * held_out * pass_s)
+    if (limit_s := job.settings.search.time_limit_s) is not None and limit_s < seconds:
+        amount, seconds = f"{amount}, or as many as {limit_s:,.0f} s allow", limit_s
     return [
         Stage("responses", f"{responses:,} options", responses * (copy_s + seen * pass_s)),
-        Stage("trials", f"{trials} networks on {held_out:,} samples", trials * (copy_s + 1.25 * held_out * pass_s)),
+        Stage("trials", amount, seconds),
     ]
 
 
-def _candidates(
-    job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], pass_s: float, measured_s: float
-) -> Stage:
-    """Fits layer after layer: a fit each, and passes of both networks up to the layer; then costs and metric."""
-    count = job.settings.finetune.candidates
+def _sequential_seconds(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], pass_s: float) -> float:
+    """Of a network's fits layer after layer: a fit each, passes of both networks up to the layer, its divergence."""
     fits_s = 0.0
     if job.settings.calibration.sequential_steps:
         fits_s = sum(kinds[_key(i)].fit_s for i in layers) + len(layers) * 2 * _samples(job.calibration) * pass_s
-    amount = f"{count} networks, layer after layer"
-    return Stage("candidates", amount, count * (fits_s + measured_s + _samples(job.holdout) * pass_s))
-
-
-def _training(job: Job, metric_s: float, reporter: Reporter) -> list[Stage]:
-    """Fine-tuning of all candidates to the end: successive halving may end some of them earlier."""
-    distillation, count = job.distillation, job.settings.finetune.candidates
-    if distillation is None:
-        return []
-    reporter.say("measuring steps of the training")
-    student = copy_model(job.model)
-
-    def train(steps: int) -> float:
-        brief = distillation.briefly(steps).with_rate(START / FACTOR)
-        return _once(
-            lambda: brief.train(
-                student, checkpoint=None, validate=None, after_epoch=lambda epoch, metric: True, progress=lambda d: None
-            ),
-            job,
-        )
-
-    train(1)
-    batch_s = train(STEPS) / min(STEPS * distillation.config.accumulate, len(distillation.data))
-    epochs, total = distillation.config.epochs, distillation.total_steps
-    batches = count * distillation.total_batches
-    stages = []
-    if distillation.config.learning_rate == "auto":
-        steps = max(min(int(total * SHARE), MOST_STEPS), min(FEWEST_STEPS, int(total * LARGEST_SHARE)), 1)
-        tried = RATES * steps * distillation.config.accumulate
-        stages.append(Stage("learning rate", f"about {RATES} trainings of {steps} steps", tried * batch_s))
-    amount = f"{count} networks, {epochs} epochs, {batches:,} batches at most"
-    return [*stages, Stage("fine-tuning", amount, batches * batch_s + count * epochs * metric_s)]
+    return fits_s + _samples(job.holdout) * pass_s
 
 
 def _peak_bytes() -> int:

@@ -54,8 +54,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_text(path, _json_text({**data, CHECKSUM: _checksum(data)}))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, remedy: str = "delete it to have it made again") -> dict[str, Any]:
     """Read what `write_json` has written.
+
+    Args:
+        path: The file.
+        remedy: What to do if it cannot be read, for the message.
 
     Raises:
         RunFolderError: If the file is missing, damaged, or was changed since it was written.
@@ -65,15 +69,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RunFolderError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise RunFolderError(f"{path}: damaged or unreadable ({error}); delete it to have it made again") from None
+        raise RunFolderError(f"{path}: damaged or unreadable ({error}); {remedy}") from None
     if not isinstance(data, dict) or CHECKSUM not in data:
-        raise RunFolderError(
-            f"{path}: it has no checksum; an earlier version wrote it, or something else: delete it to have it made "
-            "again"
-        )
+        raise RunFolderError(f"{path}: it has no checksum; an earlier version wrote it, or something else: {remedy}")
     checksum = data.pop(CHECKSUM)
     if checksum != _checksum(data):
-        raise RunFolderError(f"{path}: it was changed since it was written; delete it to have it made again")
+        raise RunFolderError(f"{path}: it was changed since it was written; {remedy}")
     return data
 
 

@@ -26,6 +26,7 @@ from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, meets
 from sekron_search.search.record import SearchRecord, trial_of
 from sekron_search.search.trial import Trial
+from sekron_search.team import Team
 
 #: Source of a trial that is none of the search: what `select` found.
 SELECTED = "selection"
@@ -102,8 +103,9 @@ def finish_run(
     found = _trial_of(folder, trial) if trial is not None else _selected(folder, str(selection))
     target = RunFolder(out or folder.finished / found.name)
     job = _job(folder)
-    with target.claimed(job.fingerprint(), resume=True):
-        _begin(folder, target, found)
+    if Team.here().rank == 0:  # of processes that torchrun has started the others only train
+        with target.claimed(job.fingerprint(), resume=True):
+            _begin(folder, target, found)
     return target, run_stages(job, target, reporter, resume=True)
 
 

@@ -57,6 +57,12 @@ def tuned(distillation: Distillation, network: nn.Module, path: Path, reporter: 
     return distillation.with_rate(read_json(path)["learning_rate"])
 
 
+def trial_steps(total_steps: int) -> int:
+    """Steps of a trial for a training of so many."""
+    fewest = min(FEWEST_STEPS, int(total_steps * LARGEST_SHARE))
+    return max(min(int(total_steps * SHARE), MOST_STEPS), fewest, 1)
+
+
 def find_learning_rate(distillation: Distillation, network: nn.Module, reporter: Reporter) -> Found:
     """Whole short trainings, warm-up and decay included, with rates around the best one so far.
 
@@ -72,12 +78,7 @@ def find_learning_rate(distillation: Distillation, network: nn.Module, reporter:
     Raises:
         DataError: If training diverges at every rate.
     """
-    steps = max(
-        min(int(distillation.total_steps * SHARE), MOST_STEPS),
-        min(FEWEST_STEPS, int(distillation.total_steps * LARGEST_SHARE)),
-        1,
-    )
-    brief, losses = distillation.briefly(steps), dict[int, float]()
+    brief, losses = distillation.briefly(trial_steps(distillation.total_steps)), dict[int, float]()
     seen = len(brief.data)
     # What comes after the batches that trials are trained on; those themselves where nothing does.
     compared = list(islice(distillation.data.epoch(1), seen, seen + COMPARED))

@@ -53,7 +53,7 @@ class Pick:
         if not folder.pick.exists():
             return None
         data = read_json(folder.pick)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        if data.get("format") != FORMAT:
             raise RunFolderError(f"{folder.pick}: expected format {FORMAT}; finish the network anew with this version")
         try:
             return cls(**{name: value for name, value in data.items() if name != "format"})

@@ -102,7 +102,8 @@ def _run(
             write_report(folder)
             finished: dict[str, Any] = read_json(folder.report)
             return finished
-        write_text(folder.config, yaml.safe_dump({**fingerprint["settings"], **job.source}, sort_keys=False))
+        settings = job.settings.model_dump(mode="json")
+        write_text(folder.config, yaml.safe_dump({**settings, **job.source}, sort_keys=False))
         pick = Pick.of(folder)
         tables = prepare(job, folder, reporter) if pick is None else prepare_whole(job, folder, reporter)
         planned = plan_audit(job, tables.network)

@@ -8,14 +8,18 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sekron_search.errors import RunFolderError
 from sekron_search.files import read_json, write_json
 
 FORMAT = 4
+
+#: How long an owner's lock is waited for: `is_claimed` holds one for a moment, as whoever lists runs does.
+LOCK_PATIENCE_S = 1.0
 
 
 class RunFolder:
@@ -80,14 +84,24 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"run folder {self.path}: cannot be written: {error.strerror}") from None
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunFolderError(
-                    f"run folder {self.path}: another run is using it; wait, or choose another"
-                ) from None
+            self._lock(lock)
             self._check(fingerprint, resume)
             yield self
+
+    def _lock(self, file: IO[str]) -> None:
+        until = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise RunFolderError(
+                        f"run folder {self.path}: another run is using it; wait, or choose another"
+                    ) from None
+                time.sleep(LOCK_PATIENCE_S / 20)
+            except OSError as error:
+                raise RunFolderError(f"run folder {self.path}: cannot be locked: {error.strerror}") from None
 
     @contextlib.contextmanager
     def failures_kept(self) -> Iterator[None]:
@@ -146,12 +160,12 @@ class RunFolder:
         """
         if not self.manifest.exists():
             raise RunFolderError(f"{self.path}: not a run folder (no run.json)")
-        data = read_json(self.manifest)
+        anew = "start a new run, or use the version that wrote it"
+        data = read_json(self.manifest, remedy=anew)
         version = data.get("format")
         if version != FORMAT or not isinstance(data.get("fingerprint"), dict):
             raise RunFolderError(
-                f"run folder {self.path}: written in format {version!r}, this version reads format {FORMAT}; "
-                "start a new run, or use the version that wrote it"
+                f"run folder {self.path}: written in format {version!r}, this version reads format {FORMAT}; {anew}"
             )
         return data
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sekron_search.catalog import Searched
 from sekron_search.errors import ConfigError, RunFolderError
 from sekron_search.files import read_yaml, write_json
 from sekron_search.progress import Reporter
@@ -14,7 +15,7 @@ from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, CostName, meets
 from sekron_search.search.knapsack import additive_error, additive_errors, gap, solve_knapsack
 from sekron_search.search.options import Assignment
-from sekron_search.search.record import SearchRecord, read_trials
+from sekron_search.search.record import SearchRecord
 
 #: A trial is preferred to the knapsack's own solution, whose divergence nobody measured, up to this multiple of its
 #: additive error: additive errors rank networks only so well, and a budget may be far from what the run looked at.
@@ -109,11 +110,8 @@ def select(folder: RunFolder, budget: Budget) -> Selection:
         ConfigError: If latency is asked for and the run knows none.
         InfeasibleBudgetError: If no choice of structures meets the budget; carries the best that can be reached.
     """
-    folder.read_manifest()
-    if not folder.network.exists() or not folder.search.exists():
-        raise RunFolderError(f"run folder {folder.path}: it has not finished its search; go on with `run --resume`")
-    record = SearchRecord.load(folder.network)
-    network = record.network
+    searched = Searched.load(folder)
+    record, network = searched.record, searched.record.network
     if "latency_ms" in budget.names and not network.has_latency:
         raise ConfigError(
             f"budget.latency_ms: the run in {folder.path} measured no latencies of options, for it had no latency "
@@ -128,8 +126,8 @@ def select(folder: RunFolder, budget: Budget) -> Selection:
         return Choice(source, assignment, network.costs(assignment), error, divergence)
 
     trials = [
-        choice(f"trial {trial.index}", record.whole(trial.assignment), trial.divergence)
-        for trial in read_trials(folder.search)
+        choice(f"trial {trial.index}", trial.assignment, trial.divergence)
+        for trial in searched.trials
         if not trial.pruned
     ]
     own = next((t for t in trials if t.assignment == solution.assignment), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sekron_search.catalog import Searched, list_runs
 from sekron_search.cli import app
 from sekron_search.comparison import compare
 from sekron_search.errors import RunFolderError, SekronError
-from sekron_search.files import read_json
+from sekron_search.files import read_json, write_json
 from sekron_search.rundir import RunFolder
 from tests.cases import small_net, write_config
 
@@ -34,8 +35,12 @@ OPTIONS = [
     *("--epochs", "0"),
     *("--set", "calibration={samples: 64, holdout: 128, batch_size: 32, refine_steps: 3, sequential_steps: 2}"),
     *("--set", "search.trials=5"),
+    *("--set", "search.time_limit_s=3600"),
     *("--set", "latency={batch_size: 4, rounds: 3}"),
 ]
+
+#: Those of them that describe network and data, and how many samples there are.
+DESCRIBED = [*OPTIONS[:4], *OPTIONS[8:10]]
 
 
 def talkative_net() -> nn.Module:
@@ -86,6 +91,7 @@ def test_a_run_without_a_file_says_its_verdict_as_one_object(told: tuple[RunFold
     effective = yaml.safe_load(folder.config.read_text())
     assert effective["budget"] == {"flops": "0.6x"}
     assert effective["search"]["trials"] == 5
+    assert effective["search"]["time_limit_s"] == 3600, "a run that is gone on with by its folder alone keeps it"
 
 
 def test_a_run_is_gone_on_with_by_its_folder_alone(finished: RunFolder) -> None:
@@ -96,7 +102,7 @@ def test_a_run_is_gone_on_with_by_its_folder_alone(finished: RunFolder) -> None:
 
 
 def test_inspect_answers_in_json_without_a_budget() -> None:
-    found = answer("inspect", *OPTIONS[:4], *OPTIONS[8:10])
+    found = answer("inspect", *DESCRIBED)
     assert found["params"] == sum(p.numel() for p in small_net().parameters())
     assert [layer["name"] for layer in found["layers"]] == ["conv1", "conv2", "conv3", "linear"]
     assert all(layer["structures"] > 0 for layer in found["layers"])
@@ -105,15 +111,18 @@ def test_inspect_answers_in_json_without_a_budget() -> None:
 def test_runs_are_listed_with_their_states(finished: RunFolder, tmp_path: Path) -> None:
     copied(finished, tmp_path / "a" / "done")
     missed = copied(finished, tmp_path / "a" / "done" / "finished" / "trial-1")
-    missed.report.write_text(missed.report.read_text().replace('"met": true', '"met": false'))
+    report = read_json(missed.report)
+    report["budgets"][0]["met"] = False
+    write_json(missed.report, report)
     begun = copied(finished, tmp_path / "b")
     for path in (begun.report, begun.network, begun.search):
         path.unlink()
     shutil.rmtree(begun.compressed)
     shutil.rmtree(begun.candidates)
     old = copied(finished, tmp_path / "c")
-    old.manifest.write_text('{"format": 1}')
+    write_json(old.manifest, {"format": 1})
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "back").symlink_to(tmp_path)  # a circle
     entries = {Path(entry.run).relative_to(tmp_path).as_posix(): entry for entry in list_runs(tmp_path)}
     assert {name: entry.state for name, entry in entries.items()} == {
         "a/done": "finished",
@@ -135,7 +144,11 @@ def test_runs_are_listed_with_their_states(finished: RunFolder, tmp_path: Path) 
     assert printed.exit_code == 0
     assert "interrupted in searching" in printed.stdout
     assert len(answer("list", tmp_path)["runs"]) == 4
+    (tmp_path / "photos" / "back").unlink()
     assert answer("list", tmp_path / "photos") == {"runs": []}
+    (tmp_path / "photos" / "big-disk").symlink_to(begun.path)
+    (linked,) = list_runs(tmp_path / "photos")
+    assert (linked.run, linked.state) == (str(tmp_path / "photos" / "big-disk"), "interrupted")
 
 
 def test_a_run_that_failed_is_listed_with_its_reason(tmp_path: Path) -> None:
@@ -172,6 +185,37 @@ def test_the_front_and_its_trials_are_shown(finished: RunFolder) -> None:
         Searched.load(finished).trial(99)
 
 
+def test_a_network_that_two_trials_have_tried_is_the_candidate_of_both(finished: RunFolder, tmp_path: Path) -> None:
+    home = copied(finished, tmp_path / "run")
+    chosen = next(c for c in read_json(home.report)["candidates"] if c["chosen"])
+    searched = read_json(home.search)
+    again = {**next(t for t in searched["trials"] if t["index"] == chosen["trial"]), "index": 77}
+    write_json(home.search, {**searched, "trials": [*searched["trials"], again]})
+    by_name = answer("show", home.path, "--candidate", chosen["folder"])
+    assert (by_name["trial"], by_name["chosen"]) == (chosen["trial"], True)
+    by_number = answer("show", home.path, "--trial", "77")
+    assert (by_number["candidate"], by_number["chosen"]) == (chosen["folder"], True)
+    assert by_number["measured"] == by_name["measured"]
+    assert by_name["measured"]["divergence"] == chosen["divergence"]
+    # What was measured is there before the run has ended.
+    home.report.unlink()
+    assert answer("show", home.path, "--trial", "77")["measured"] == by_name["measured"]
+
+
+def test_who_lists_runs_makes_none_fail(tmp_path: Path) -> None:
+    """A look at a folder's lock is waited for; a run that holds it is not."""
+    home, fingerprint = RunFolder(tmp_path), {"settings": 1}
+    with (home.path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as `list` does
+        threading.Timer(0.2, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        with (
+            home.claimed(fingerprint, resume=False),
+            pytest.raises(RunFolderError, match="another run is using it"),
+            RunFolder(home.path).claimed(fingerprint, resume=True),
+        ):
+            pass
+
+
 def test_runs_are_compared_and_clocks_of_other_devices_are_not(finished: RunFolder, tmp_path: Path) -> None:
     twin, other = copied(finished, tmp_path / "twin"), copied(finished, tmp_path / "other")
     same = compare([finished, twin])
@@ -183,7 +227,7 @@ def test_runs_are_compared_and_clocks_of_other_devices_are_not(finished: RunFold
     report["layers"][0] |= {"structure": "none", "family": "dense"}
     report["layers"][1] |= {"structure": "1x1[a] * 2x2[a]; a=1", "family": "Kronecker"}
     settings["search"]["trials"] = 9
-    other.report.write_text(json.dumps(report))
+    write_json(other.report, report)
     other.config.write_text(yaml.safe_dump(settings))
     found = answer("compare", finished.path, twin.path, other.path)
     assert found["settings"] == {"search.trials": [5, 5, 9]}
@@ -205,7 +249,7 @@ def test_what_is_no_finished_run_is_not_compared(finished: RunFolder, tmp_path: 
         compare([finished, begun])
     with pytest.raises(RunFolderError, match="not a run folder"):
         compare([finished, RunFolder(tmp_path)])
-    broken.report.write_text('{"format": 5}')
+    write_json(broken.report, {"format": 5})
     with pytest.raises(RunFolderError, match=r"broken/report\.json: damaged, or written by another version"):
         compare([finished, broken])
 
@@ -221,6 +265,9 @@ def test_finish_and_select_answer_in_json(finished: RunFolder, tmp_path: Path) -
     assert verdict["finishes"]["source"] == f"trial {other}"
     assert verdict["met"] is row["feasible"]
     assert (target / "exports" / "compressed" / "model.json").exists()
+    exported = answer("export", target, "--format", "safetensors")
+    assert exported["file"] == str(target / "exports" / "compressed")
+    assert exported["rel_difference"] == 0
     entries = {entry.run: entry for entry in list_runs(tmp_path)}
     assert (entries[str(target)].finishes or "").startswith(f"trial {other} of run ")
     assert f"({verdict['finishes']['source']} of run" in invoke("compare", home.path, target).stdout

@@ -17,7 +17,7 @@ import sekron_search.cli.runs
 from sekron_search.cli import app, main
 from sekron_search.cli.arguments import UsageError
 from sekron_search.cli.configuration import Given
-from sekron_search.cli.output import print_table
+from sekron_search.cli.output import json_alone, print_json, print_table
 from sekron_search.errors import ConfigError
 from tests.cases import CONFIG, write_config
 from tests.test_run import ROOT
@@ -101,9 +101,14 @@ def test_wrong_usage_is_exit_code_2_and_names_the_option(
         ): f"--data {tmp_path / 'none'}: config key 'data.path': no such",
         ("run", config, "--device", "abacus"): "--device abacus: key 'device'",
         ("run", config, "--time-limit", "soon"): "--time-limit: expected a time",
+        ("run", config, "--time-limit", "0s"): "--time-limit: expected more than no time",
         ("run", config, "--resume"): "--resume: which run?",
         ("run", "--resume", "--out", str(tmp_path / "none")): "holds no run that has begun",
         ("select", str(tmp_path), "--budget", "flops"): "--budget: expected every cost once",
+        ("select", str(tmp_path), "--budget", "flop=0.5x"): "--budget: budget: unknown cost 'flop'",
+        ("select", str(tmp_path), "--budget", "flops=lots"): "--budget: budget.flops: expected a positive number",
+        ("export", str(tmp_path), "--format", "tiff"): "--format: expected onnx, pt2, safetensors, got 'tiff'",
+        ("export", str(tmp_path), "--format", "pt2", "--int8"): "--int8: for --format onnx only, got pt2",
         ("compare", str(tmp_path)): "at least two run folders",
         ("finish", str(tmp_path)): "--trial, --selection: give one of the two",
         ("finish", str(tmp_path), "--trial", "1", "--export", "tiff"): "--export: expected onnx, pt2, safetensors",
@@ -142,6 +147,40 @@ def test_errors_are_exit_code_1_and_interruptions_130(
     (out / "config.yaml").touch()
     assert code_of(monkeypatch, "run", str(write_config(tmp_path)), "--out", str(out)) == 130
     assert f"go on with: sekron-search run --out {out} --resume" in capsys.readouterr().err
+
+
+def test_every_command_says_that_it_was_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sekron_search.catalog.list_runs", interrupted)
+    assert code_of(monkeypatch, "list", str(tmp_path)) == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "interrupted\n")
+
+
+def test_json_stands_alone_whoever_prints_beside_it(capfd: pytest.CaptureFixture[str]) -> None:
+    """Python, a library in C, another process."""
+    with json_alone(True):
+        print("python")
+        os.write(1, b"library\n")
+        subprocess.run(["echo", "process"], check=True)
+    print_json({"met": True})
+    captured = capfd.readouterr()
+    assert json.loads(captured.out) == {"met": True}
+    assert {*captured.err.split()} == {"python", "library", "process"}
+
+
+def test_what_an_export_needs_is_asked_for_before_the_long_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] == "onnx" or n == "sekron_search.runtimes.onnx"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert code_of(monkeypatch, "finish", str(tmp_path / "none"), "--trial", "1", "--export", "onnx") == 1
+    assert "pip install 'sekron-search[onnx]'" in capsys.readouterr().err
 
 
 def test_options_alone_make_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

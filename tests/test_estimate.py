@@ -58,8 +58,13 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "These are estimates" in printed.stdout
     assert "4 networks on 128 samples" in printed.stdout
     assert "fine-tuning" not in printed.stdout
-    told = json.loads(runner.invoke(app, ["run", str(config), *options, "--json"]).stdout)
+    more = ["--time-limit", "0.001s", "--set", "audit.candidates=6", "--json"]
+    told = json.loads(runner.invoke(app, ["run", str(config), *options, *more]).stdout)
     assert told["estimate"] is True
     assert [layer["name"] for layer in told["layers"]] == ["conv1", "conv2", "conv3", "linear"]
     assert told["disk_bytes"] > 0
+    stages = {stage["name"]: stage for stage in told["stages"]}
+    assert stages["trials"]["seconds"] == 0.001
+    assert stages["audit"]["amount"].startswith("6 networks, 1 epochs, ")
+    assert stages["audit"]["seconds"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

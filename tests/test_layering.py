@@ -13,7 +13,7 @@ PACKAGE = Path(sekron_search.__file__).parent
 LAYERS = [
     ["cli"],
     ["demo", "estimate", "finishing"],
-    ["run_export", "select", "worker"],
+    ["run_export", "select", "training_estimate", "worker"],
     ["api", "comparison"],
     ["run"],
     ["report"],

@@ -66,6 +66,13 @@ def test_a_run_among_two_processes(tmp_path: Path) -> None:
     assert len(report["curve"]) == 2
     assert all(budget["met"] for budget in report["budgets"])
     assert not load(out).training
+    other = next(
+        row["trial"] for row in report["front"] if row["trial"] not in {c["trial"] for c in report["candidates"]}
+    )
+    done = torchrun("-m", "sekron_search.cli", "finish", str(out), "--trial", str(other), "--export", "safetensors")
+    assert done.returncode in (0, 3), done.stderr
+    assert done.stdout.count("report:") == 1
+    assert len(read_json(out / "finished" / f"trial-{other}" / "report.json")["curve"]) == 2
 
 
 def test_what_fails_in_the_first_process_ends_all(tmp_path: Path) -> None:

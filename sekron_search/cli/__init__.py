@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
 from sekron_search.cli import browse, device, runs, select, workers
-from sekron_search.cli.arguments import WRONG_USAGE, UsageError
+from sekron_search.cli.arguments import INTERRUPTED, WRONG_USAGE, UsageError
 from sekron_search.errors import SekronError
 
 EPILOG = """\b
@@ -19,6 +22,21 @@ Exit codes:
   130  interrupted
 """
 
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that says that Ctrl-C has ended it; what versions of typer do with it differs."""
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        try:
+            command(**values)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return wrapper
+
+
 app = typer.Typer(
     name="sekron-search",
     help="Find which tensor factorization each layer of a trained network should get, under a device budget.",
@@ -28,20 +46,24 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text: examples can be copied, files and pipes get no boxes
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(runs.demo)
-app.command()(runs.run)
-app.command()(runs.inspect)
-app.command("list")(browse.list_runs)
-app.command()(browse.show)
-app.command()(browse.compare)
-app.command()(select.select)
-app.command()(select.finish)
-app.command()(device.profile)
-app.command()(device.export)
-app.command()(runs.report)
-app.command()(workers.worker)
-app.command()(workers.proxy)
-app.command()(workers.dashboard)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": runs.demo,
+    "run": runs.run,
+    "inspect": runs.inspect,
+    "list": browse.list_runs,
+    "show": browse.show,
+    "compare": browse.compare,
+    "select": select.select,
+    "finish": select.finish,
+    "profile": device.profile,
+    "export": device.export,
+    "report": runs.report,
+    "worker": workers.worker,
+    "proxy": workers.proxy,
+    "dashboard": workers.dashboard,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_interruptible(_command))
 
 
 def main() -> None:
@@ -58,6 +80,3 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None

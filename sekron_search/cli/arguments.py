@@ -16,6 +16,12 @@ BUDGET_MISSED = 3
 #: Exit code of a command that was called in a wrong way.
 WRONG_USAGE = 2
 
+#: Exit code of a command that Ctrl-C has ended.
+INTERRUPTED = 130
+
+#: What networks are exported as.
+EXPORT_FORMATS = ("onnx", "pt2", "safetensors")
+
 #: Short names of costs in `--budget`.
 SHORT_COSTS = {"latency": "latency_ms"}
 
@@ -71,6 +77,21 @@ def seconds(text: str, option: str) -> float:
     if not 0 <= value < float("inf"):
         raise UsageError(f"{option}: expected a time such as 90s, 10m or 2h, got {text!r}")
     return value
+
+
+def check_format(format: str, option: str) -> None:
+    """Raise an error, before any long work, if networks cannot be exported so.
+
+    Raises:
+        UsageError: If there is no such format; names the option.
+        ConfigError: If what it needs is not installed.
+    """
+    if format not in EXPORT_FORMATS:
+        raise UsageError(f"{option}: expected {', '.join(EXPORT_FORMATS)}, got {format!r}")
+    if format == "onnx":
+        from sekron_search.exchange import codec
+
+        codec("onnx")
 
 
 def budget_of(texts: list[str]) -> dict[str, str]:

@@ -36,18 +36,19 @@ def list_runs(
     rows = [
         [
             entry.run,
-            entry.state + (f" in {entry.stage}" if entry.stage else "") + (f": {entry.reason}" if entry.reason else ""),
+            entry.state + (f" in {entry.stage}" if entry.stage else ""),
             " ".join(f"{name}={bound}" for name, bound in (entry.budget or {}).items()),
             {True: "met", False: "missed", None: ""}[entry.met],
             f"{entry.metric_name} {entry.metric:.4f}" if entry.metric is not None else "",
             (entry.date or "")[:16].replace("T", " "),
+            entry.reason or "",
         ]
         for entry in entries
     ]
     if not rows:
         typer.echo(f"no run folder in {folder}", err=True)
         return
-    columns = ["run", "state", "budget", "verdict", "metric", "begun (UTC)"]
+    columns = ["run", "state", "budget", "verdict", "metric", "begun (UTC)", "why"]
     print_table(columns, rows, left=columns)
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sekron_search.cli.arguments import RunArgument, UsageError
+from sekron_search.cli.arguments import JsonOption, RunArgument, UsageError, check_format
 from sekron_search.cli.completion import candidates
+from sekron_search.cli.output import json_alone, print_json
 
 
 def profile(
@@ -131,6 +132,7 @@ def export(
     int8: Annotated[
         bool, typer.Option("--int8", help="ONNX: quantize as well, and measure the original quantized beside it.")
     ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a run's network for other programs.
 
@@ -140,19 +142,27 @@ def export(
     Example:
       sekron-search export runs/demo --format onnx --int8
     """
+    check_format(format, "--format")
+    if int8 and format != "onnx":
+        raise UsageError(f"--int8: for --format onnx only, got {format}")
+
     from sekron_search.progress import ConsoleReporter
     from sekron_search.run_export import export_run
     from sekron_search.rundir import RunFolder
 
     folder = RunFolder(run_folder)
-    record = export_run(
-        folder,
-        ConsoleReporter(),
-        format=format,  # type: ignore[arg-type]  # checked there
-        candidate=candidate,
-        out=out,
-        int8=int8,
-    )
+    with json_alone(as_json):
+        record = export_run(
+            folder,
+            ConsoleReporter(),
+            format=format,  # type: ignore[arg-type]  # checked above
+            candidate=candidate,
+            out=out,
+            int8=int8,
+        )
+    if as_json:
+        print_json({"run": str(run_folder), **record})
+        return
     print(
         f"{record['file']}: {record['num_bytes']:,} bytes, within {record['rel_difference']:.1e} of PyTorch's outputs"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import typer
 
 from sekron_search.cli.arguments import BUDGET_MISSED
+
+#: Their file descriptors.
+STDOUT, STDERR = 1, 2
 
 #: How costs are printed.
 FORMATS = {
@@ -35,8 +39,20 @@ def number(value: float | None, form: str = "{:.4f}") -> str:
 @contextlib.contextmanager
 def json_alone(wanted: bool) -> Iterator[None]:
     """Whatever is printed inside, by a user's own code too, goes to standard error, if JSON alone is wanted."""
-    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+    if not wanted:
         yield
+        return
+    out = sys.stdout
+    out.flush()
+    kept = os.dup(STDOUT)
+    try:
+        os.dup2(STDERR, STDOUT)  # what other processes and libraries in C print
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        out.flush()
+        os.dup2(kept, STDOUT)
+        os.close(kept)
 
 
 def print_json(data: Mapping[str, Any]) -> None:
@@ -84,15 +100,13 @@ def _printable(text: str) -> str:
 
 def verdict_json(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What a finished run says, for programs; everything else is in its report.json."""
-    kept = ("budgets", "original", "compressed", "metric_name", "metric_without_training", "divergence_name")
+    from sekron_search.catalog import outcome
+
     return {
         "run": str(folder),
         "report": str(folder / "report.json"),
         "network": str(folder / "compressed"),
-        "met": all(budget["met"] for budget in report["budgets"]),
-        **{key: report[key] for key in kept},
-        "divergence": report["divergence"],
-        "finishes": report.get("finishes"),
+        **outcome(report),
         "layers": [
             {key: layer[key] for key in ("name", "structure", "family", "execution")} for layer in report["layers"]
         ],

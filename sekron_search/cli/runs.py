@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sekron_search.cli.arguments import ArtifactsOption, JsonOption, RunArgument, StorageOption, UsageError, seconds
+from sekron_search.cli.arguments import (
+    INTERRUPTED,
+    ArtifactsOption,
+    JsonOption,
+    RunArgument,
+    StorageOption,
+    UsageError,
+    seconds,
+)
 from sekron_search.cli.completion import run_folders
 from sekron_search.cli.configuration import Given, with_config_options
 from sekron_search.cli.output import conclude, json_alone, print_json, print_table
@@ -105,7 +113,7 @@ def run(
             report = run_stages(job, folder, ConsoleReporter(), resume=resume, sharing=Sharing(storage, artifacts))
     except KeyboardInterrupt:
         print(f"\ninterrupted; {_how_to_go_on(folder, shared=bool(storage or artifacts))}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     if first:
         conclude(report, folder.path, as_json=as_json)
 
@@ -130,7 +138,10 @@ def _limited(config: Config, time_limit: str | None) -> Config:
     """With the time limit of the search that is given, if one is."""
     if time_limit is None:
         return config
-    limited = config.search.model_copy(update={"time_limit_s": seconds(time_limit, "--time-limit")})
+    limit_s = seconds(time_limit, "--time-limit")
+    if limit_s == 0:
+        raise UsageError("--time-limit: expected more than no time, for the search takes at least a trial")
+    limited = config.search.model_copy(update={"time_limit_s": limit_s})
     return config.model_copy(update={"search": limited})
 
 

@@ -8,15 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sekron_search.cli.arguments import BudgetOption, JsonOption, RunArgument, UsageError, budget_of
+from sekron_search.cli.arguments import (
+    INTERRUPTED,
+    BudgetOption,
+    JsonOption,
+    RunArgument,
+    UsageError,
+    budget_of,
+    check_format,
+)
 from sekron_search.cli.completion import selections, trials
 from sekron_search.cli.output import conclude, json_alone, print_json
+from sekron_search.errors import ConfigError
 
 if TYPE_CHECKING:
     from sekron_search.select import Choice, Selection
-
-#: What `finish --export` takes.
-EXPORT_FORMATS = ("onnx", "pt2", "safetensors")
 
 
 def select(
@@ -25,7 +31,9 @@ def select(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the network; by default RUN/selections/ and the budget.")
     ] = None,
-    print_only: Annotated[bool, typer.Option("--print-only", help="Write no network: neither model nor data.")] = False,
+    print_only: Annotated[
+        bool, typer.Option("--print-only", help="Write no network; needs neither model nor data.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer another budget from a finished run.
@@ -43,7 +51,11 @@ def select(
     from sekron_search.select import with_network
 
     folder = RunFolder(run_folder)
-    found = answer(folder, Budget.of(budget_of(budget)))
+    try:
+        asked = Budget.of(budget_of(budget))
+    except ConfigError as error:
+        raise UsageError(f"--budget: {str(error).removeprefix('--budget: ')}") from None
+    found = answer(folder, asked)
     try:
         if not print_only:
             with json_alone(as_json):
@@ -89,26 +101,30 @@ def finish(
       sekron-search finish runs/demo --trial 7
       sekron-search finish runs/demo --selection params-0.3x --export onnx
     """
+    if (trial is None) == (selection is None):
+        raise UsageError("--trial, --selection: give one of the two")
+    if export is not None:
+        check_format(export, "--export")
+
     from sekron_search.finishing import finish_run
     from sekron_search.progress import ConsoleReporter
     from sekron_search.run_export import export_run
     from sekron_search.rundir import RunFolder
+    from sekron_search.team import Team
 
-    if (trial is None) == (selection is None):
-        raise UsageError("--trial, --selection: give one of the two")
-    if export not in (None, *EXPORT_FORMATS):
-        raise UsageError(f"--export: expected {', '.join(EXPORT_FORMATS)}, got {export!r}")
     folder, reporter = RunFolder(run_folder), ConsoleReporter()
+    first = Team.here().rank == 0
     try:
         with json_alone(as_json):
             target, report = finish_run(folder, reporter, trial=trial, selection=selection, out=out)
-            if export is not None:
+            if export is not None and first:
                 exported: dict[str, Any] = export_run(target, reporter, format=export)  # type: ignore[arg-type]
                 print(f"exported: {exported['file']}")
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
-    conclude(report, target.path, as_json=as_json)
+        raise typer.Exit(INTERRUPTED) from None
+    if first:
+        conclude(report, target.path, as_json=as_json)
 
 
 def _lines(found: Selection) -> list[str]:

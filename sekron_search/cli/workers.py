@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sekron_search.cli.arguments import ArtifactsOption, RunArgument, StorageOption, seconds
+from sekron_search.cli.arguments import INTERRUPTED, ArtifactsOption, RunArgument, StorageOption, seconds
 
 
 def worker(
@@ -42,7 +42,7 @@ def worker(
         )
     except KeyboardInterrupt:
         print("\ninterrupted; the trial is free for others", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     print(f"the run searches no more; this worker did {count} trials")
 
 

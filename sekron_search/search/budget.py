@@ -59,7 +59,8 @@ class Bound:
         return self.value * original if self.relative else self.value
 
     def __str__(self) -> str:
-        return f"{self.value:g}x" if self.relative else f"{self.value:g}"
+        # Every digit: what is written here is read again as a bound, and names folders.
+        return repr(self.value).removesuffix(".0") + ("x" if self.relative else "")
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,16 @@ def test_budgets_resolve_absolute_and_relative() -> None:
     assert budget.resolve({"flops": 30.0, "params": 99.0}) == {"flops": 15.0, "params": 12.0}
 
 
+def test_bounds_as_text_are_the_same_bounds() -> None:
+    """A selection is kept as text, and judged by it afterwards: a rounded bound would be another one."""
+    written: dict[float | str, str] = {1234567: "1234567", "1234.5678x": "1234.5678x", 2e5: "200000", "0.4x": "0.4x"}
+    for asked, text in written.items():
+        ((_, bound),) = Budget(params=asked).items()
+        assert str(bound) == text
+        ((_, again),) = Budget(params=text).items()
+        assert again.value == bound.value
+
+
 def pretend(assignment: Assignment) -> float:
     """A divergence to which the layers matter differently, which the additive errors do not know."""
     errors = [o.error for o in NETWORK.chosen(assignment)]
