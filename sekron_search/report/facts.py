@@ -10,7 +10,7 @@ from sekron_search.candidate import Candidate, Finished
 from sekron_search.config import Settings
 from sekron_search.inspection import Inspection
 from sekron_search.report.optimality import WORDS, optimality_facts
-from sekron_search.search.budget import CostName
+from sekron_search.search.budget import CostName, meets
 from sekron_search.search.options import LayerTable, Network, Option
 from sekron_search.search.trial import Trial, pareto_trials
 
@@ -118,7 +118,7 @@ class RunFacts:
                 "asked": str(asked),
                 "bound": bounds[name],
                 "value": values[name],
-                "met": bool(values[name] <= bounds[name]),
+                "met": meets(values, {name: bounds[name]}),
             }
             for name, asked in self.settings.bounds.items()
         ]
