@@ -172,6 +172,8 @@ def test_a_network_that_writes_into_what_it_returned_is_refused() -> None:
 class Caching(SmallNet):
     """Computes a table in its first pass, has a buffer of NaN, and an output that is empty."""
 
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("unset", torch.full((2,), float("nan")))

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from sekron_search.errors import RunFolderError
+from sekron_search.export import load, save_artefact
 from sekron_search.files import read_json, write_json
 from sekron_search.tensor_files import read_tensors, write_tensors
+from tests.cases import small_net
 
 DOCUMENTS: dict[str, dict[str, Any]] = {
     "empty": {},
@@ -93,3 +95,12 @@ def test_a_bit_that_changed_is_found(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(RunFolderError, match="not those that were written"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("factory", [{"reference": {"a": 1}}, {"reference": "a:b", "kwargs": 3}, {"kwargs": {}}, []])
+def test_an_artefact_whose_factory_is_none_is_refused(tmp_path: Path, factory: Any) -> None:
+    save_artefact(tmp_path, small_net(), None)
+    facts = read_json(tmp_path / "model.json")
+    write_json(tmp_path / "model.json", {**facts, "factory": factory})
+    with pytest.raises(RunFolderError, match=r"model\.json: damaged"):
+        load(tmp_path, model=small_net())
