@@ -139,6 +139,16 @@ def test_targets_are_cut_where_their_first_axis_is_the_batch() -> None:
     assert [t.tolist() for t in found.values()] == [[2, 3], [0, 1, 2], 2.0]
 
 
+def test_targets_of_another_shape_than_their_outputs_are_not_left_out() -> None:
+    output, target, config = torch.randn(4, 1), torch.randn(4), FinetuneConfig(label_weight=0.5)
+    with pytest.raises(DataError, match=r"targets are of shape \(4,\).*outputs they belong to of \(4, 1\)"):
+        distillation_loss("mse", output, output, target, config)
+    given = distillation_loss("mse", output, output, target[:, None], config)
+    assert float(given) > 0
+    nothing = distillation_loss("mse", output, output, target, FinetuneConfig(label_weight=0))
+    assert float(nothing) == 0
+
+
 class Heads(nn.Module):
     """A network with two outputs, in a container that is chosen."""
 
