@@ -36,7 +36,7 @@ class DataBundle:
         train: For fine-tuning; calibration samples are drawn from it without their labels.
         validation: For choosing.
         test: Touched once, at the end.
-        augment: Applied to the input batches of fine-tuning: a function of (inputs, generator).
+        augment: Applied to the network's first argument in fine-tuning: a function of (batch, generator).
     """
 
     train: Dataset[Any]

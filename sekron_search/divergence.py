@@ -48,7 +48,7 @@ DIVERGENCES: dict[DivergenceName, Callable[[Tensor, Tensor], Tensor]] = {"kl": k
 
 
 def divergence(name: DivergenceName, output: Any, reference: Any) -> Tensor:
-    """Mean divergence over all floating-point tensors of the outputs, however they are nested."""
+    """Mean divergence over all floating-point tensors of the outputs, however they are nested; empty ones are equal."""
     ours, theirs = output_tensors(output), output_tensors(reference)
     if [t.shape for t in ours] != [t.shape for t in theirs]:
         raise DataError(
@@ -56,7 +56,8 @@ def divergence(name: DivergenceName, output: Any, reference: Any) -> Tensor:
             "a network that selects outputs by their values (boxes above a score) can be compared only before it does: "
             "compress it without that step"
         )
-    return torch.stack([DIVERGENCES[name](a, b) for a, b in zip(ours, theirs, strict=True)]).mean()
+    pairs = zip(ours, theirs, strict=True)
+    return torch.stack([DIVERGENCES[name](a, b) if a.numel() else a.new_zeros(()) for a, b in pairs]).mean()
 
 
 def check_divergence(name: DivergenceName, output: Any, *, asked_for: bool = True) -> None:

@@ -29,10 +29,25 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class Factory:
-    """How the original architecture is built: `package.module:function` and its arguments."""
+    """How the original architecture is built.
+
+    Args:
+        reference: `package.module:function`.
+        kwargs: Its arguments.
+
+    Raises:
+        DataError: If they are anything else.
+    """
 
     reference: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reference, str) or not isinstance(self.kwargs, Mapping):
+            raise DataError(
+                "model.factory: expected 'package.module:function' and a mapping of its arguments, got "
+                f"{self.reference!r:.80} and {self.kwargs!r:.80}"
+            )
 
     def build(self) -> nn.Module:
         """The network, with whatever weights the factory gives it.
@@ -148,7 +163,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         factory = None if data["factory"] is None else Factory(**data["factory"])
         digest = data["weights_sha256"]
         memory_format: MemoryFormat = data["memory_format"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, DataError) as error:
         raise RunFolderError(f"{folder / 'model.json'}: damaged: {error}") from None
     tensors = read_tensors(folder / "model.safetensors")
     if _sha256(folder / "model.safetensors") != digest:
@@ -237,4 +252,5 @@ def _alias(model: nn.Module, name: str) -> str:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

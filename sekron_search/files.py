@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +16,11 @@ import yaml
 
 from sekron_search.errors import ConfigError, RunFolderError
 
-#: Key of a JSON file's checksum.
+#: Key of a file's checksum.
 CHECKSUM = "checksum"
+
+#: How a JSON file ends: the checksum is of the text without it. A comma stands before unless there is nothing else.
+_SEAL = re.compile(rf'(,?)\n "{CHECKSUM}": "([0-9a-f]{{64}})"\n}}\n\Z')
 
 
 @contextlib.contextmanager
@@ -50,8 +54,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON, atomically, with a checksum of it as its last key."""
-    write_text(path, _json_text({**data, CHECKSUM: _checksum(data)}))
+    """Write a mapping as JSON, atomically, with a checksum of the text as its last key."""
+    text = json.dumps(data, indent=1, allow_nan=False)
+    head, comma = (text.removesuffix("\n}"), ",") if data else ("{", "")
+    write_text(path, f'{head}{comma}\n "{CHECKSUM}": "{_checksum(text)}"\n}}\n')
 
 
 def read_json(path: Path, *, remedy: str = "delete it to have it made again") -> dict[str, Any]:
@@ -65,26 +71,28 @@ def read_json(path: Path, *, remedy: str = "delete it to have it made again") ->
         RunFolderError: If the file is missing, damaged, or was changed since it was written.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text, parse_constant=_no_number)
     except FileNotFoundError:
         raise RunFolderError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path}: damaged or unreadable ({error}); {remedy}") from None
     if not isinstance(data, dict) or CHECKSUM not in data:
         raise RunFolderError(f"{path}: it has no checksum; an earlier version wrote it, or something else: {remedy}")
-    checksum = data.pop(CHECKSUM)
-    if checksum != _checksum(data):
+    del data[CHECKSUM]
+    seal = _SEAL.search(text)
+    # The text as it stands is compared: to write it again would take several times as long as to read it.
+    if seal is None or seal[2] != _checksum(text[: seal.start()] + ("\n}" if seal[1] else "}")):
         raise RunFolderError(f"{path}: it was changed since it was written; {remedy}")
     return data
 
 
-def _json_text(data: Any) -> str:
-    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
-def _checksum(data: Mapping[str, Any]) -> str:
-    # Numbers that were read from JSON are written as they were, and keys keep their order.
-    return hashlib.sha256(_json_text(dict(data)).encode()).hexdigest()
+def _checksum(text: str) -> str:
+    return hashlib.sha256(f"{text}\n".encode()).hexdigest()
 
 
 def read_yaml(path: Path, where: str) -> dict[Any, Any]:

@@ -41,6 +41,10 @@ def distillation_loss(
         config: Temperature, weights, loss.
         own: The user's loss of (output, target), instead of the one against the targets.
 
+    Raises:
+        DataError: If labels are no classes of the network, or targets have as many entries as their output in another
+            shape.
+
     Source: Hinton, Vinyals and Dean 2015, Sec. 2.
     """
     pairs = list(zip(output_tensors(output), output_tensors(reference), strict=True))
@@ -59,6 +63,12 @@ def distillation_loss(
         for ours, wanted in _with_targets(output, target):
             if name == "mse" and wanted.shape == ours.shape:
                 losses.append(values(ours, wanted))
+            elif name == "mse" and wanted.is_floating_point() and wanted.numel() == ours.numel():
+                raise DataError(
+                    f"the targets are of shape {tuple(wanted.shape)}, the outputs they belong to of "
+                    f"{tuple(ours.shape)}: give the data or the network the other's shape, or finetune.loss a function "
+                    "of your own; label_weight: 0 leaves the targets out"
+                )
             elif name == "kl" and not wanted.is_floating_point():
                 check_labels(wanted, ours)
                 losses.append(F.cross_entropy(ours.float(), wanted))

@@ -82,9 +82,13 @@ def batch_size(inputs: Inputs) -> int:
 
 def part_of(inputs: Inputs, samples: slice) -> Inputs:
     """Some samples of a batch; tensors whose first axis is not as long as the batch stay."""
-    size = batch_size(inputs)
-    part: Inputs = map_tensors(lambda t: t[samples] if t.dim() > 0 and t.shape[0] == size else t, inputs)
+    part: Inputs = cut(inputs, samples, batch_size(inputs))
     return part
+
+
+def cut(value: Any, samples: slice, size: int) -> Any:
+    """Some of `size` samples: of every tensor whose first axis is so long; the others stay."""
+    return map_tensors(lambda t: t[samples] if t.dim() > 0 and t.shape[0] == size else t, value)
 
 
 def joined(batches: Sequence[Inputs]) -> Inputs:

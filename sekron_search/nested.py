@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.utils._pytree import SUPPORTED_NODES
 
 
-def parts(value: Any) -> dict[str, Any] | None:
-    """What a container holds, by key, position or field; None if the value is no container.
+def parts(value: Any) -> list[tuple[str, Any]] | None:
+    """What a container holds, each with its key, position or field; None if the value is no container.
 
     Mappings of every class, tuples, named tuples, lists and dataclasses are containers, and classes that torch was
     told of by `torch.utils._pytree.register_pytree_node`.
     """
     if isinstance(value, Mapping):
-        return {str(key): item for key, item in value.items()}
+        return [(str(key), item) for key, item in value.items()]  # 1 and "1" are two keys
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
+        return [(field.name, getattr(value, field.name)) for field in fields(value)]
     if isinstance(value, tuple | list):
-        return {str(index): item for index, item in enumerate(value)}
+        return [(str(index), item) for index, item in enumerate(value)]
     if (node := SUPPORTED_NODES.get(type(value))) is not None:
-        return {str(index): item for index, item in enumerate(node.flatten_fn(value)[0])}
+        return [(str(index), item) for index, item in enumerate(node.flatten_fn(value)[0])]
     return None
 
 
@@ -34,7 +34,7 @@ def named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if held is None:
         yield name, value
         return
-    for key, item in held.items():
+    for key, item in held:
         yield from named_leaves(item, f"{name}.{key}" if name else key)
 
 
@@ -53,7 +53,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     held = parts(value)
     if held is None:
         return function(value)
-    return _with_parts(value, [map_leaves(function, item) for item in held.values()])
+    return _with_parts(value, [map_leaves(function, item) for _, item in held])
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -66,7 +66,7 @@ def is_plain(value: Any) -> bool:
     held = parts(value)
     if held is None:
         return isinstance(value, Tensor)
-    return type(value) in (dict, list, tuple) and all(map(is_plain, held.values()))
+    return type(value) in (dict, list, tuple) and all(is_plain(item) for _, item in held)
 
 
 def as_plain(value: Any) -> Any:
@@ -77,10 +77,11 @@ def as_plain(value: Any) -> Any:
     held = parts(value)
     if held is None:
         return value
-    kept = {key: as_plain(item) for key, item in held.items() if tensors(item)}
+    kept = [(key, as_plain(item)) for key, item in held if tensors(item)]
     if isinstance(value, Mapping) or is_dataclass(value):
-        return kept
-    return list(kept.values()) if isinstance(value, list) else tuple(kept.values())
+        return dict(kept)
+    items = [item for _, item in kept]
+    return items if isinstance(value, list) else tuple(items)
 
 
 def hidden_tensors(value: Any) -> str | None:

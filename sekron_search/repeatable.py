@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sekron_search.deployment import relative_difference
 from sekron_search.errors import DataError
 from sekron_search.model import Inputs, output_tensors, run_model
 
@@ -17,27 +18,34 @@ def check_repeatable(model: nn.Module, inputs: Inputs) -> None:
     """Refuse a network that draws random numbers in evaluation mode, or keeps state from one pass to the next.
 
     Args:
-        model: It is put into evaluation mode.
+        model: It is put into evaluation mode. What its first pass computes and keeps (a table of positions, say) is
+            no state, as long as the next pass leaves it alone.
         inputs: A batch.
 
     Raises:
         DataError: Names the buffers that a pass changes, or says how far outputs differ.
     """
     model.eval()
+    # Copies, for a network may write into what it returned before.
+    first = [output.clone() for output in output_tensors(run_model(model, inputs))]
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    first, second = (output_tensors(run_model(model, inputs)) for _ in range(2))
-    changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
+    second = output_tensors(run_model(model, inputs))
+    changed = [name for name, buffer in model.named_buffers() if not _same(buffer, before.get(name))]
     if changed:
         raise DataError(
             f"the network changes its buffers in evaluation mode ({', '.join(changed[:5])}): it keeps state from one "
             "pass to the next, so nothing measured of it would hold; make forward leave them alone in evaluation mode"
         )
-    for a, b in zip(first, second, strict=True):
-        largest = a.double().abs().max()
-        apart = float((a.double() - b.double()).abs().max() / largest) if a.shape == b.shape else float("inf")
-        if apart > TOLERANCE:
-            raise DataError(
-                f"the network's outputs for the same inputs differ from one pass to the next (by {apart:.1e} of the "
-                "largest, in evaluation mode): it draws random numbers or keeps state; dropout and noise have to ask "
-                "for self.training"
-            )
+    if (apart := relative_difference(first, second)) > TOLERANCE:
+        raise DataError(
+            f"the network's outputs for the same inputs differ from one pass to the next (by {apart:.1e} of the "
+            "largest, in evaluation mode): it draws random numbers or keeps state; dropout and noise have to ask "
+            "for self.training"
+        )
+
+
+def _same(tensor: Tensor, other: Tensor | None) -> bool:
+    """Whether two tensors are equal, NaN in the same places included."""
+    if other is None or tensor.shape != other.shape or tensor.dtype != other.dtype:
+        return False
+    return torch.equal(tensor, other) or torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)

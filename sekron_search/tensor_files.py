@@ -53,7 +53,8 @@ def digest(values: Any) -> str:
         if isinstance(leaf, Tensor) and not isinstance(leaf, UninitializedParameter | UninitializedBuffer):
             dense = leaf.detach().dequantize() if leaf.is_quantized else leaf.detach().to_dense()
             found.update(repr((str(leaf.dtype), tuple(leaf.shape))).encode())
-            found.update(dense.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            # Its memory itself: weights may take gigabytes.
+            found.update(dense.cpu().resolve_conj().contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             # An object's own repr may hold its address, which no later process shares.
             plain = isinstance(leaf, str | int | float | bool | None | torch.dtype)

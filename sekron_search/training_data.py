@@ -14,8 +14,7 @@ from torch.utils.data import Dataset
 
 from sekron_search.data import Augment, Batch, as_batch, batches, length, readable, sample_order
 from sekron_search.errors import DataError
-from sekron_search.model import batch_size, part_of
-from sekron_search.nested import map_tensors
+from sekron_search.model import batch_size, cut, part_of
 from sekron_search.team import ALONE, Team
 
 
@@ -26,7 +25,7 @@ class TrainingData:
     Args:
         source: A dataset, which is shuffled with the seed, or an iterable of batches, which is taken as it comes.
         batch_size: Of a dataset.
-        augment: Of the inputs, when the network takes one tensor.
+        augment: Of the network's first argument.
         seed: Of the order and the augmentation.
         limit: Batches of an epoch at most.
     """
@@ -84,5 +83,6 @@ def _part(batch: Batch, team: Team) -> Batch:
     if team.size == 1:
         return batch
     inputs, target = batch
-    own = team.part(batch_size(inputs))
-    return part_of(inputs, own), map_tensors(lambda t: t[own] if t.dim() > 0 else t, target)
+    size = batch_size(inputs)
+    own = team.part(size)
+    return part_of(inputs, own), cut(target, own, size)

@@ -278,6 +278,17 @@ def test_broken_data_factories_are_named(
         load_data(DataConfig(source="factory", factory=factory, kwargs=kwargs), seed=0)
 
 
+@pytest.mark.parametrize("damage", ["median_ms: 0", "noise_ms: null", "noise_ms: .nan", "samples: many"])
+def test_latencies_of_profiles_are_numbers(tmp_path: Path, damage: str) -> None:
+    sample = yaml.safe_load((Path(__file__).parent.parent / "runs/sample/profile.yaml").read_text())
+    key, latency = next(iter(sample["layers"].items()))
+    path = tmp_path / "profile.yaml"
+    path.write_text(yaml.safe_dump(sample | {"layers": {key: latency | yaml.safe_load(damage)}}))
+    name = damage.partition(":")[0]
+    with pytest.raises(ConfigError, match=rf"profile.yaml: layers\[.*\]\.{name} must be a number of at least"):
+        DeviceProfile.load(path)
+
+
 def test_damaged_profiles_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "profile.yaml"
     path.write_text("format: 2\nprovenance: {}\noperations: [1]")

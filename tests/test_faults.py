@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -151,8 +152,41 @@ def test_networks_that_are_no_functions_of_their_inputs_are_refused(network: typ
         check_repeatable(network(), (torch.randn(4, 3, 8, 8),))
 
 
-def test_networks_that_are_functions_of_their_inputs_are_not(tmp_path: Path) -> None:
-    check_repeatable(small_net(), (torch.randn(4, 3, 8, 8),))
+class InPlace(SmallNet):
+    """Returns the same tensor every time, with other numbers in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = torch.zeros(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sum += super().forward(x)
+        return self.sum
+
+
+def test_a_network_that_writes_into_what_it_returned_is_refused() -> None:
+    with torch.no_grad(), pytest.raises(DataError, match="keeps state"):
+        check_repeatable(InPlace(), (torch.randn(4, 3, 8, 8),))
+
+
+class Caching(SmallNet):
+    """Computes a table in its first pass, has a buffer of NaN, and an output that is empty."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("unset", torch.full((2,), float("nan")))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if not hasattr(self, "table"):
+            self.register_buffer("table", torch.linspace(0, 1, x.shape[-1]))
+        return super().forward(x + self.table), x[:0]
+
+
+@pytest.mark.parametrize("network", [small_net, Caching])
+def test_networks_that_are_functions_of_their_inputs_are_not(network: Callable[[], nn.Module]) -> None:
+    check_repeatable(network(), (torch.randn(4, 3, 8, 8),))
 
 
 class Failing(Dataset[tuple[Tensor, Tensor]]):

@@ -27,7 +27,7 @@ from sekron_search.errors import DataError
 from sekron_search.exchange import codec, export_network
 from sekron_search.inspection import inspect_model
 from sekron_search.losses import distillation_loss
-from sekron_search.model import batch_size, joined, output_tensors, part_of
+from sekron_search.model import batch_size, cut, joined, output_tensors, part_of
 from sekron_search.nested import as_plain, is_plain, leaves, map_tensors, named_leaves
 from sekron_search.progress import Reporter
 from sekron_search.run import run
@@ -119,6 +119,34 @@ def test_what_is_no_tensor_stays_and_is_left_out_of_plain_values() -> None:
     assert list(as_plain(value)) == ["scores", "boxes"]
     assert list(as_plain(value)["boxes"]) == ["t"]
     assert [leaf for leaf in leaves(value) if not isinstance(leaf, Tensor)] == [3, "as it was"]
+
+
+def test_keys_that_are_written_alike_are_two() -> None:
+    value = {1: A, "1": B}
+    assert [id(t) for t in output_tensors(value)] == [id(A), id(B)]
+    torch.testing.assert_close(map_tensors(lambda t: 2 * t, value), {1: 2 * A, "1": 2 * B})
+
+
+def test_empty_outputs_are_equal() -> None:
+    empty = torch.zeros(0, 3)
+    alone, beside = divergence("mse", A, A + 1), divergence("mse", (A, empty), (A + 1, empty))
+    torch.testing.assert_close(beside, alone / 2)
+
+
+def test_targets_are_cut_where_their_first_axis_is_the_batch() -> None:
+    target = {"label": torch.arange(6), "grid": torch.arange(3), "weight": torch.tensor(2.0)}
+    found = cut(target, slice(2, 4), 6)
+    assert [t.tolist() for t in found.values()] == [[2, 3], [0, 1, 2], 2.0]
+
+
+def test_targets_of_another_shape_than_their_outputs_are_not_left_out() -> None:
+    output, target, config = torch.randn(4, 1), torch.randn(4), FinetuneConfig(label_weight=0.5)
+    with pytest.raises(DataError, match=r"targets are of shape \(4,\).*outputs they belong to of \(4, 1\)"):
+        distillation_loss("mse", output, output, target, config)
+    given = distillation_loss("mse", output, output, target[:, None], config)
+    assert float(given) > 0
+    nothing = distillation_loss("mse", output, output, target, FinetuneConfig(label_weight=0))
+    assert float(nothing) == 0
 
 
 class Heads(nn.Module):

@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.page.__main__ import report_of
 from sekron_search.errors import RunFolderError
+from sekron_search.files import write_json
 from sekron_search.kron.structure import Structure
 from sekron_search.report.document import Code, Items, Picture, Section, Table
 from sekron_search.report.drawing import TIMES, drawing
@@ -264,6 +265,6 @@ def test_a_report_is_written_from_its_json_alone(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in first} == first
     damaged = sample()
     damaged["layers"][0]["structure"] = "64x1x3x3 * what"
-    folder.report.write_text(json.dumps(damaged))
+    write_json(folder.report, damaged)
     with pytest.raises(RunFolderError, match=r"report\.json.* is damaged: StructureError: cannot read factor 'what'"):
         write_report(folder)

@@ -107,10 +107,13 @@ class DeviceProfile:
             ) from None
         for name, held in (("operations", profile.operations), ("layers", profile.layers)):
             for key, latency in cast(dict[Any, Latency], held).items():
-                if not (isinstance(latency.median_ms, int | float) and 0 < latency.median_ms < 1e9):
-                    raise ConfigError(
-                        f"device profile {path}: {name}[{str(key)!r}].median_ms must be a positive number"
-                    )
+                for part, least in (("median_ms", 1e-9), ("noise_ms", 0), ("samples", 0)):
+                    value = getattr(latency, part)
+                    if not (isinstance(value, int | float) and least <= value < 1e9):
+                        raise ConfigError(
+                            f"device profile {path}: {name}[{str(key)!r}].{part} must be a number of at least "
+                            f"{least:g}, got {value!r:.80}"
+                        )
         return profile
 
     def to_yaml(self) -> str:

@@ -106,7 +106,7 @@ def make_page(report: Mapping[str, Any], exports: Sequence[Mapping[str, Any]] = 
         headline=headline(report),
         summary=summary(report),
         met=all(budget["met"] for budget in report["budgets"]),
-        environment=report["environment"],
+        about=_about(report["environment"]),
         axes=_axes(report),
         sections=sections,
         layers=_layers(report),
@@ -126,6 +126,14 @@ def _own(name: str) -> str:
 def _source_of(script: str) -> str:
     """A script as the content security policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _about(environment: Mapping[str, Any]) -> str:
+    """Which network, when, where and by what."""
+    factory = environment["factory"]
+    network = () if factory is None else (factory["reference"],)
+    version = f"sekron-search {environment['packages']['sekron-search']}"
+    return ", ".join((*network, environment["date"], environment["processor"], version))
 
 
 def _layers(report: Mapping[str, Any]) -> list[Layer]:

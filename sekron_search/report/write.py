@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from sekron_search.errors import RunFolderError, StructureError
+from sekron_search.errors import RunFolderError, SekronError
 from sekron_search.files import atomic, read_json, write_text
 from sekron_search.report.audit import audit_section
 from sekron_search.report.document import Section, escape
@@ -24,6 +24,8 @@ from sekron_search.report.sections import (
 from sekron_search.report.verdict import costs_section, headline, summary
 from sekron_search.rundir import RunFolder
 
+T = TypeVar("T")
+
 
 def write_report(folder: RunFolder) -> None:
     """Write `report.md`, `report.html` and the plots.
@@ -32,8 +34,25 @@ def write_report(folder: RunFolder) -> None:
         RunFolderError: If the run has no report yet, or one of another version.
     """
     # matplotlib takes a second to import, and nothing but this needs it.
-    from sekron_search.report.page import make_page
     from sekron_search.report.plots import make_plots, save_plot
+
+    text, page = texts(folder)
+    plots = _undamaged(folder, lambda: make_plots(read_json(folder.report)))
+    for name, figure in plots.items():
+        for ending in ("png", "svg"):
+            with atomic(folder.plots / f"{name}.{ending}") as path:
+                save_plot(figure, path, ending)
+    write_text(folder.markdown, text)
+    write_text(folder.page, page)
+
+
+def texts(folder: RunFolder) -> tuple[str, str]:
+    """The report as Markdown, and as one page of HTML.
+
+    Raises:
+        RunFolderError: If the run has no report yet, or one of another version, or a file is damaged.
+    """
+    from sekron_search.report.page import make_page  # plotly and jinja2, likewise
 
     if not folder.report.exists():
         folder.read_manifest()
@@ -45,18 +64,17 @@ def write_report(folder: RunFolder) -> None:
     if version != FORMAT:
         raise RunFolderError(f"{folder.report}: format {version!r}, this version reads {FORMAT}")
     exports = [read_json(path) for path in sorted(folder.exports.glob("*.json"))]
+    return _undamaged(folder, lambda: (markdown(report, exports), make_page(report, exports)))
+
+
+def _undamaged(folder: RunFolder, make: Callable[[], T]) -> T:
+    """What is made of the report's facts, which may lack some of them, or hold others in their place."""
     try:
-        plots, text, page = make_plots(report), markdown(report, exports), make_page(report, exports)
-    except (KeyError, TypeError, AttributeError, ValueError, StructureError) as error:
+        return make()
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, SekronError) as error:
         raise RunFolderError(
             f"{folder.report}, or a file in {folder.exports}, is damaged: {type(error).__name__}: {error}"
         ) from None
-    for name, figure in plots.items():
-        for ending in ("png", "svg"):
-            with atomic(folder.plots / f"{name}.{ending}") as path:
-                save_plot(figure, path, ending)
-    write_text(folder.markdown, text)
-    write_text(folder.page, page)
 
 
 def markdown(report: Mapping[str, Any], exports: Sequence[Mapping[str, Any]] = ()) -> str:
