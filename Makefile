@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NAME ?= accuracy
 DATA ?= ../shared
+SECONDS ?= 60
 
-.PHONY: help demo test test-slow check format bench docs setup clean
+.PHONY: help demo test test-slow check format fuzz bench docs setup clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -36,6 +37,10 @@ check: $(STAMP)  ## Run the linters: ruff, mypy
 format: $(STAMP)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: $(STAMP)  ## Fuzz by a test of tests/fuzz: make fuzz NAME=test_configs SECONDS=600
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(NAME) --seconds $(SECONDS)
 
 bench: $(STAMP)  ## Run a benchmark: make bench NAME=accuracy DATA=folder-with-the-data
 	$(BIN)/python -m benchmarks.$(NAME) --data $(DATA)

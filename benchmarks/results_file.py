@@ -48,8 +48,8 @@ def samples_of(path: Path) -> Any:
 
 
 def with_sample(samples: list[dict[str, Any]], sample: dict[str, Any], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Samples and one more, which takes the place of one of the same values of some keys."""
-    return [s for s in samples if any(s[key] != sample[key] for key in keys)] + [sample]
+    """Samples and one more, with the commit that made it; it takes the place of one of the same values of some keys."""
+    return [s for s in samples if any(s[key] != sample[key] for key in keys)] + [{**sample, "commit": _commit()}]
 
 
 def write_results(name: str, targets: list[Target], samples: Any, *, command: str) -> Path:
