@@ -33,6 +33,7 @@ def distillation_loss(
     "kl": (1 - w) T^2 KL(softmax(reference / T) || softmax(output / T)) + w cross-entropy; "mse": the mean squared
     error relative to the reference's variance, or the absolute one, mixed with the same against the target. Of several
     outputs it is the mean; targets are nested and named as the outputs are, or there is one, for the first output.
+    Integer targets are class indices, whose loss is the cross-entropy; those of logits may be probabilities instead.
 
     Args:
         name: How outputs are compared.
@@ -42,8 +43,8 @@ def distillation_loss(
         own: The user's loss of (output, target), instead of the one against the targets.
 
     Raises:
-        DataError: If labels are no classes of the network, or targets have as many entries as their output in another
-            shape.
+        DataError: If labels are no classes of the network, targets are of another shape than their outputs, or none
+            belongs to an output.
 
     Source: Hinton, Vinyals and Dean 2015, Sec. 2.
     """
@@ -58,23 +59,10 @@ def distillation_loss(
         return distilled
     if own is not None:
         labelled = _checked_loss(own(output, target))
-    else:
-        losses = []
-        for ours, wanted in _with_targets(output, target):
-            if name == "mse" and wanted.shape == ours.shape:
-                losses.append(values(ours, wanted))
-            elif name == "mse" and wanted.is_floating_point() and wanted.numel() == ours.numel():
-                raise DataError(
-                    f"the targets are of shape {tuple(wanted.shape)}, the outputs they belong to of "
-                    f"{tuple(ours.shape)}: give the data or the network the other's shape, or finetune.loss a function "
-                    "of your own; label_weight: 0 leaves the targets out"
-                )
-            elif name == "kl" and not wanted.is_floating_point():
-                check_labels(wanted, ours)
-                losses.append(F.cross_entropy(ours.float(), wanted))
-        if not losses:
-            return distilled
+    elif losses := [_target_loss(name, ours, wanted, values) for ours, wanted in _with_targets(output, target)]:
         labelled = torch.stack(losses).mean()
+    else:
+        return distilled
     return (1 - weight) * distilled + weight * labelled
 
 
@@ -83,7 +71,35 @@ def _with_targets(output: Any, target: Any) -> list[tuple[Tensor, Tensor]]:
     if isinstance(target, Tensor):
         return [(output_tensors(output)[0], target)]
     ours = {name: leaf for name, leaf in named_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
-    return [(ours[name], t) for name, t in named_leaves(target) if name in ours and isinstance(t, Tensor)]
+    theirs = {name: leaf for name, leaf in named_leaves(target) if isinstance(leaf, Tensor)}
+    found = [(ours[name], wanted) for name, wanted in theirs.items() if name in ours]
+    if theirs and not found:
+        raise DataError(
+            f"train: none of the targets ({', '.join(theirs)}) has the name or position of an output ({', '.join(ours)}"
+            "); name them alike, or give finetune.loss a function of your own; finetune.label_weight: 0 leaves the "
+            "targets out"
+        )
+    return found
+
+
+def _target_loss(
+    name: DivergenceName, ours: Tensor, wanted: Tensor, values: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Of an output against its target: class indices, probabilities for logits, or else values of the same shape.
+
+    Raises:
+        DataError: If the target is neither.
+    """
+    if wanted.shape == ours.shape and (name == "mse" or wanted.is_floating_point()):
+        return values(ours, wanted) if name == "mse" else F.cross_entropy(ours.float(), wanted.float())
+    if wanted.is_floating_point():
+        raise DataError(
+            f"train: an output of shape {tuple(ours.shape)} has a target of {wanted.dtype} of shape "
+            f"{tuple(wanted.shape)}; expected one of its shape, or integer class labels. Give the data or the network "
+            "the other's shape, or finetune.loss a function of your own; finetune.label_weight: 0 leaves targets out"
+        )
+    check_labels(wanted, ours)
+    return F.cross_entropy(ours.float(), wanted)
 
 
 def _softened_kl(output: Tensor, reference: Tensor, hot: float) -> Tensor:

@@ -182,6 +182,10 @@ def test_the_loss_is_zero_at_the_teacher_and_mixes_in_the_labels() -> None:
     mixed = FinetuneConfig(label_weight=0.25)
     expected = 0.25 * float(nn.functional.cross_entropy(logits, labels))
     assert float(distillation_loss("kl", logits, logits, labels, mixed)) == pytest.approx(expected, abs=1e-6)
+    sure = nn.functional.one_hot(labels, 3).float()
+    assert float(distillation_loss("kl", logits, logits, sure, mixed)) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(DataError, match=r"a target of torch.float32 of shape \(2,\); expected one of"):
+        distillation_loss("kl", logits, logits, labels.float(), mixed)
     assert float(distillation_loss("mse", logits + 1, logits, None, pure)) == pytest.approx(
         1 / float(logits.var(correction=0))
     )
