@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,8 @@ def test_a_run_among_two_processes(tmp_path: Path) -> None:
         row["trial"] for row in report["front"] if row["trial"] not in {c["trial"] for c in report["candidates"]}
     )
     done = torchrun("-m", "sekron_search.cli", "finish", str(out), "--trial", str(other), "--export", "safetensors")
-    assert done.returncode in (0, 3), done.stderr
+    # A trial that misses the budget ends with 3, which torchrun tells but does not hand on.
+    assert done.returncode == 0 or re.search(r"exitcode *: 3\b", done.stderr), done.stderr
     assert done.stdout.count("report:") == 1
     assert len(read_json(out / "finished" / f"trial-{other}" / "report.json")["curve"]) == 2
 

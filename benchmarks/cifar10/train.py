@@ -19,7 +19,7 @@ from benchmarks.training import Pair, train_from_scratch
 from sekron_search.data import evaluate
 from sekron_search.references import import_reference
 
-EPOCHS, BATCH, RATE, DECAY = 30, 128, 0.1, 5e-4
+EPOCHS, BATCH, RATE, DECAY = 15, 128, 0.1, 5e-4
 
 
 def train(network: str, data: Path, out: Path, epochs: int = EPOCHS) -> None:

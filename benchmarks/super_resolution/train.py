@@ -16,7 +16,7 @@ from benchmarks.super_resolution.data import Images, luma_psnr, patches, read_im
 from benchmarks.super_resolution.network import Edsr
 from benchmarks.training import Pair, train_from_scratch
 
-EPOCHS, BATCH, RATE = 120, 16, 1e-3
+EPOCHS, BATCH, RATE = 60, 16, 1e-3
 
 
 def train(data: Path, out: Path, epochs: int = EPOCHS) -> None:
