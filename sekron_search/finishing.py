@@ -24,7 +24,7 @@ from sekron_search.progress import ConsoleReporter, Reporter
 from sekron_search.run import run as run_stages
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, meets
-from sekron_search.search.record import SearchRecord, trial_of
+from sekron_search.search.record import SearchRecord, read_trials, trial_of
 from sekron_search.search.trial import Trial
 from sekron_search.team import Team
 
@@ -192,9 +192,16 @@ def _begin(folder: RunFolder, target: RunFolder, found: _Found) -> None:
         if target.config.exists():
             raise RunFolderError(f"run folder {target.path}: it holds a run with a search of its own; choose another")
         found.pick.save(target)  # first, so that nothing takes the folder for one that has to search
+    picked = trial_of(found.trials, found.pick.trial, folder.search)
+    if target.search.exists():
+        begun = trial_of(read_trials(target.search), found.pick.trial, target.search)
+        if begun.assignment != picked.assignment:
+            raise RunFolderError(
+                f"run folder {target.path}: it finishes another network than {found.pick.source} of run "
+                f"{found.pick.run} is now, which was made anew since; choose another --out"
+            )
     for path in (folder.layout, folder.original, folder.profile, folder.calibration, folder.learning_rate):
         _copy(path, target.path / path.name)
-    picked = trial_of(found.trials, found.pick.trial, folder.search)
     home = folder.candidates / found.record.network.digest(picked.assignment)
     for name in ("weights.safetensors", "candidate.json", "checkpoint.pt"):
         _copy(home / name, target.candidates / home.name / name)

@@ -156,8 +156,11 @@ class Job:
         """What makes this run another one than the next: a folder is gone on with only by the same."""
         profile = self.settings.latency.profile
         return {
-            # How long the search may take is no part of what the run is; one that was ended by it stays ended.
-            "settings": self.settings.model_dump(mode="json", exclude={"search": {"time_limit_s"}}),
+            # How long the search may take is no part of what the run is; one that was ended by it stays ended. Nor is
+            # where files lie, so that a run and its tables can be moved.
+            "settings": self.settings.model_dump(
+                mode="json", exclude={"search": {"time_limit_s"}, "tables": True, "out": True}
+            ),
             "model": self.model_digest,
             "inputs": digest([self.example_inputs, list(self.calibration), list(self.holdout)]),
             "source": dict(self.source),

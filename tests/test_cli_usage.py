@@ -324,3 +324,16 @@ def test_the_effective_configuration_is_what_is_run(tmp_path: Path, monkeypatch:
     assert not as_json
     assert yaml.safe_load(config.model_dump_json())["model"]["factory"] == "tests.cases:small_net"
     assert list(tmp_path.iterdir()) == []
+    file = tmp_path / "config.yaml"
+    file.write_text(f"""model: {{factory: "tests.cases:small_net"}}
+data: {{source: folder, path: {tmp_path}, image_size: [8, 8]}}
+budget: {{flops: 0.6x}}
+""")
+    assert code_of(monkeypatch, "run", str(file), "--data", "tests.cases:small_data", "--dry-run") == 0
+    data = seen[1][0].data
+    assert (data.source, data.factory, data.path, data.image_size) == (
+        "factory",
+        "tests.cases:small_data",
+        None,
+        (8, 8),
+    )

@@ -17,7 +17,7 @@ from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
 from sekron_search.data import evaluate
 from sekron_search.errors import ConfigError, RunFolderError
-from sekron_search.files import read_json
+from sekron_search.files import read_json, write_json
 from sekron_search.finishing import finish_run
 from sekron_search.fitting import Fitter
 from sekron_search.progress import Reporter
@@ -128,6 +128,13 @@ def test_a_selection_is_finished_and_judged_by_its_own_budget(finished: RunFolde
     selected = read_json(finished.selections / "params-0.45x" / "selection.json")
     structures = {name: row["structure"] for name, row in selected["structures"].items()}
     assert {layer["name"]: layer["structure"] for layer in report["layers"]} == structures
+    with_network(finished, select(finished, Budget(params="0.7x")), Reporter())
+    again = finished.selections / "params-0.7x" / "selection.json"
+    write_json(
+        finished.selections / "params-0.45x" / "selection.json", {**read_json(again), "budget": selected["budget"]}
+    )
+    with pytest.raises(RunFolderError, match=r"finishes (another network|selection params-0.45x)"):
+        finish_run(finished, Reporter(), selection="params-0.45x")
     # What was finished answers for itself: other budgets, and other trials.
     assert select(target, Budget(params="0.5x")).chosen.costs["params"] > 0
 

@@ -136,6 +136,13 @@ def test_an_audit_of_the_proxies_is_in_the_report(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "plots" / "audit.png").exists()
 
 
+def test_a_run_and_its_tables_may_be_moved(finished: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    elsewhere = write_config(tmp_path, CONFIG + "tables: other_tables\n")
+    assert run_config(elsewhere, moved, resume=True) == read_json(finished / "report.json")
+
+
 def test_another_run_is_refused_its_folder(finished: Path, tmp_path: Path) -> None:
     other = write_config(tmp_path, CONFIG, **{"flops: 0.6x": "flops: 0.7x"})
     with pytest.raises(RunFolderError, match=r"another run \(different: settings\)"):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 #: Keys whose values are paths; those in options are relative to the working directory, not to the file.
 PATH_KEYS = ("space", "model.weights", "data.path", "latency.profile", "tables", "out")
 
+#: Keys of the section `data` that say where it comes from.
+DATA_KEYS = ("source", "path", "factory", "kwargs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
@@ -84,6 +87,9 @@ class Given:
         data = {} if file is None else read_yaml(file, where)
         if isinstance(data.get("space"), str):
             data["space"] = SearchSpace.load(base / data["space"]).model_dump()
+        if self.data is not None and isinstance(data.get("data"), dict):
+            # What the file says of the place of its own data says nothing of another one.
+            data["data"] = {key: value for key, value in data["data"].items() if key not in DATA_KEYS}
         for option, key, value in options:
             _put(data, key, value, option)
         if any_budget:

@@ -15,6 +15,9 @@ from sekron_search.search.trial import Trial
 
 FORMAT = 4
 
+#: What brings back a file of a search that was damaged: everything else that the run made is still there.
+SEARCH_AGAIN = "delete it, and report.json if there is one, and go on with the run by --resume"
+
 
 @dataclass(frozen=True)
 class SearchRecord:
@@ -72,7 +75,7 @@ class SearchRecord:
         Raises:
             RunFolderError: If it is missing, damaged or of another version.
         """
-        data = read_json(path)
+        data = read_json(path, remedy=SEARCH_AGAIN)
         if data.get("format") != FORMAT:
             found = data.get("format")
             raise RunFolderError(f"{path}: expected format {FORMAT}, got {found!r}; run it anew with this version")
@@ -89,7 +92,7 @@ def read_trials(path: Path) -> list[Trial]:
     Raises:
         RunFolderError: If the file is missing or damaged.
     """
-    data = read_json(path)
+    data = read_json(path, remedy=SEARCH_AGAIN)
     try:
         return [Trial.from_json(trial) for trial in data["trials"]]
     except (KeyError, TypeError) as error:
