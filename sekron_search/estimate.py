@@ -247,6 +247,8 @@ def _tables(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind]
     seconds = _fit_seconds(layers, kinds)
     count = sum(len(kinds[_key(i)].shortlist) for i in layers)
     amount = f"{count:,} options of {len(layers)} layers, fitted on {_samples(job.calibration):,} samples"
+    if (kept := job.settings.tables) is not None and kept.is_dir() and any(kept.iterdir()):
+        amount += f", less those that {kept} holds already"
     return Stage("tables", amount, moments_s + seconds / _workers(job, layers, seconds))
 
 

@@ -52,11 +52,14 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = write_config(tmp_path, CONFIG, **{"trials: 8": "trials: 2"})
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
-    options = ["--epochs", "0", "--set", "search.trials=4", "--dry-run", "--out", "out"]
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "a").touch()
+    options = ["--epochs", "0", "--set", "search.trials=4", "--set", "tables=kept", "--dry-run", "--out", "out"]
     printed = runner.invoke(app, ["run", str(config), *options])
     assert printed.exit_code == 0, printed.output
     assert "These are estimates" in printed.stdout
     assert "4 networks on 128 samples" in printed.stdout
+    assert f"less those that {tmp_path / 'kept'} holds already" in " ".join(printed.stdout.split())
     assert "fine-tuning" not in printed.stdout
     more = ["--time-limit", "0.001s", "--set", "audit.candidates=6", "--json"]
     told = json.loads(runner.invoke(app, ["run", str(config), *options, *more]).stdout)
@@ -67,4 +70,4 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert stages["trials"]["seconds"] == 0.001
     assert stages["audit"]["amount"].startswith("6 networks, 1 epochs, ")
     assert stages["audit"]["seconds"] > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "kept"}
