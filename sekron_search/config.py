@@ -155,7 +155,10 @@ class FinetuneConfig(_Section):
     Args:
         epochs: Of training at most; 0 trains nothing.
         candidates: How many of the front's best feasible networks are trained, with successive halving.
-        batch_size, weight_decay: Of AdamW.
+        batch_size: Of training.
+        optimizer: "muon" takes steps that change a factor's matrix as much in all directions; "adamw" adapts to every
+            number by itself.
+        weight_decay: Of either, decoupled.
         learning_rate: Its highest, with cosine decay after a warm-up; "auto" finds it by short trainings, which take an
             eighth to a quarter of its time.
         accumulate: Batches whose gradients are averaged for one step, where more do not fit in memory at a time.
@@ -175,6 +178,7 @@ class FinetuneConfig(_Section):
     batch_size: Positive = 128
     accumulate: Positive = 1
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    optimizer: Literal["muon", "adamw"] = "muon"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     temperature: Annotated[float, Field(gt=0)] = 3.0
     loss: Loss = "auto"

@@ -51,7 +51,7 @@ OPTION_BYTES, PARAM_BYTES, REPORT_BYTES = 1500, 4, 2 * 2**20
 #: What a run takes at its largest, in multiples of what its parts take here: records, plots, fragments of memory.
 HELD = 1.25
 
-#: What a checkpoint of the training holds per parameter: the weight and two moments of AdamW.
+#: What a checkpoint of the training holds per parameter: the weight and two moments of the optimizer.
 CHECKPOINT = 3
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sekron_search.config import FinetuneConfig
 from sekron_search.errors import DataError
+from sekron_search.muon import Muon
 from sekron_search.precision import autocast_dtype
 from sekron_search.team import Team
 
@@ -42,7 +43,8 @@ class TrainingState:
     def start(cls, model: nn.Module, config: FinetuneConfig, rate: float, steps: int, team: Team) -> TrainingState:
         """The state before the first of so many steps, at a learning rate."""
         # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
-        optimizer = torch.optim.AdamW(trainable(model), rate, weight_decay=config.weight_decay)
+        kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
+        optimizer = kind(trainable(model), lr=rate, weight_decay=config.weight_decay)
         optimizer.zero_grad()  # a copy of a network has the gradients that the user's training left in it
         steps = max(steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
