@@ -28,7 +28,7 @@ def compressed(teacher: nn.Module) -> nn.Module:
 
 
 def distillation(**options: Any) -> Distillation:
-    config = FinetuneConfig(**{"epochs": 3, "batch_size": 32, "learning_rate": 1e-2, **options})
+    config = FinetuneConfig(**{"epochs": 3, "batch_size": 32, "learning_rate": 3e-2, **options})
     return Distillation(small_net(), TrainingData(blobs(128), 32, seed=5), config, "kl")
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training_step --data DIR [--runs DIR]
 
-A step is a forward pass, cross-entropy, a backward pass and an update by AdamW on 128 images; the teacher's pass is no
+A step is a forward pass, cross-entropy, a backward pass and an update by Muon on 128 images; the teacher's pass is no
 part of it. Networks take turns, each in the form in which fine-tuning trains it; two threads. DIR holds
 data/cifar10_jpeg.tar.xz and models/resnet20_cifar10_jpeg.pt. Networks are found under budgets of flops and not trained.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, write_results
 from benchmarks.runs import Runs
+from sekron_search.muon import Muon
 from sekron_search.precision import autocast_dtype
 from sekron_search.training_form import training_form
 
@@ -41,7 +42,7 @@ class Trainee:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.train()
-        self.optimizer = torch.optim.AdamW(network.parameters(), 1e-5)
+        self.optimizer = Muon(network.parameters(), 1e-5)
 
     def step(self, images: Tensor, labels: Tensor, precision: torch.dtype | None) -> float:
         """Seconds of a step."""
