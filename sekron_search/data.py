@@ -186,12 +186,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     Args:
         files: (path, class) of every image.
-        config: Size and normalisation.
+        size: (height, width) that they get.
+        config: Normalisation.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, int]], config: DataConfig) -> None:
+    def __init__(self, files: Sequence[tuple[Path, int]], size: tuple[int, int], config: DataConfig) -> None:
         self.files = list(files)
-        self.size = config.image_size
+        self.size = size
         self.mean = torch.tensor(config.mean)[:, None, None]
         self.std = torch.tensor(config.std)[:, None, None]
 
@@ -216,7 +217,8 @@ def image_folder(config: DataConfig, seed: int) -> DataBundle:
     """Images in `path/<class>/`, split at random, or in `path/train|validation|test/<class>/`.
 
     Raises:
-        DataError: If a folder is missing or empty, or the splits do not have the same classes.
+        DataError: If a folder is missing or empty, the splits do not have the same classes, or the images are of
+            different sizes and the configuration does not say which one they get.
     """
     root = config.path
     assert root is not None
@@ -244,7 +246,34 @@ def image_folder(config: DataConfig, seed: int) -> DataBundle:
         shuffled = [files[i] for i in order]
         test, validation = shuffled[:num_test], shuffled[num_test : num_test + num_validation]
         train = shuffled[num_test + num_validation :]
-    return DataBundle(ImageFolder(train, config), ImageFolder(validation, config), ImageFolder(test, config))
+    parts = train, validation, test
+    size = config.image_size or _common_size(root, [path for part in parts for path, _ in part])
+    return DataBundle(*(ImageFolder(part, size, config) for part in parts))
+
+
+def _common_size(root: Path, paths: Sequence[Path]) -> tuple[int, int]:
+    """(height, width) of all images; their pixels are not read.
+
+    Raises:
+        DataError: If two of them differ, or one cannot be opened.
+    """
+    size = _image_size(paths[0])
+    for path in paths[1:]:
+        if (other := _image_size(path)) != size:
+            raise DataError(
+                f"data.path {root}: images of different sizes: {paths[0]} is {size[0]}x{size[1]} (height x width), "
+                f"{path} is {other[0]}x{other[1]}. Say to which size all are resized, the one that the network was "
+                "trained on: data.image_size in the config, or --set data.image_size=[224,224]"
+            )
+    return size
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except OSError as error:
+        raise DataError(f"image {path} cannot be read: {error}") from None
 
 
 def _labelled(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:

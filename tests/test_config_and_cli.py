@@ -223,6 +223,24 @@ def test_bad_image_folders_are_refused(tmp_path: Path) -> None:
         list(batches(data.train, 4))
 
 
+def test_images_of_a_folder_keep_their_common_size_and_are_never_resized_unasked(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        picture(tmp_path / split / "cat" / "0.png", 1)
+    config = DataConfig(source="folder", path=tmp_path)
+    for part in (image_folder(config, seed=0).train, image_folder(config, seed=0).test):
+        [((images,), _)] = batches(part, 8)
+        assert images.shape == (1, 3, 12, 10)
+    Image.new("RGB", (20, 12)).save(tmp_path / "test" / "cat" / "1.png")
+    said = r"cat/0\.png is 12x10 \(height x width\), .*test/cat/1\.png is 12x20\. .*--set data\.image_size=\[224,224\]"
+    with pytest.raises(DataError, match=said):
+        image_folder(config, seed=0)
+    [((images,), _)] = batches(image_folder(folder_config(tmp_path), seed=0).train, 8)
+    assert images.shape == (1, 3, 8, 8)
+    (tmp_path / "test" / "cat" / "1.png").write_text("not a picture")
+    with pytest.raises(DataError, match=r"cat/1\.png cannot be read"):
+        image_folder(config, seed=0)
+
+
 def test_labels_that_the_network_does_not_have_are_refused() -> None:
     images, labels = blobs(8).tensors
     with pytest.raises(DataError, match="labels run from 1 to 4, the network has 4 classes"):
