@@ -65,6 +65,12 @@ def test_bad_arguments_are_refused_at_once(tmp_path: Path, options: dict[str, An
 def test_metrics_of_any_number_type_are_taken(tmp_path: Path, value: Callable[[], Any]) -> None:
     found = compress(small_net(), tmp_path / "run", evaluate=lambda model: value(), train=blobs(64))
     assert type(found.report["compressed"]["metric"]) is float
+    # Commands cannot make a network again that was given as an object, though its factory is known.
+    assert found.report["metric_samples"] is None
+    assert found.report["environment"]["factory"] is not None
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "sekron-search run" not in text
+    assert "sekron-search select RUN --budget flops=0.5x --print-only" in text
 
 
 @pytest.mark.parametrize("outputs", [1, None])

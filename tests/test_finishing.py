@@ -77,6 +77,8 @@ def test_another_trial_becomes_a_run_of_its_own(finished: RunFolder, no_search: 
     assert accuracy == pytest.approx(report["compressed"]["metric"])
     text = (result.path / "report.md").read_text()
     assert f"This is trial {other['trial']} of run {finished.identity}, finished afterwards." in text
+    assert f"sekron-search finish SOURCE --trial {other['trial']} --out OTHER" in text
+    assert "sekron-search run " not in text
     assert not (result.path / "tables").exists()
     assert not (result.path / "study.journal").exists()
 

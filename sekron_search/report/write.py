@@ -10,17 +10,17 @@ from sekron_search.files import atomic, read_json, write_text
 from sekron_search.report.audit import audit_section
 from sekron_search.report.document import Section, escape
 from sekron_search.report.facts import FORMAT
+from sekron_search.report.latency import latency_section
+from sekron_search.report.layers import layers_section
 from sekron_search.report.optimality import optimality_section
 from sekron_search.report.sections import (
     candidates_section,
     exports_section,
     front_section,
-    latency_section,
-    layers_section,
     provenance_section,
     training_section,
-    use_section,
 )
+from sekron_search.report.usage import use_section
 from sekron_search.report.verdict import costs_section, headline, summary
 from sekron_search.rundir import RunFolder
 
