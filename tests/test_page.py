@@ -185,6 +185,23 @@ def test_pictures_show_all_that_the_page_draws() -> None:
     assert len(make_plots(report)["finetuning"].axes) == 2
 
 
+def test_curves_of_all_that_was_trained_are_drawn(tmp_path: Path) -> None:
+    folder, report = RunFolder(tmp_path), sample()
+    shutil.copy(SAMPLE, folder.report)
+    other = next(c for c in report["candidates"] if not c["chosen"])
+    rows = [{"epoch": 1.0, "loss": 0.5, "metric": 0.25}, {"epoch": 2.0, "loss": 0.4, "metric": 0.75}]
+    write_json(folder.candidates / other["folder"] / "curve.json", {"epochs": rows})
+    write_report(folder)
+    metric, loss, _ = data_of(Page(folder.page.read_text()))["figures"]["finetuning"]
+    assert [trace["name"] for trace in metric["data"]] == [f"trial {other['trial']}", "chosen"]
+    assert (metric["data"][0]["y"], loss["data"][0]["y"]) == ([0.25, 0.75], [0.5, 0.4])
+    assert metric["layout"]["showlegend"]
+    assert metric["data"][1]["y"] == [row["metric"] for row in report["curve"]]
+    other["curve"] = rows
+    drawn = make_plots(report)["finetuning"].axes[0].get_lines()
+    assert [line.get_label() for line in drawn] == [f"trial {other['trial']}", "chosen"]
+
+
 def test_the_sample_is_what_this_code_writes() -> None:
     assert (SAMPLE.parent / "report.md").read_text() == markdown(sample())
 

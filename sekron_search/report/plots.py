@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sekron_search.report.audit import best_cheap
+from sekron_search.report.figures import other_curves
 from sekron_search.report.style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PALE
 
 
@@ -200,7 +201,13 @@ def _curve_plot(report: dict[str, Any]) -> Figure:
         (left, "metric", BLUE, "o", f"{report['metric_name']} on the validation split"),
         (middle, "loss", ORANGE, "s", "training loss"),
     ):
-        axes.plot(epochs, [row[key] for row in report["curve"]], color=colour, marker=marker, markersize=4)
+        for trial, curve in other_curves(report).items():
+            values = [row[key] for row in curve]
+            axes.plot([row["epoch"] for row in curve], values, color=GREY, linewidth=1, label=f"trial {trial}")
+        values = [row[key] for row in report["curve"]]
+        axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label="chosen")
+        if len(axes.get_lines()) > 1:
+            axes.legend(fontsize=8)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in rest:
@@ -209,7 +216,7 @@ def _curve_plot(report: dict[str, Any]) -> Figure:
         axes.axvline(found["learning_rate"], color=GREEN, linestyle="--", linewidth=1.2, label="taken")
         axes.set(xlabel="learning rate", ylabel="loss of short trainings")
         axes.legend(fontsize=8)
-    figure.suptitle("Fine-tuning of the chosen candidate")
+    figure.suptitle("Fine-tuning")
     return figure
 
 
