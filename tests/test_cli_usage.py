@@ -73,6 +73,13 @@ def test_the_page_names_every_command_and_every_option() -> None:
         assert re.search(rf"^\| {code} \|", text, re.M), f"exit code {code}"
 
 
+def test_commands_that_answer_have_json_and_the_others_are_named() -> None:
+    without = {name for name, c in COMMANDS.items() if not any("--json" in p.opts for p in c.params)}
+    for page in (PAGE, ROOT / "README.md"):
+        [said] = re.findall(r"(All commands but [^:]*:|All that answer something [^.]*\.)", page.read_text())
+        assert set(re.findall(r"`(\w+)`", said)) == without
+
+
 def test_wrong_usage_is_exit_code_2_and_names_the_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
 from sekron_search.cli import app, main
+from sekron_search.cli.device import _print_summary
 from sekron_search.config import Config, DataConfig
 from sekron_search.costs import profiling
 from sekron_search.costs.design import design
@@ -116,15 +118,24 @@ def test_run_and_report_commands(tmp_path: Path) -> None:
     assert "report.html" in again.output.replace("\n", "")
 
 
-def test_profile_command_writes_a_profile_that_a_run_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_command_writes_a_profile_that_a_run_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     few = [o for o in design(0, quick=True) if o.moved_bytes < 1e5 and o.flops < 1e6][::8]
     monkeypatch.setattr(profiling, "design", lambda seed, quick: few)
     text = CONFIG.replace("params: 0.8x", "latency_ms: 90x").replace("epochs: 2", "epochs: 0")
     text = text.replace("trials: 8", "trials: 2")
     config = write_config(tmp_path, text)
     runner = CliRunner()
-    measured = runner.invoke(app, ["profile", "--for", str(config), "--out", str(tmp_path / "device.yaml")])
+    measured = runner.invoke(app, ["profile", "--for", str(config), "--out", str(tmp_path / "device.yaml"), "--json"])
     assert measured.exit_code == 0, measured.output
+    told = json.loads(measured.stdout)
+    held = yaml.safe_load((tmp_path / "device.yaml").read_text())
+    assert (told["options"], told["operations"]) == (len(held["layers"]), len(held["operations"]))
+    assert told["errors"] == held["model"]["errors"]
+    _print_summary(DeviceProfile.load(tmp_path / "device.yaml"), Path("device.yaml"))
+    wanted = f"{told['operations']} operations and {told['options']} exact latencies written to device.yaml"
+    assert capsys.readouterr().out.splitlines()[-1] == wanted
     known = yaml.safe_load((tmp_path / "device.yaml").read_text())["layers"]
     assert len(known) > 10
     assert not (tmp_path / "device.yaml.unfinished").exists()

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = ["api", "extending", "guide", "results", "structures"]
+PAGES = ["api", "cluster", "command-line", "extending", "guide", "results", "structures"]
 
 
 def blocks(page: str, language: str) -> list[str]:
