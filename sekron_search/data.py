@@ -239,7 +239,11 @@ class SplitMetric:
 
     @property
     def shares_of(self) -> int | None:
-        """The number of samples of which the metric is the share that is right; None if it is no such share."""
+        """The number of samples of which the metric is the share that is right; None if it is no such share.
+
+        Of images whose every position has a class, these are the images, for neighbours are not right or wrong by
+        themselves: an interval for so many is rather too wide than too narrow.
+        """
         return length(self.split) if self.name == "accuracy" else None
 
 
