@@ -12,7 +12,7 @@ TITLE = "How to load, export and reproduce it"
 
 def from_config(report: Mapping[str, Any]) -> bool:
     """Whether network and data are described by the run's config.yaml, so that commands can make them again."""
-    # Reports of 0.1.0 and before do not say: there a network without a factory was surely given as an object.
+    # Earlier reports do not say; a network without a factory was surely given as an object.
     return bool(report.get("from_config", report["environment"]["factory"] is not None))
 
 
@@ -54,8 +54,8 @@ def _by_python() -> tuple[Block, ...]:
         ),
         "Network and data were given to compress as objects, which no file describes: the commands export, finish, and "
         "select without --print-only need a run that was started from a config file. To make the same run again call "
-        "compress with the settings in config.yaml, which has all of them, and the seed; with resume=True and out=RUN "
-        "it goes on with this one.",
+        "compress with the settings in config.yaml, which has all of them, and the seed; its section calibration is "
+        "the argument calibration_settings. With resume=True and out=RUN the call goes on with this run.",
     )
 
 
