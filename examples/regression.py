@@ -53,4 +53,4 @@ def main(epochs: int = 20, trials: int = 40, **settings: Any) -> sekron_search.R
 
 
 if __name__ == "__main__":
-    print(main().path / "report.md")
+    print(main().path / "report.html")

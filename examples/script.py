@@ -48,7 +48,7 @@ def main(epochs: int = 15, **settings: Any) -> sekron_search.Result:
         **settings,
     )
     print(f"accuracy {result.report['original']['metric']:.3f} -> {result.report['compressed']['metric']:.3f}")
-    print(f"report: {result.path / 'report.md'}")
+    print(f"report: {result.path / 'report.html'}")
     again = sekron_search.load(result.path)
     assert accuracy(again, images, labels=labels) == accuracy(result.model, images, labels=labels)
     return result

@@ -87,4 +87,4 @@ def main(epochs: int = 20, trials: int = 40, finetune_epochs: int = 3, **setting
 
 
 if __name__ == "__main__":
-    print(main().path / "report.md")
+    print(main().path / "report.html")

@@ -68,4 +68,4 @@ def main(epochs: int = 30, **settings: Any) -> sekron_search.Result:
 
 
 if __name__ == "__main__":
-    print(main().path / "report.md")
+    print(main().path / "report.html")

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from sekron_search.config import Config, MetricName, make_settings
 from sekron_search.data import (
     DataBundle,
+    SplitMetric,
     batches,
-    evaluate,
     input_batches,
     length,
     load_data,
@@ -170,8 +170,7 @@ def make_job(model: nn.Module, factory: Factory, data: DataBundle, config: Confi
     def metric(split: Dataset[Any]) -> Callable[[nn.Module], float]:
         if own is not None:
             return checked_metric(lambda network: own(network, split), f"metric {config.metric!r}")
-        name = cast(MetricName, config.metric)
-        return lambda network: evaluate(network, split, name, batch_size=EVALUATION_BATCH, device=device)
+        return SplitMetric(split, cast(MetricName, config.metric), EVALUATION_BATCH, device)
 
     return Job(
         model,

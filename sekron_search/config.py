@@ -60,7 +60,7 @@ class DataConfig(_Section):
         path: Of the folder; with sub-folders train, validation and test, or classes only, which are then split.
         factory: `package.module:function` that returns a `sekron_search.data.DataBundle`.
         kwargs: Arguments of the factory.
-        image_size: (height, width) to which images of a folder are resized.
+        image_size: (height, width) to which images of a folder are resized; by default the size that they all have.
         mean, std: Per channel, by which inputs in [0, 1] are normalised.
         validation_fraction, test_fraction: Of the images, where the folder has no such splits.
     """
@@ -69,7 +69,7 @@ class DataConfig(_Section):
     path: Path | None = None
     factory: Reference | None = None
     kwargs: dict[str, Any] = {}
-    image_size: tuple[Positive, Positive] = (32, 32)
+    image_size: tuple[Positive, Positive] | None = None
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.229, 0.224, 0.225)
     validation_fraction: Annotated[float, Field(gt=0, lt=0.9)] = 0.15

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sekron_search.config import DataConfig, MetricName
 from sekron_search.errors import DataError, SekronError
+from sekron_search.image_files import ImageFolder, common_size, labelled
 from sekron_search.model import Inputs, as_inputs, joined, part_of
 from sekron_search.model import batch_size as samples_of
 from sekron_search.nested import map_tensors
@@ -24,8 +23,6 @@ from sekron_search.references import import_reference
 
 Batch = tuple[Inputs, Any]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
-
-_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -181,61 +178,31 @@ def _split(dataset: TensorDataset, sizes: Sequence[int], seed: int) -> tuple[Ten
     return tuple(TensorDataset(*(t[part] for t in dataset.tensors)) for part in reversed(parts))
 
 
-class ImageFolder(Dataset[tuple[Tensor, int]]):
-    """Images of one folder per class, resized and normalised when they are read.
-
-    Args:
-        files: (path, class) of every image.
-        config: Size and normalisation.
-    """
-
-    def __init__(self, files: Sequence[tuple[Path, int]], config: DataConfig) -> None:
-        self.files = list(files)
-        self.size = config.image_size
-        self.mean = torch.tensor(config.mean)[:, None, None]
-        self.std = torch.tensor(config.std)[:, None, None]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.files[index]
-        mode = "L" if len(self.mean) == 1 else "RGB"
-        height, width = self.size
-        try:
-            with Image.open(path) as image:
-                small = image.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
-                pixels = torch.from_numpy(np.array(small))
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"image {path} cannot be read: {error}") from None
-        pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
-        return (pixels.float() / 255 - self.mean) / self.std, label
-
-
 def image_folder(config: DataConfig, seed: int) -> DataBundle:
     """Images in `path/<class>/`, split at random, or in `path/train|validation|test/<class>/`.
 
     Raises:
-        DataError: If a folder is missing or empty, or the splits do not have the same classes.
+        DataError: If a folder is missing or empty, the splits do not have the same classes, or the images are of
+            different sizes and the configuration does not say which one they get.
     """
     root = config.path
     assert root is not None
     if not root.is_dir():
         raise DataError(f"data.path {root}: expected a folder with a sub-folder per class")
     if (root / "train").is_dir():
-        classes, train = _labelled(root / "train")
+        classes, train = labelled(root / "train")
         splits = {}
         for name in ("validation", "test"):
             if not (root / name).is_dir():
                 raise DataError(f"data.path {root}: it has a folder 'train' but none named '{name}'")
-            found, splits[name] = _labelled(root / name)
+            found, splits[name] = labelled(root / name)
             if extra := sorted(set(found) - set(classes)):
                 raise DataError(f"data.path {root / name}: classes {extra} are not in the training folder")
             relabel = {i: classes.index(label) for i, label in enumerate(found)}
             splits[name] = [(path, relabel[i]) for path, i in splits[name]]
         validation, test = splits["validation"], splits["test"]
     else:
-        classes, files = _labelled(root)
+        classes, files = labelled(root)
         order = sample_order(len(files), seed)
         num_test = round(config.test_fraction * len(files))
         num_validation = round(config.validation_fraction * len(files))
@@ -244,21 +211,40 @@ def image_folder(config: DataConfig, seed: int) -> DataBundle:
         shuffled = [files[i] for i in order]
         test, validation = shuffled[:num_test], shuffled[num_test : num_test + num_validation]
         train = shuffled[num_test + num_validation :]
-    return DataBundle(ImageFolder(train, config), ImageFolder(validation, config), ImageFolder(test, config))
+    size = config.image_size or common_size(root, [path for path, _ in (*train, *validation, *test)])
+    return DataBundle(
+        ImageFolder(train, size, config), ImageFolder(validation, size, config), ImageFolder(test, size, config)
+    )
 
 
-def _labelled(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Class names in alphabetical order, and (path, class) of every image."""
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not classes:
-        raise DataError(f"{folder}: expected a sub-folder per class, found none")
-    files = []
-    for label, name in enumerate(classes):
-        own = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in _IMAGES)
-        if not own:
-            raise DataError(f"{folder / name}: the class folder holds no image (expected {', '.join(sorted(_IMAGES))})")
-        files += [(path, label) for path in own]
-    return classes, files
+@dataclass(frozen=True)
+class SplitMetric:
+    """A metric by name, over a split of the data.
+
+    Args:
+        split: The data.
+        name: Of the metric.
+        batch_size: Samples that the network is run on at a time.
+        device: Where the network is.
+    """
+
+    split: Dataset[Any]
+    name: MetricName
+    batch_size: int
+    device: torch.device
+
+    def __call__(self, network: nn.Module) -> float:
+        """The metric of a network; see `evaluate`."""
+        return evaluate(network, self.split, self.name, batch_size=self.batch_size, device=self.device)
+
+    @property
+    def shares_of(self) -> int | None:
+        """The number of samples of which the metric is the share that is right; None if it is no such share.
+
+        Of images whose every position has a class, these are the images, for neighbours are not right or wrong by
+        themselves: an interval for so many is rather too wide than too narrow.
+        """
+        return length(self.split) if self.name == "accuracy" else None
 
 
 def evaluate(

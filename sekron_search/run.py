@@ -15,8 +15,9 @@ from torch import nn
 from sekron_search.audit import audit, check_audit, plan_audit
 from sekron_search.candidate import Searched
 from sekron_search.candidates import Finder
-from sekron_search.costs.profile import Provenance
+from sekron_search.costs.profile import DeviceProfile, Provenance
 from sekron_search.costs.traced import traced_flops
+from sekron_search.data import SplitMetric
 from sekron_search.errors import RunFolderError, SekronError
 from sekron_search.export import factory_json, load, save_artefact
 from sekron_search.files import read_json, write_json, write_text
@@ -26,6 +27,7 @@ from sekron_search.pick import Pick
 from sekron_search.prepare import prepare, prepare_whole
 from sekron_search.progress import Reporter
 from sekron_search.report.facts import RunFacts
+from sekron_search.report.latency import profile_facts
 from sekron_search.report.write import write_report
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import MemoryFormat, threads, with_memory_format
@@ -178,6 +180,7 @@ def _latency_facts(job: Job, folder: RunFolder, layout: Layout, searched: Search
         "granularity": layout.granularity,
         "calibration": read_json(folder.calibration)["networks"],
         "scale": searched.network.latency_scale,
+        "profile": profile_facts(DeviceProfile.load(folder.profile)),
         "candidates": [
             {
                 "predicted": c.predicted["latency_ms"] / searched.network.unchanged("latency_ms"),
@@ -195,9 +198,10 @@ def _learning_rate(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _metrics(job: Job, networks: dict[str, nn.Module]) -> dict[str, float | None]:
-    """The metric of the report, on data that nothing before has seen where there is such data."""
+    """The metric of the report, on data that nothing before has seen where there is such data; `RunFacts.metrics`."""
     metric = job.test or job.validate
-    return {name: None if metric is None else metric(network) for name, network in networks.items()}
+    found = {name: None if metric is None else metric(network) for name, network in networks.items()}
+    return {**found, "samples": metric.shares_of if isinstance(metric, SplitMetric) else None}
 
 
 def _write_environment(job: Job, folder: RunFolder, memory_format: MemoryFormat) -> None:

@@ -39,7 +39,9 @@ def full(word: Callable[[str], str] = lambda text: text) -> tuple[dict[str, Any]
     names = {layer["name"]: word(layer["name"]) for layer in report["layers"]}
     for layer in report["layers"]:
         layer["name"], layer["reason"] = names[layer["name"]], word(layer["reason"])
+    report["metric_samples"], report["from_config"] = 400, True
     for candidate in report["front"]:
+        candidate["rebuilt"] = [names["block1.conv1"]]
         candidate["structures"] = {names[name]: s for name, s in candidate["structures"].items()}
     for key in ("metric_name", "divergence_name"):
         report[key] = word(report[key])
@@ -52,6 +54,8 @@ def full(word: Callable[[str], str] = lambda text: text) -> tuple[dict[str, Any]
         environment[key] = word(environment[key])
     environment["factory"]["reference"] = word(environment["factory"]["reference"])
     report["latency"]["runtime"] = word(report["latency"]["runtime"])
+    errors = {"median": 0.05, "mean": 0.06, "p90": 0.2, "spearman": 0.99, "operations": 900}
+    report["latency"]["profile"] = {"options": 512, "operations": 900, "rel_noise": 0.013, "errors": errors}
     report["audit"] = audit(word)
     record = {"file": word("network.onnx"), "num_bytes": 1, "rel_difference": 0.0, "batch_sizes": [1, 2]}
     network = {"name": word("original"), "precision": "int8", "metric": 0.5, "num_bytes": 1}

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from typer.testing import CliRunner
 
 import sekron_search
+from sekron_search.cli import app
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError, SekronError
 from sekron_search.inspection import inspect_model
 from tests.cases import ImageToImage, OddLayers, SignalNet, VolumeNet, blobs, small_net
@@ -65,6 +67,25 @@ def test_bad_arguments_are_refused_at_once(tmp_path: Path, options: dict[str, An
 def test_metrics_of_any_number_type_are_taken(tmp_path: Path, value: Callable[[], Any]) -> None:
     found = compress(small_net(), tmp_path / "run", evaluate=lambda model: value(), train=blobs(64))
     assert type(found.report["compressed"]["metric"]) is float
+    assert found.report["metric_samples"] is None  # nobody knows of how many samples such a number is
+
+
+def test_the_report_of_a_network_given_as_an_object_names_what_works_for_it(tmp_path: Path) -> None:
+    found = compress(small_net(), tmp_path / "run")
+    assert found.report["environment"]["factory"] is not None  # `load` can make it, though commands cannot
+    assert found.report["from_config"] is False
+    block = (found.path / "report.md").read_text().rpartition("```bash\n")[2].partition("```")[0]
+    commands = [line.partition("#")[0].split() for line in block.splitlines()]
+    assert [words[:2] for words in commands] == [["sekron-search", name] for name in ("select", "show", "report")]
+    known = {"RUN": str(found.path), "N": str(found.report["front"][0]["trial"])}
+    for _, *words in commands:
+        done = CliRunner().invoke(app, [known.get(word, word) for word in words])
+        assert done.exit_code == 0, done.output
+    for refused in (
+        ["export", known["RUN"], "--format", "safetensors"],
+        ["finish", known["RUN"], "--trial", known["N"]],
+    ):
+        assert isinstance(CliRunner().invoke(app, refused).exception, SekronError)
 
 
 @pytest.mark.parametrize("outputs", [1, None])

@@ -86,6 +86,9 @@ def test_a_run_without_a_file_says_its_verdict_as_one_object(told: tuple[RunFold
     assert verdict["run"] == str(folder.path)
     assert verdict["budgets"] == report["budgets"]
     assert verdict["compressed"] == report["compressed"]
+    assert (report["metric_samples"], report["from_config"]) == (64, True)
+    assert "share of 64 samples" in folder.markdown.read_text()
+    assert "finish RUN --trial N" in folder.markdown.read_text()
     assert [layer["name"] for layer in verdict["layers"]] == ["conv1", "conv2", "conv3", "linear"]
     assert sekron_search.load(verdict["run"])(torch.randn(2, 3, 8, 8)).shape == (2, 4)
     effective = yaml.safe_load(folder.config.read_text())
@@ -239,6 +242,8 @@ def test_runs_are_compared_and_clocks_of_other_devices_are_not(finished: RunFold
     assert "latencies are of different devices or settings, and not to be compared" in text
     assert "abacus" in text
     assert "latency_ms*" in text
+    noise = read_json(finished.report)["compressed"]["latency_noise_ms"]
+    assert f" ± {noise:.3f} (" in text
     assert "latency_ms*" not in invoke("compare", finished.path, twin.path).stdout
 
 

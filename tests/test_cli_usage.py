@@ -19,7 +19,10 @@ from sekron_search.cli.arguments import UsageError
 from sekron_search.cli.configuration import Given
 from sekron_search.cli.output import json_alone, print_json, print_table
 from sekron_search.errors import ConfigError
+from sekron_search.report.document import Code
+from sekron_search.report.usage import use_section
 from tests.cases import CONFIG, write_config
+from tests.pages import sample
 from tests.test_run import ROOT
 
 PAGE = ROOT / "docs" / "command-line.md"
@@ -71,6 +74,26 @@ def test_the_page_names_every_command_and_every_option() -> None:
                 assert re.search(rf"`[^`\n]*{option}\b", sections[name]), f"{name} {option}"
     for code in ("0", "1", "2", "3", "130"):
         assert re.search(rf"^\| {code} \|", text, re.M), f"exit code {code}"
+
+
+@pytest.mark.parametrize("source", [None, "trial 3", "selection params-0.4x"])
+def test_commands_that_reports_name_are_there(source: str | None) -> None:
+    report = sample()
+    report["finishes"] = None if source is None else {"run": "abc", "source": source, "trial": 3, "budget": {}}
+    [_, _, commands, *_] = use_section(report).blocks
+    assert isinstance(commands, Code)
+    lines = [line.partition("#")[0].replace(" N", " 3").split() for line in commands.text.splitlines()]
+    assert len(lines) >= 5
+    for program, name, *arguments in lines:
+        assert program == "sekron-search"
+        COMMANDS[name].make_context(name, arguments)  # raises where an option is unknown or lacks its value
+
+
+def test_commands_that_answer_have_json_and_the_others_are_named() -> None:
+    without = {name for name, c in COMMANDS.items() if not any("--json" in p.opts for p in c.params)}
+    for page in (PAGE, ROOT / "README.md"):
+        [said] = re.findall(r"(All commands but [^:]*:|All that answer something [^.]*\.)", page.read_text())
+        assert set(re.findall(r"`(\w+)`", said)) == without
 
 
 def test_wrong_usage_is_exit_code_2_and_names_the_option(

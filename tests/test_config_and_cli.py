@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 from typer.testing import CliRunner
 
 from sekron_search.cli import app, main
+from sekron_search.cli.device import _print_summary
 from sekron_search.config import Config, DataConfig
 from sekron_search.costs import profiling
 from sekron_search.costs.design import design
@@ -116,15 +118,24 @@ def test_run_and_report_commands(tmp_path: Path) -> None:
     assert "report.html" in again.output.replace("\n", "")
 
 
-def test_profile_command_writes_a_profile_that_a_run_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_command_writes_a_profile_that_a_run_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     few = [o for o in design(0, quick=True) if o.moved_bytes < 1e5 and o.flops < 1e6][::8]
     monkeypatch.setattr(profiling, "design", lambda seed, quick: few)
     text = CONFIG.replace("params: 0.8x", "latency_ms: 90x").replace("epochs: 2", "epochs: 0")
     text = text.replace("trials: 8", "trials: 2")
     config = write_config(tmp_path, text)
     runner = CliRunner()
-    measured = runner.invoke(app, ["profile", "--for", str(config), "--out", str(tmp_path / "device.yaml")])
+    measured = runner.invoke(app, ["profile", "--for", str(config), "--out", str(tmp_path / "device.yaml"), "--json"])
     assert measured.exit_code == 0, measured.output
+    told = json.loads(measured.stdout)
+    held = yaml.safe_load((tmp_path / "device.yaml").read_text())
+    assert (told["options"], told["operations"]) == (len(held["layers"]), len(held["operations"]))
+    assert told["errors"] == held["model"]["errors"]
+    _print_summary(DeviceProfile.load(tmp_path / "device.yaml"), Path("device.yaml"))
+    wanted = f"{told['operations']} operations and {told['options']} exact latencies written to device.yaml"
+    assert capsys.readouterr().out.splitlines()[-1] == wanted
     known = yaml.safe_load((tmp_path / "device.yaml").read_text())["layers"]
     assert len(known) > 10
     assert not (tmp_path / "device.yaml.unfinished").exists()
@@ -221,6 +232,24 @@ def test_bad_image_folders_are_refused(tmp_path: Path) -> None:
     data = image_folder(folder_config(tmp_path), seed=0)
     with pytest.raises(DataError, match=r"cat/\d\.png cannot be read"):
         list(batches(data.train, 4))
+
+
+def test_images_of_a_folder_keep_their_common_size_and_are_never_resized_unasked(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        picture(tmp_path / split / "cat" / "0.png", 1)
+    config = DataConfig(source="folder", path=tmp_path)
+    for part in (image_folder(config, seed=0).train, image_folder(config, seed=0).test):
+        [((images,), _)] = batches(part, 8)
+        assert images.shape == (1, 3, 12, 10)
+    Image.new("RGB", (20, 12)).save(tmp_path / "test" / "cat" / "1.png")
+    said = r"cat/0\.png is 12x10 \(height x width\), .*test/cat/1\.png is 12x20\. .*--set data\.image_size=\[224,224\]"
+    with pytest.raises(DataError, match=said):
+        image_folder(config, seed=0)
+    [((images,), _)] = batches(image_folder(folder_config(tmp_path), seed=0).train, 8)
+    assert images.shape == (1, 3, 8, 8)
+    (tmp_path / "test" / "cat" / "1.png").write_text("not a picture")
+    with pytest.raises(DataError, match=r"cat/1\.png cannot be read"):
+        image_folder(config, seed=0)
 
 
 def test_labels_that_the_network_does_not_have_are_refused() -> None:

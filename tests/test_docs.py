@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = ["api", "extending", "guide", "results", "structures"]
+PAGES = ["api", "cluster", "command-line", "extending", "guide", "results", "structures"]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -181,6 +181,8 @@ def test_a_run_with_a_family_a_runtime_and_a_proxy_of_ones_own(project: Path) ->
     report = run(job, RunFolder(project / "run"), Reporter(), resume=False)
     assert all(budget["met"] for budget in report["budgets"])
     assert report["latency"]["runtime"] == "pytorch-bfloat16"
+    assert report["latency"]["profile"]["options"] >= sum(layer["num_options"] for layer in report["layers"])
+    assert report["latency"]["profile"]["rel_noise"] >= 0
     names = [proxy["name"] for proxy in report["audit"]["proxies"]]
     assert names[-1] == "my_proxies:worst_layer"
     for row in read_json(project / "run" / "audit.json")["candidates"]:

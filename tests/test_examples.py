@@ -195,23 +195,50 @@ def colour_classifier(model: nn.Module) -> nn.Module:
     return model
 
 
+def given_network(name: str) -> tuple[dict[str, Any], nn.Module]:
+    """The section `model` of an example, and the network that its factory builds."""
+    given: dict[str, Any] = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["model"]
+    return given, import_reference(given["factory"], "model.factory")(**given["kwargs"])
+
+
+def with_weights(path: Path, model: nn.Module) -> None:
+    state: dict[str, Tensor] = dict(model.state_dict())
+    if path.suffix == ".safetensors":
+        write_tensors(path, state)
+    else:
+        torch.save(state, path)
+
+
+def small_images(data: dict[str, Any]) -> None:
+    data["data"]["image_size"] = [12, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_networks_of_the_packages_themselves(tmp_path: Path, name: str) -> None:
+    """Where they are installed, which this project does not ask for; what a stand-in cannot show."""
+    pytest.importorskip(name)
+    pictures(tmp_path / "images")
+    given, model = given_network(name)
+    with_weights(tmp_path / given["weights"], model)
+    config = quick_config(EXAMPLES / f"{name}.yaml", tmp_path, small_images)
+    done = CliRunner().invoke(app, ["run", str(config), "--out", str(tmp_path / "run"), "--epochs", "0"])
+    assert done.exit_code == 0, done.output
+    report = read_json(tmp_path / "run" / "report.json")
+    assert report["original"]["params"] == sum(p.numel() for p in model.parameters()) > 1e7
+    assert {"layer1.0.conv1", "fc"} <= {layer["name"] for layer in report["layers"]}
+    assert report["compressed"]["flops"] <= 0.5 * report["original"]["flops"]
+    assert sekron_search.load(tmp_path / "run")(torch.randn(2, 3, 32, 32)).shape == (2, given["kwargs"]["num_classes"])
+
+
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("name", ["timm", "torchvision"])
 def test_networks_by_name(tmp_path: Path, name: str) -> None:
     pictures(tmp_path / "images")
-    given = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["model"]
-    model = colour_classifier(import_reference(given["factory"], "model.factory")(**{**given["kwargs"]}))
+    given, model = given_network(name)
     weights = tmp_path / given["weights"]
-    state: dict[str, Tensor] = dict(model.state_dict())
-    if weights.suffix == ".safetensors":
-        write_tensors(weights, state)
-    else:
-        torch.save(state, weights)
-
-    def small(data: dict[str, Any]) -> None:
-        data["data"]["image_size"] = [12, 12]
-
-    config = quick_config(EXAMPLES / f"{name}.yaml", tmp_path, small)
+    with_weights(weights, colour_classifier(model))
+    config = quick_config(EXAMPLES / f"{name}.yaml", tmp_path, small_images)
     done = CliRunner().invoke(app, ["run", str(config), "--out", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
     report = read_json(tmp_path / "run" / "report.json")

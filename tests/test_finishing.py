@@ -77,6 +77,8 @@ def test_another_trial_becomes_a_run_of_its_own(finished: RunFolder, no_search: 
     assert accuracy == pytest.approx(report["compressed"]["metric"])
     text = (result.path / "report.md").read_text()
     assert f"This is trial {other['trial']} of run {finished.identity}, finished afterwards." in text
+    assert f"sekron-search finish SOURCE --trial {other['trial']} --out OTHER" in text
+    assert "sekron-search run " not in text
     assert not (result.path / "tables").exists()
     assert not (result.path / "study.journal").exists()
 
@@ -149,7 +151,7 @@ def test_what_cannot_be_finished_says_why(finished: RunFolder, tmp_path: Path) -
         finish_run(finished, Reporter())
     copy = RunFolder(tmp_path / "copy")
     shutil.copytree(finished.path, copy.path)
-    with pytest.raises(RunFolderError, match="another run"):
+    with pytest.raises(RunFolderError, match="holds a run with a search of its own"):
         finish_run(finished, Reporter(), trial=first, out=copy.path)
     target, _ = finish_run(finished, Reporter(), trial=first, out=tmp_path / "first")
     with pytest.raises(RunFolderError, match=f"it finishes trial {first} of run"):

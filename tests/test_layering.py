@@ -40,6 +40,7 @@ LAYERS = [
     ["exchange", "repeatable"],
     ["deployment"],
     ["data"],
+    ["image_files"],
     ["config"],
     ["catalog"],
     ["pick"],

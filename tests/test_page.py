@@ -13,18 +13,24 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 
 from benchmarks.page.__main__ import report_of
 from sekron_search.errors import RunFolderError
 from sekron_search.files import write_json
+from sekron_search.kron.families import family
 from sekron_search.kron.structure import Structure
 from sekron_search.report.document import Code, Items, Picture, Section, Table
 from sekron_search.report.drawing import TIMES, drawing
 from sekron_search.report.figures import make_figures, short_name
+from sekron_search.report.latency import latency_section
+from sekron_search.report.layers import layer_costs
 from sekron_search.report.page import make_page
-from sekron_search.report.sections import candidates_section, front_section, latency_section, training_section
-from sekron_search.report.verdict import costs_section, headline, summary
+from sekron_search.report.plots import make_plots
+from sekron_search.report.sections import candidates_section, front_section, training_section
+from sekron_search.report.usage import use_section
+from sekron_search.report.verdict import costs_section, headline, interval, summary
 from sekron_search.report.write import markdown, write_report
 from sekron_search.rundir import RunFolder
 from tests.cases import STRUCTURES, STRUCTURES_3D
@@ -74,7 +80,7 @@ def test_the_page_and_the_markdown_say_the_same(page: Page) -> None:
     report, exports = full()
     text = " ".join(markdown(report, exports).split())
     sections = [costs_section(report), latency_section(report), front_section(report), training_section(report)]
-    for section in [*sections, candidates_section(report)]:
+    for section in [*sections, candidates_section(report), use_section(report)]:
         assert section is not None
         for said in texts_of(section):
             assert said in page.text
@@ -85,6 +91,119 @@ def test_the_page_and_the_markdown_say_the_same(page: Page) -> None:
     for layer in report["layers"]:
         assert layer["reason"] in page.text
         assert layer["reason"] in text
+        costs = layer_costs(layer)
+        assert len(costs.rows) == 5  # time, flops, parameters, activations, error
+        for row in costs.rows:
+            assert " ".join(" ".join(row).split()) in page.text
+            assert " ".join(f"| {layer['name']} | {' | '.join([*row, ''][:5])} |".split()) in text
+        if layer["runner_up"] is not None:
+            assert layer["runner_up"]["structure"] in text
+
+
+def latency_verdict(bound_ms: float, value_ms: float, predicted_for: str | None = None) -> str:
+    report = sample()
+    report["latency"]["predicted_for"] = predicted_for
+    report["compressed"] |= {"latency_ms": value_ms, "latency_noise_ms": 0.5}
+    report["budgets"][2] |= {"bound": bound_ms, "value": value_ms, "met": value_ms <= bound_ms}
+    said = summary(report)[2].rpartition(": ")[2]
+    assert said in [
+        cell for block in costs_section(report).blocks if isinstance(block, Table) for cell in block.rows[2]
+    ]
+    return said
+
+
+def test_a_latency_that_noise_alone_could_move_over_its_bound_is_said_to_be_so() -> None:
+    assert latency_verdict(20.0, 19.4) == "met"
+    assert latency_verdict(20.0, 19.6) == "met, within the noise"
+    assert latency_verdict(20.0, 20.4) == "MISSED, within the noise"
+    assert latency_verdict(20.0, 20.6) == "MISSED"
+    assert latency_verdict(20.0, 19.6, "phone") == "met as predicted (± 0.500); measure it on the device"
+
+
+def test_what_stands_behind_numbers_is_explained_once(page: Page) -> None:
+    report, exports = full()
+    text = markdown(report, exports)
+    for said in (page.text, text):
+        assert said.count("± is half the interquartile range") == 1
+        assert said.count("is a share of 400 samples") == 1
+    low, high = interval(report["compressed"]["metric"], 400)
+    assert f"95 % interval {low:.4f} to {high:.4f}; untrained" in text
+    assert f"| accuracy, 95 % interval | {low:.4f} to {high:.4f} |" in text
+    assert "512 options of layers and 900 operations, as measured; their noise is 1.3%" in text
+    assert "cross-validated" not in text  # nothing was predicted
+    report["latency"]["predicted_for"] = "phone"
+    predicted = markdown(report, exports)
+    assert "is 5.0% in the median, and below 20.0% for nine of ten (cross-validated on 900 operations)" in predicted
+    assert "± is the standard deviation" in predicted
+    plain = markdown(sample())  # a report that does not know how many samples there were
+    assert "95 %" not in plain.split("## Latency")[0]
+
+
+@pytest.mark.parametrize(
+    ("right", "samples", "low", "high"), [(95, 100, 0.8882, 0.9785), (100, 100, 0.9630, 1.0), (0, 10, 0.0, 0.2775)]
+)
+def test_intervals_are_wilsons(right: int, samples: int, low: float, high: float) -> None:
+    assert interval(right / samples, samples) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_what_is_said_to_work_does() -> None:
+    report = sample()
+    text = use_section(report).markdown()
+    assert "sekron-search run RUN/config.yaml" in text
+    assert "sekron-search finish RUN --trial N " in text
+    assert data_of(Page(make_page(report)))["finish"] == "sekron-search finish RUN --trial"
+    report["finishes"] = {"run": "abc123", "source": "selection params-0.4x", "trial": 3, "budget": {"params": "0.4x"}}
+    text = use_section(report).markdown()
+    assert "sekron-search run" not in text
+    assert "sekron-search finish SOURCE --selection params-0.4x --out OTHER " in text
+    assert "the run that has searched, abc123" in text
+    assert data_of(Page(make_page(report)))["finish"] == "sekron-search finish SOURCE --trial"
+    report |= {"finishes": None, "from_config": False}
+    text = use_section(report).markdown()
+    assert not re.search(r"sekron-search (run|finish|export|select RUN --budget \S+ *#)", text)
+    assert "sekron-search select RUN --budget flops=0.5x --print-only" in text
+    assert data_of(Page(make_page(report)))["finish"] is None
+
+
+def test_pictures_show_all_that_the_page_draws() -> None:
+    report = sample()
+    plots = make_plots(report)
+    titles = [figure["layout"]["title"]["text"] for figure in make_figures(report)["layers"]]
+    shown = [axes.get_xlabel() for axes in plots["layers"].axes]
+    assert shown == titles
+    assert len(plots["finetuning"].axes) == len(make_figures(report)["finetuning"]) == 3
+    pairs = {(axes.get_ylabel(), axes.get_xlabel()) for axes in plots["fronts"].axes if axes.axison}
+    large = sum(name.startswith("front_") for name in plots)
+    assert len(pairs) + large == 10  # of five objectives
+    for axes in plots["fronts"].axes[:7]:
+        [steps] = axes.get_lines()
+        ends = np.stack([np.asarray(steps.get_xdata()), np.asarray(steps.get_ydata())], 1).tolist()
+        dots = np.asarray(axes.collections[0].get_offsets()).tolist()
+        assert all(any(x <= a and y <= b for x, y in ends) for a, b in dots)
+        assert not any(a <= x and b <= y and (a, b) != (x, y) for x, y in ends for a, b in dots)
+    report["learning_rate"] = None
+    assert len(make_plots(report)["finetuning"].axes) == 2
+
+
+def test_curves_of_all_that_was_trained_are_drawn(tmp_path: Path) -> None:
+    folder, report = RunFolder(tmp_path), sample()
+    shutil.copy(SAMPLE, folder.report)
+    other = next(c for c in report["candidates"] if not c["chosen"])
+    rows = [{"epoch": 1.0, "loss": 0.5, "metric": 0.25}, {"epoch": 2.0, "loss": 0.4, "metric": 0.75}]
+    write_json(folder.candidates / other["folder"] / "curve.json", {"epochs": rows})
+    write_report(folder)
+    metric, loss, _ = data_of(Page(folder.page.read_text()))["figures"]["finetuning"]
+    assert [trace["name"] for trace in metric["data"]] == [f"trial {other['trial']}", "chosen"]
+    assert (metric["data"][0]["y"], loss["data"][0]["y"]) == ([0.25, 0.75], [0.5, 0.4])
+    assert metric["layout"]["showlegend"]
+    assert metric["data"][1]["y"] == [row["metric"] for row in report["curve"]]
+    other["curve"] = rows
+    drawn = make_plots(report)["finetuning"].axes[0].get_lines()
+    assert [line.get_label() for line in drawn] == [f"trial {other['trial']}", "chosen"]
+
+
+def test_the_sample_is_what_this_code_writes() -> None:
+    assert (SAMPLE.parent / "report.md").read_text() == markdown(sample())
 
 
 def test_a_missed_budget_is_said_at_once() -> None:
@@ -113,7 +232,11 @@ def test_all_trials_and_objectives_are_there_to_be_drawn(page: Page) -> None:
             layer: options[i]
             for layer, options, i in zip(data["layers"], data["options"], candidate["structures"], strict=True)
         }
+        assert shown.pop("block1.conv1") == f"{found['structures'].pop('block1.conv1')}, rebuilt at load"
         assert shown == found["structures"]
+    for options, families in zip(data["options"], data["families"], strict=True):
+        texts = [text.removesuffix(", rebuilt at load") for text in options]
+        assert families == [family(Structure.parse(text)) for text in texts]
     assert [c["trial"] for c in data["front"] if c["chosen"]] == [c["trial"] for c in report["front"] if c["chosen"]]
 
 

@@ -1,13 +1,18 @@
-"""The page in a browser, from disk: pointing, clicking, keys, phones, and that nothing leaves it."""
+"""The page in a browser, from disk: pointing, clicking, keys, phones, and that nothing leaves it.
+
+Pictures of it, as wide as a desk's screen and a phone's, lie in build/screenshots afterwards, to be looked at.
+"""
 
 from __future__ import annotations
 
+import base64
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from selenium.webdriver import Chrome, Keys
 
 from benchmarks.page.browser import NoBrowserError, browser, complaints, open_page, pointed_at, requests, waited_for
@@ -15,6 +20,11 @@ from sekron_search.report.page import make_page
 from tests.pages import attack, full
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+#: Pixels.
+SCROLLBAR = 20
+
+SCREENSHOTS = Path(__file__).parent.parent / "build" / "screenshots"
 
 #: Where a candidate of the front is drawn, in pixels of the window.
 PLACE = """
@@ -67,6 +77,12 @@ def candidates(report: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(report["front"], key=lambda candidate: float(candidate["objectives"]["divergence"]))
 
 
+def structures(candidate: dict[str, Any]) -> dict[str, str]:
+    """As they are shown."""
+    rebuilt = candidate["rebuilt"]
+    return {n: f"{s}, rebuilt at load" if n in rebuilt else s for n, s in candidate["structures"].items()}
+
+
 def shown_layers(chrome: Chrome) -> dict[str, str]:
     rows = chrome.execute_script(
         "return [...document.querySelectorAll('#candidate tbody tr')]"
@@ -80,7 +96,8 @@ def test_pointing_at_a_candidate_shows_its_costs_and_clicking_it_its_layers(
 ) -> None:
     chosen = next(candidate for candidate in report["front"] if candidate["chosen"])
     assert text_of(opened, "#candidate h3") == f"Trial {chosen['trial']}, the chosen candidate"
-    assert shown_layers(opened) == chosen["structures"]
+    assert text_of(opened, "#candidate p code") == ""
+    assert shown_layers(opened) == structures(chosen)
     number, wanted = len(candidates(report)) - 1, candidates(report)[-1]
 
     def pointed(*, press: bool) -> str:
@@ -90,9 +107,10 @@ def test_pointing_at_a_candidate_shows_its_costs_and_clicking_it_its_layers(
     hover = waited_for(lambda: pointed(press=False))
     assert f"trial {wanted['trial']}" in hover
     assert f"flops: {wanted['objectives']['flops']:,.0f}" in hover
-    assert "3 factors, a=8, b=8" in hover
+    assert "Tucker-2, a=16, b=8" in hover
     waited_for(lambda: pointed(press=True) == f"Trial {wanted['trial']}")
-    assert shown_layers(opened) == wanted["structures"]
+    assert shown_layers(opened) == structures(wanted)
+    assert text_of(opened, "#candidate p code") == f"sekron-search finish RUN --trial {wanted['trial']}"
 
 
 def test_every_pair_of_objectives_can_be_drawn(opened: Chrome) -> None:
@@ -125,7 +143,7 @@ def test_the_front_can_be_read_with_keys_alone(opened: Chrome, report: dict[str,
     opened.execute_script("arguments[0].focus()", button)
     button.send_keys(Keys.ENTER)
     waited_for(lambda: text_of(opened, "#candidate h3") == f"Trial {wanted['trial']}")
-    assert shown_layers(opened) == wanted["structures"]
+    assert shown_layers(opened) == structures(wanted)
     assert opened.execute_script("return document.activeElement.id") == "candidate"
 
 
@@ -138,6 +156,29 @@ def test_nothing_is_wider_than_the_screen_and_all_plots_are_drawn_to_be_printed(
     )
     assert opened.execute_script("return [...document.querySelectorAll('details')].every((d) => d.open)")
     assert opened.execute_script("return document.documentElement.scrollWidth <= screen.width")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.usefixtures("chrome")  # there is a browser; this test has one of its own, for `opened` is shared
+def test_pictures_of_the_page_are_kept(width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, picture = tmp_path / "report.html", SCREENSHOTS / f"report-{width}.png"
+    page.write_text(make_page(*full()), encoding="utf-8")
+    next_plot = (
+        "const plot = [...document.querySelectorAll('.plot')].find((p) => !p.querySelector('svg'));"
+        "plot?.scrollIntoView(); return plot === undefined"
+    )
+    with browser() as own:
+        open_page(own, page, width)
+        waited_for(lambda: own.execute_script(next_plot))
+        own.execute_script("window.scrollTo(0, 0)")
+        taken = own.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_bytes(base64.b64decode(taken["data"]))
+    with capsys.disabled():
+        print(f"\n{picture}")
+    with Image.open(picture) as image:
+        assert width - SCROLLBAR <= image.width <= width
+        assert image.height > 2000
 
 
 def test_names_are_shown_as_they_are_and_never_run(opened: Chrome, path: Path, report: dict[str, Any]) -> None:

@@ -16,11 +16,13 @@ from sekron_search import DeviceProfile, load
 from sekron_search.cli import app
 from sekron_search.config import Config
 from sekron_search.files import read_json
+from sekron_search.finishing import _selected
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget
 from sekron_search.select import select
 from sekron_search.tensor_files import read_tensors
-from tests.released import described
+from tests.released import described, predicted_ms
+from tests.released.__main__ import main
 
 HOME = Path(__file__).parent / "released"
 VERSIONS = sorted(path.name for path in HOME.iterdir() if (path / "held.json").exists())
@@ -45,12 +47,32 @@ def test_this_version_is_among_them() -> None:
     assert sekron_search.__version__ in VERSIONS, "run `python -m tests.released`"
 
 
+def test_what_is_there_is_not_written_over_unasked(tmp_path: Path) -> None:
+    (tmp_path / "0.1.0").mkdir()
+    (tmp_path / "0.1.0" / "held.json").touch()
+    for arguments in ([], ["--agian"]):
+        with pytest.raises(SystemExit, match=r"0\.1\.0 is there; --again writes it anew"):
+            main(arguments, tmp_path / "0.1.0")
+    assert (tmp_path / "0.1.0" / "held.json").exists()
+
+
 def test_networks_compute_what_they_did(version: Path) -> None:
     kept = read_tensors(version / "network.safetensors")
     for folder in (version / "run", version / "run" / "compressed"):
         network = load(folder)
         assert not network.training
         torch.testing.assert_close(network(kept["input"]), kept["output"], rtol=1e-4, atol=1e-4)
+
+
+def test_selections_are_opened(version: Path) -> None:
+    kept, run = read_tensors(version / "network.safetensors"), RunFolder(version / "run")
+    name = read_json(version / "held.json")["selection"]
+    torch.testing.assert_close(load(run.selections / name)(kept["input"]), kept["selected"], rtol=1e-4, atol=1e-4)
+    found = _selected(run, name)  # as `finish` reads it
+    answer = read_json(run.selections / name / "selection.json")
+    assert found.pick.budget == answer["budget"]
+    chosen = next(t for t in found.trials if t.index == found.pick.trial)
+    assert list(chosen.assignment) == answer["chosen"]["assignment"]
 
 
 def test_structures_mean_what_they_did(version: Path) -> None:
@@ -71,6 +93,9 @@ def test_profiles_hold_what_they_did(version: Path) -> None:
     profile = DeviceProfile.load(path)
     assert yaml.safe_load(profile.to_yaml()) == yaml.safe_load(path.read_text())
     assert profile.layers
+    device = DeviceProfile.load(version / "device.yaml")
+    assert device.operations
+    assert predicted_ms(device) == pytest.approx(read_json(version / "held.json")["predicted_ms"], rel=1e-3)
 
 
 def test_commands_show_them(version: Path) -> None:

@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
-from sekron_search.report.facts import _layer
+from sekron_search.costs.predict import Hyperparameters, Validation
+from sekron_search.costs.profile import DeviceProfile, Fitted
+from sekron_search.report.facts import _candidate, _layer
+from sekron_search.report.latency import profile_facts
+from sekron_search.report.layers import runner_up_of
 from sekron_search.report.optimality import optimality_facts, optimality_section
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors
 from sekron_search.search.trial import Trial
+from tests.pages import SAMPLE
 from tests.search.test_search import BOUNDS, NETWORK
 
 
@@ -102,6 +107,40 @@ def test_layers_are_explained_in_the_costs_that_were_budgeted(budgeted: CostName
     others = {"time", "parameters", "flops"} - {word}
     assert not any(f"layer's {other}" in reason for other in others)
     assert f"of its {word}" in _layer(table, 0, [budgeted])["reason"]
+
+
+def test_shares_of_several_costs_are_said_to_be_a_mean() -> None:
+    table = NETWORK.tables[0]
+    three: list[CostName] = ["flops", "params", "latency_ms"]
+    assert (
+        "more (the mean over its flops, parameters and time) would lower that to" in _layer(table, 1, three)["reason"]
+    )
+    assert "(the mean over its flops and time) at an output" in _layer(table, 0, ["flops", "latency_ms"])["reason"]
+
+
+def test_what_is_rebuilt_at_load_is_said_of_every_network() -> None:
+    options = list(NETWORK.tables[1].options)
+    options[2] = replace(options[2], execution="dense")
+    first, second, third = NETWORK.tables
+    network = replace(NETWORK, tables=(first, replace(second, options=tuple(options)), third))
+    assert _candidate(trial(0, (1, 2, 2), 0.1), network, chosen=False)["rebuilt"] == ["layer1"]
+    assert _candidate(trial(0, (2, 1, 2), 0.1), network, chosen=False)["rebuilt"] == []
+    layer = _layer(network.tables[1], 1, ["flops"])
+    assert runner_up_of(layer) == "70x1x1x1, rebuilt at load"
+    assert runner_up_of(_layer(network.tables[1], 3, ["flops"])) == "70x1x1x1, rebuilt at load"
+    assert runner_up_of(_layer(network.tables[1], 0, ["flops"])) == "120x1x1x1"
+
+
+def test_a_profile_is_summed_up() -> None:
+    profile = DeviceProfile.load(SAMPLE.with_name("profile.yaml"))
+    found = profile_facts(profile)
+    noises = sorted(latency.noise_ms / latency.median_ms for latency in profile.layers.values())
+    assert (found["options"], found["operations"], found["errors"]) == (len(noises), 0, None)
+    assert found["rel_noise"] == pytest.approx((noises[len(noises) // 2] + noises[(len(noises) - 1) // 2]) / 2)
+    error = Validation(0.05, 0.06, 0.2, 0.99, 900)
+    profile.fitted = Fitted(1, 0.0, Hyperparameters({}, {}), {"all": error, "pointwise": replace(error, median=1.0)})
+    assert profile_facts(profile)["errors"]["median"] == 0.05
+    assert profile_facts(replace(profile, layers={}))["rel_noise"] is None
 
 
 def test_the_runner_up_is_nearest_in_the_budgeted_cost() -> None:

@@ -153,7 +153,7 @@ def _outcome_rows(found: Mapping[str, Any]) -> dict[str, list[str]]:
     for name in FORMATS:
         mark = "*" if name == "latency_ms" and not found["latencies_comparable"] else ""
         rows[f"{name}{mark}"] = [
-            f"{cost_text(name, run['original'][name])} -> {cost_text(name, run['compressed'][name])} "
+            f"{_measured(name, run['original'])} -> {_measured(name, run['compressed'])} "
             f"({run['compressed'][name] / run['original'][name]:.3f}x){mark}"
             for run in runs
         ]
@@ -166,6 +166,12 @@ def _outcome_rows(found: Mapping[str, Any]) -> dict[str, list[str]]:
     ]
     rows["divergence"] = [f"{run['divergence']:.4g} ({run['divergence_name']})" for run in runs]
     return rows
+
+
+def _measured(name: str, costs: Mapping[str, Any]) -> str:
+    """A cost, and of a latency half the interquartile range of its measurements."""
+    noise = f" ± {cost_text(name, costs['latency_noise_ms'])}" if name == "latency_ms" else ""
+    return f"{cost_text(name, costs[name])}{noise}"
 
 
 def _print_front(front: Sequence[Mapping[str, Any]]) -> None:

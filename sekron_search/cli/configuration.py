@@ -48,7 +48,8 @@ class Given:
         str | None,
         typer.Option(
             help="Folder of images, a folder per class; or a function that returns a DataBundle, "
-            "package.module:function; or digits.",
+            "package.module:function; or digits. Images keep their size; where sizes differ say which one all get, "
+            "with --set data.image_size=[224,224].",
             metavar="DIR",
         ),
     ] = None

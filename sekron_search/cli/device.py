@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sekron_search.cli.arguments import JsonOption, RunArgument, UsageError, check_format
 from sekron_search.cli.completion import candidates
 from sekron_search.cli.output import json_alone, print_json
+
+if TYPE_CHECKING:
+    from sekron_search.costs.profile import DeviceProfile
 
 
 def profile(
@@ -36,6 +39,7 @@ def profile(
     quick: Annotated[bool, typer.Option("--quick", help="A quarter of the operations.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of operations.")] = 0,
     merge: Annotated[Path | None, typer.Option(help="Another profile of this device, to take in.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure this device.
 
@@ -48,13 +52,26 @@ def profile(
     Example:
       sekron-search profile --runtime onnxruntime --threads 1 --out phone.yaml
     """
+    given = {"--runtime": runtime, "--threads": threads, "--memory-format": memory_format, "--device": device}
+    with json_alone(as_json):
+        found = _measured(out, given, network, merge, seed=seed, quick=quick)
+    if as_json:
+        print_json(_summary(found, out))
+    else:
+        _print_summary(found, out)
+
+
+def _measured(
+    out: Path, given: dict[str, Any], network: Path | None, merge: Path | None, *, seed: int, quick: bool
+) -> DeviceProfile:
+    """The profile, measured to the end, as it is written to `out`."""
     from sekron_search.costs.profile import DeviceProfile
-    from sekron_search.costs.profiling import measure_device, summary_rows, with_merged
+    from sekron_search.costs.profiling import measure_device, with_merged
     from sekron_search.files import write_text
     from sekron_search.progress import ConsoleReporter
 
     reporter = ConsoleReporter()
-    given = {"--runtime": runtime, "--threads": threads, "--memory-format": memory_format, "--device": device}
+    found: DeviceProfile
     found, used, multiple = _empty_profile(given) if network is None else _exact_profile(network, out, given, reporter)
     if out.exists():
         found = with_merged(DeviceProfile.load(out), found, reporter)
@@ -70,9 +87,27 @@ def profile(
         quick=quick,
         known_granularity=multiple if multiple != 1 else None,  # 1: it was not measured
     )
+    write_text(out, found.to_yaml())
+    return found
+
+
+def _summary(found: DeviceProfile, out: Path) -> dict[str, Any]:
+    """What there is to say of a profile, as plain data."""
+    from dataclasses import asdict
+
+    from sekron_search.report.latency import profile_facts
+
+    fitted = found.fitted
+    assert fitted is not None  # it was measured to the end
+    errors = {name: asdict(error) for name, error in fitted.errors.items()}
+    return {"profile": str(out), **profile_facts(found), "granularity": fitted.granularity, "errors": errors}
+
+
+def _print_summary(found: DeviceProfile, out: Path) -> None:
+    from sekron_search.costs.profiling import summary_rows
+
     for name, value in summary_rows(found):
         print(f"{name:<28} {value}")
-    write_text(out, found.to_yaml())
     print(f"{len(found.operations)} operations and {len(found.layers)} exact latencies written to {out}")
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sekron_search.candidate import Candidate, Finished
-from sekron_search.config import Settings
+from sekron_search.config import Config, Settings
 from sekron_search.inspection import Inspection
 from sekron_search.report.optimality import WORDS, optimality_facts
 from sekron_search.search.budget import CostName, meets
@@ -22,7 +22,7 @@ class RunFacts:
     """What a finished run knows.
 
     Args:
-        settings: What was asked for.
+        settings: What was asked for; a `Config` where network and data are among it.
         inspection: Of the original network.
         network: Tables and original costs.
         latency: How latency was measured, and how well sums over layers predict it; None where it was not budgeted.
@@ -31,7 +31,7 @@ class RunFacts:
         chosen: The candidate that was saved, its curve and its validation metric.
         learning_rate: Of fine-tuning, and the trials that led to it, where it was found.
         costs: Of "original" and "compressed", measured on the saved and re-loaded network.
-        metrics: Of "original", "compressed" and "untrained".
+        metrics: Of "original", "compressed" and "untrained"; "samples" are those that it is a share of, if it is one.
         batch_size: Samples of the example batch.
         uncounted: Operators of the compressed network that fvcore does not count, and how often they run.
         environment: What it ran on.
@@ -61,6 +61,8 @@ class RunFacts:
             "compressed": {**self.costs["compressed"], "metric": self.metrics["compressed"]},
             "metric_without_training": self.metrics["untrained"],
             "metric_name": self.settings.metric_name,
+            "metric_samples": self.metrics["samples"],
+            "from_config": isinstance(self.settings, Config),
             "divergence_name": self.settings.search.divergence,
             "divergence": candidate.divergence,
             "validation_metric": self.chosen.metric,
@@ -125,16 +127,15 @@ class RunFacts:
 
 
 def _candidate(trial: Trial, network: Network, *, chosen: bool) -> dict[str, Any]:
+    options = {t.name: o for t, o in zip(network.tables, network.chosen(trial.assignment), strict=True)}
     return {
         "trial": trial.index,
         "objectives": {"divergence": trial.divergence, **trial.costs},
         "feasible": trial.feasible,
         "source": trial.source,
         "chosen": chosen,
-        "structures": {
-            table.name: option.structure
-            for table, option in zip(network.tables, network.chosen(trial.assignment), strict=True)
-        },
+        "structures": {name: option.structure for name, option in options.items()},
+        "rebuilt": [name for name, o in options.items() if o.execution == "dense" and not o.is_original],
     }
 
 
@@ -152,7 +153,7 @@ def _layer(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> dict[
         "error": option.error,
         "weight_error": option.weight_error,
         "num_options": len(table.options),
-        "runner_up": None if runner_up is None else {"structure": runner_up.structure, **_facts(runner_up)},
+        "runner_up": None if runner_up is None else _facts(runner_up),
         "reason": _reason(table, index, budgeted),
     }
 
@@ -168,7 +169,7 @@ def _costs(option: Option) -> dict[str, float | None]:
 
 
 def _facts(option: Option) -> dict[str, Any]:
-    return {**_costs(option), "error": option.error}
+    return {"structure": option.structure, "execution": option.execution, **_costs(option), "error": option.error}
 
 
 def _burden(option: Option, table: LayerTable, budgeted: Sequence[CostName]) -> float:
@@ -186,7 +187,10 @@ def _runner_up(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> O
 
 def _reason(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> str:
     chosen, original = table.options[index], table.options[0]
-    costs, words = " and ".join(budgeted), " and ".join(WORDS[name] for name in budgeted)
+    costs, *words = " and ".join(budgeted), *(WORDS[name] for name in budgeted)
+    of_costs = f" of its {words[0]}"
+    if len(words) > 1:
+        of_costs = f" (the mean over its {', '.join(words[:-1])} and {words[-1]})"
 
     def burden(option: Option) -> float:
         return _burden(option, table, budgeted)
@@ -199,8 +203,8 @@ def _reason(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> str:
     if chosen.is_original:
         gentle = min(table.options[1:], key=lambda o: o.error)
         return (
-            f"left as it is: the budget is better met elsewhere; its gentlest option saves {1 - burden(gentle):.0%} of "
-            f"its {words} at an output error of {gentle.error:.3f}"
+            f"left as it is: the budget is better met elsewhere; its gentlest option saves {1 - burden(gentle):.0%}"
+            f"{of_costs} at an output error of {gentle.error:.3f}"
         )
     shares = " and ".join(
         f"{chosen.cost(name) / max(original.cost(name), 1e-12):.0%} of the layer's {WORDS[name]}" for name in budgeted
@@ -208,7 +212,7 @@ def _reason(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> str:
     parts = [f"{chosen.family}, {shares} at an output error of {chosen.error:.3f}"]
     if dearer:
         next_up = min(dearer, key=burden)
-        parts.append(f"{burden(next_up) - own:.1%} more of its {words} would lower that to {next_up.error:.3f}")
+        parts.append(f"{burden(next_up) - own:.1%} more{of_costs} would lower that to {next_up.error:.3f}")
     if cheaper:
         next_down = max(cheaper, key=burden)
         parts.append(f"{own - burden(next_down):.1%} less would raise it to {next_down.error:.3f}")

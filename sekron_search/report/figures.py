@@ -93,11 +93,14 @@ def _bars(title: str, layers: Sequence[Mapping[str, Any]], before: list[float] |
 def _additive(report: Mapping[str, Any]) -> Figure:
     facts, budgets = report["optimality"], report["budgets"]
     cost, every = budgets[0]["name"], [budget["name"] for budget in budgets]
-    dashes = iter(("dot", "dash", "dashdot", "longdash"))
+    styles = iter(zip(("dot", "dash", "dashdot", "longdash"), (ORANGE, GREEN, GREY, BLACK), strict=True))
     data: list[Figure] = []
     for tightened in [every, *([name] for name in every if len(every) > 1)]:
         points = [p for p in facts["front"] if p["tightened"] == tightened and p["error"] > 0]
-        line = {"width": 2, "color": BLUE} if tightened == every else {"width": 1.3, "dash": next(dashes)}
+        line: Figure = {"width": 2, "color": BLUE}
+        if tightened != every:
+            dash, colour = next(styles)
+            line = {"width": 1.3, "dash": dash, "color": colour}
         data.append(
             {
                 "type": "scatter",
@@ -133,21 +136,34 @@ def _hypervolume(report: Mapping[str, Any]) -> Figure:
 
 
 def _training(report: Mapping[str, Any]) -> list[Figure]:
-    epochs = [row["epoch"] for row in report["curve"]]
+    others = other_curves(report)
     x = {"title": "epoch", "rangemode": "tozero"}
     figures = []
     for key, title, colour, symbol in (
         ("metric", f"{report['metric_name']} on the validation split", BLUE, "circle"),
         ("loss", "training loss", ORANGE, "square"),
     ):
-        marker = {"symbol": symbol, "size": 7}
-        trace = {"type": "scatter", "mode": "lines+markers", "x": epochs, "y": [row[key] for row in report["curve"]]}
-        data = [{**trace, "marker": marker, "line": {"color": colour, "width": 2}}]
-        figures.append(_figure(title, x, {"title": ""}, data, showlegend=False))
+        data = [
+            {**_curve(curve, key), "name": f"trial {trial}", "line": {"color": GREY, "width": 1}, "marker": {"size": 4}}
+            for trial, curve in others.items()
+        ]
+        style = {"marker": {"symbol": symbol, "size": 7}, "line": {"color": colour, "width": 2}}
+        data.append({**_curve(report["curve"], key), "name": "chosen", **style})
+        figures.append(_figure(title, x, {"title": ""}, data, showlegend=bool(others)))
     found = report["learning_rate"]
     if found is not None:
         figures.append(_learning_rate(found))
     return figures
+
+
+def _curve(curve: Sequence[Mapping[str, float]], key: str) -> Figure:
+    points = {"x": [row["epoch"] for row in curve], "y": [row[key] for row in curve]}
+    return {"type": "scatter", "mode": "lines+markers", **points}
+
+
+def other_curves(report: Mapping[str, Any]) -> dict[int, Sequence[Mapping[str, float]]]:
+    """Curves of the candidates that were trained and not chosen, by trial."""
+    return {c["trial"]: c["curve"] for c in report["candidates"] if c.get("curve") and not c["chosen"]}
 
 
 def _learning_rate(found: Mapping[str, Any]) -> Figure:

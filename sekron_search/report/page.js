@@ -65,12 +65,11 @@
   const structure = (candidate, layer) => data.options[layer][candidate.structures[layer]];
   const costs = (trial) => data.axes.map((axis, i) => `${axis.name}: ${number(axis, trial.values[i])}`);
 
-  /** "dense", or the number of factors and the ranks. */
-  function short(text) {
-    const [factors, ranks] = text.split(";");
-    const count = factors.split("*").length;
-    if (count === 1) return "dense";
-    return `${count} factors${ranks ? `, ${ranks.trim()}` : ""}`;
+  /** "dense", or the family and the ranks. */
+  function short(candidate, layer) {
+    const family = data.families[layer][candidate.structures[layer]];
+    const ranks = structure(candidate, layer).split(";")[1];
+    return `${family}${ranks ? `, ${ranks.trim()}` : ""}`;
   }
 
   function hover(trial) {
@@ -79,10 +78,18 @@
     if (trial.pruned) lines.push("stopped early, its divergence is extrapolated");
     if (trial.structures) {
       lines.push("");
-      data.layers.slice(0, HOVERED_LAYERS).forEach((name, i) => lines.push(`${clipped(name)}: ${short(structure(trial, i))}`));
+      data.layers.slice(0, HOVERED_LAYERS).forEach((name, i) => lines.push(`${clipped(name)}: ${short(trial, i)}`));
       if (data.layers.length > HOVERED_LAYERS) lines.push(`and ${data.layers.length - HOVERED_LAYERS} more`);
     }
     return lines.map(plain).join("<br>");
+  }
+
+  /** The command that makes a network of a trial that has none; RUN and SOURCE are explained where the page ends. */
+  function howToFinish(trial) {
+    if (trial.chosen || data.finish === null) return [];
+    const text = element("p", "Fit, train and report it: ");
+    text.append(element("code", `${data.finish} ${trial.trial}`));
+    return [text];
   }
 
   /** Costs and layers of a trial below the plot. */
@@ -105,7 +112,7 @@
       return cells;
     });
     const heading = `Trial ${trial.trial}${trial.chosen ? ", the chosen candidate" : ""}`;
-    panel.replaceChildren(element("h3", heading), list, table(titles, rows));
+    panel.replaceChildren(element("h3", heading), list, ...howToFinish(trial), table(titles, rows));
   }
 
   const points = (trials, style) => ({

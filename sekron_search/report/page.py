@@ -15,25 +15,26 @@ import plotly.offline
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from sekron_search.kron.families import family
+from sekron_search.kron.structure import Structure
 from sekron_search.report import style
 from sekron_search.report.audit import audit_section
-from sekron_search.report.document import Column, Picture, Section, Table
+from sekron_search.report.document import Picture, Section, Table
 from sekron_search.report.drawing import drawing
 from sekron_search.report.figures import make_figures
+from sekron_search.report.latency import latency_section
+from sekron_search.report.layers import REBUILT, layer_costs, left_alone, ratio, runner_up_of, structure_of
 from sekron_search.report.optimality import optimality_section
 from sekron_search.report.sections import (
     candidates_section,
     exports_section,
     front_section,
-    latency_section,
-    left_alone,
     provenance_section,
     sorted_front,
-    structure_of,
     training_section,
-    use_section,
 )
-from sekron_search.report.verdict import UNITS, costs_section, headline, shown, summary
+from sekron_search.report.usage import finish_command, use_section
+from sekron_search.report.verdict import costs_section, headline, summary
 
 #: With so many replaced layers or fewer, the page shows them opened.
 OPENED = 12
@@ -145,8 +146,8 @@ def _layers(report: Mapping[str, Any]) -> list[Layer]:
             structure=structure_of(layer),
             drawing=Markup(drawing(layer["structure"])),
             shares=_shares(layer),
-            costs=_layer_costs(layer),
-            runner_up=None if layer["runner_up"] is None else layer["runner_up"]["structure"],
+            costs=layer_costs(layer),
+            runner_up=runner_up_of(layer),
             reason=layer["reason"],
             opened=opened and layer["family"] != "dense",
         )
@@ -157,38 +158,11 @@ def _layers(report: Mapping[str, Any]) -> list[Layer]:
 def _shares(layer: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     names = {"params": "params", "flops": "flops", "latency_ms": "time"}
     shares = [
-        (label, _ratio(layer["before"][name], layer["after"][name]))
+        (label, ratio(layer["before"][name], layer["after"][name]))
         for name, label in names.items()
         if layer["after"][name] is not None
     ]
     return (*shares, ("error", f"{layer['error']:.3f}"))
-
-
-def _layer_costs(layer: Mapping[str, Any]) -> Table:
-    sides = [side for side in (layer["before"], layer["after"], layer["runner_up"]) if side is not None]
-    rows = []
-    for name, (label, _) in UNITS.items():
-        before, after = layer["before"][name], layer["after"][name]
-        if before is None or after is None:
-            continue
-        cells = [_with_noise(name, side) for side in sides]
-        cells.insert(2, _ratio(before, after))
-        rows.append((label, *cells))
-    errors = [f"{side['error']:.3f}" for side in (layer, layer["runner_up"]) if side is not None]
-    rows.append(("relative output error", "", errors[0], "", *errors[1:]))
-    titles = ["before", "after", "change", "runner-up"][: len(sides) + 1]
-    return Table((Column("", "text"), *map(Column, titles)), tuple(rows))
-
-
-def _with_noise(name: str, side: Mapping[str, Any]) -> str:
-    if side[name] is None:
-        return ""
-    noise = f" ± {side['latency_noise_ms']:.3f}" if name == "latency_ms" else ""
-    return shown(name, side[name]) + noise
-
-
-def _ratio(before: float, after: float) -> str:
-    return f"{after / before:.2f}x" if before else ""
 
 
 def _axes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -207,7 +181,8 @@ def _data(report: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, An
     axes, front = _axes(report), sorted_front(report)
     names = [axis["name"] for axis in axes]
     layers = list(front[0]["structures"]) if front else []
-    options = {layer: list(dict.fromkeys(c["structures"][layer] for c in front)) for layer in layers}
+    shown = [{layer: _structure(c, layer) for layer in layers} for c in front]
+    options = {layer: list(dict.fromkeys(structures[layer] for structures in shown)) for layer in layers}
     on_front = {tuple(c["objectives"][name] for name in names) for c in front}
     others = [t for t in report["trials"] if tuple(t[name] for name in names) not in on_front]
     return {
@@ -218,14 +193,22 @@ def _data(report: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, An
                 **_trial(c, c["objectives"], names),
                 "trial": c["trial"],
                 "chosen": c["chosen"],
-                "structures": [options[layer].index(c["structures"][layer]) for layer in layers],
+                "structures": [options[layer].index(structures[layer]) for layer in layers],
             }
-            for c in front
+            for c, structures in zip(front, shown, strict=True)
         ],
         "layers": layers,
         "options": list(options.values()),
+        "families": [[family(Structure.parse(text.removesuffix(REBUILT))) for text in own] for own in options.values()],
+        "finish": finish_command(report),
         "figures": figures,
     }
+
+
+def _structure(candidate: Mapping[str, Any], layer: str) -> str:
+    """A layer's structure in a candidate of the front, and whether it is run as a dense layer."""
+    rebuilt = layer in candidate.get("rebuilt", ())
+    return f"{candidate['structures'][layer]}{REBUILT if rebuilt else ''}"
 
 
 def _trial(facts: Mapping[str, Any], objectives: Mapping[str, float], names: Sequence[str]) -> dict[str, Any]:

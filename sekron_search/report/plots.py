@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sekron_search.report.audit import best_cheap
+from sekron_search.report.figures import other_curves
 from sekron_search.report.style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PALE
 
 
@@ -18,6 +21,7 @@ def make_plots(report: dict[str, Any]) -> dict[str, Figure]:
     """All plots by file name (without ending)."""
     budgeted = [b["name"] for b in report["budgets"]]
     plots: dict[str, Callable[[], Figure]] = {f"front_{name}": _front_plot(report, name) for name in budgeted}
+    plots["fronts"] = lambda: _pairs_plot(report)
     plots["layers"] = lambda: _layers_plot(report)
     if report["optimality"] is not None:
         plots["optimality"] = lambda: _optimality_plot(report)
@@ -98,17 +102,57 @@ def _front_plot(report: dict[str, Any], cost: str) -> Callable[[], Figure]:
     return draw
 
 
+def _pairs_plot(report: dict[str, Any]) -> Figure:
+    """The trials over every pair of objectives that no `front_COST` shows, and the front of the two."""
+    names = ["divergence", *(cost for cost in LABELS if all(cost in trial for trial in report["trials"]))]
+    large = {("divergence", budget["name"]) for budget in report["budgets"]}
+    pairs = [pair for pair in itertools.combinations(names, 2) if pair not in large]
+    columns = min(3, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    trials = [t for t in report["trials"] if not t["pruned"]]
+    for axes, (up, across) in zip(grid, pairs, strict=False):
+        axes.scatter([t[across] for t in trials], [t[up] for t in trials], c=GREY, s=10)
+        steps = _pair_front([(t[across], t[up]) for t in trials])
+        axes.step([x for x, _ in steps], [y for _, y in steps], color=BLUE, linewidth=1, marker=".", where="post")
+        chosen = [c["objectives"] for c in report["front"] if c["chosen"]]
+        axes.scatter([c[across] for c in chosen], [c[up] for c in chosen], c="none", edgecolors=BLACK, marker="D", s=60)
+        axes.set(xlabel=_axis_label(across), ylabel=_axis_label(up))
+        axes.ticklabel_format(scilimits=(-3, 4))
+        if up == "divergence" and all(t[up] > 0 for t in trials):
+            axes.set_yscale("log")
+    for axes in grid[len(pairs) :]:
+        axes.set_axis_off()
+    figure.suptitle("Other pairs of objectives: trials, the front of the two (lines), chosen (diamond)")
+    return figure
+
+
+def _pair_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that none beats on both, from left to right."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _axis_label(name: str) -> str:
+    return LABELS.get(name, name).removesuffix(" (predicted)")
+
+
 def _layers_plot(report: dict[str, Any]) -> Figure:
     layers = report["layers"]
-    figure = Figure(figsize=(9, max(2.5, 0.28 * len(layers) + 1.6)), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=[3, 3, 2])
+    costs = [c for c in ("params", "flops", "latency_ms") if all(layer["after"][c] is not None for layer in layers)]
+    figure = Figure(figsize=(3 + 2.6 * len(costs), max(2.5, 0.28 * len(layers) + 1.6)), layout="constrained")
+    left, *others, right = figure.subplots(1, len(costs) + 1, sharey=True, width_ratios=[*[3] * len(costs), 2])
     rows = range(len(layers))
-    for axes, cost in ((left, "flops"), (middle, "params")):
+    for axes, cost in zip((left, *others), costs, strict=True):
         before = [layer["before"][cost] for layer in layers]
         after = [layer["after"][cost] for layer in layers]
         axes.barh(rows, before, color=PALE, edgecolor=GREY, linewidth=0.5, label="before")
         axes.barh(rows, after, color=BLUE, height=0.5, label="after")
-        axes.set_xlabel(LABELS[cost])
+        axes.set_xlabel(_axis_label(cost))
         axes.ticklabel_format(axis="x", scilimits=(-3, 4))
     left.legend(fontsize=8)
     right.barh(rows, [layer["error"] for layer in layers], color=ORANGE, height=0.5)
@@ -149,14 +193,30 @@ def _optimality_plot(report: dict[str, Any]) -> Figure:
 
 
 def _curve_plot(report: dict[str, Any]) -> Figure:
-    figure, axes = _figure(6, 3.8)
+    found = report["learning_rate"]
+    figure = Figure(figsize=(9 if found is not None else 6.5, 3.4), layout="constrained")
+    left, middle, *rest = figure.subplots(1, 2 if found is None else 3)
     epochs = [row["epoch"] for row in report["curve"]]
-    axes.plot(epochs, [row["metric"] for row in report["curve"]], color=BLUE, marker="o", label="chosen candidate")
-    axes.set_xlabel("epoch of fine-tuning")
-    axes.set_ylabel(f"{report['metric_name']} on the validation split")
-    axes.set_xticks(epochs)
-    axes.legend(fontsize=8)
-    axes.set_title("Fine-tuning")
+    for axes, key, colour, marker, label in (
+        (left, "metric", BLUE, "o", f"{report['metric_name']} on the validation split"),
+        (middle, "loss", ORANGE, "s", "training loss"),
+    ):
+        for trial, curve in other_curves(report).items():
+            values = [row[key] for row in curve]
+            axes.plot([row["epoch"] for row in curve], values, color=GREY, linewidth=1, label=f"trial {trial}")
+        values = [row[key] for row in report["curve"]]
+        axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label="chosen")
+        if len(axes.get_lines()) > 1:
+            axes.legend(fontsize=8)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in rest:
+        tried = sorted((rate, loss) for rate, loss in found["trials"] if loss is not None)
+        axes.semilogx([rate for rate, _ in tried], [loss for _, loss in tried], color=GREY, marker="s")
+        axes.axvline(found["learning_rate"], color=GREEN, linestyle="--", linewidth=1.2, label="taken")
+        axes.set(xlabel="learning rate", ylabel="loss of short trainings")
+        axes.legend(fontsize=8)
+    figure.suptitle("Fine-tuning")
     return figure
 
 

@@ -5,41 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sekron_search.report.document import Code, Column, Items, Picture, Section, Table
+from sekron_search.report.document import Column, Items, Picture, Section, Table
 from sekron_search.report.verdict import UNITS, shown
-
-
-def latency_section(report: Mapping[str, Any]) -> Section | None:
-    """How latency was measured or predicted; None where it was not budgeted."""
-    facts = report["latency"]
-    if facts is None:
-        return None
-    foreign = facts["predicted_for"]
-    threads = f"{facts['num_threads']} thread" + ("s" if facts["num_threads"] > 1 else "")
-    whole = "measured" if foreign is None else "by the whole network's operations"
-    rows = [
-        (f"calibration {i}", f"{row['summed_saving']:.1%}", f"{row['measured_saving']:.1%} ± {row['noise']:.1%}")
-        for i, row in enumerate(facts["calibration"], start=1)
-    ]
-    rows += [
-        (
-            f"candidate {i}, as predicted",
-            f"{1 - row['predicted']:.1%}",
-            f"{1 - row['measured']:.1%} ± {row['noise']:.1%}",
-        )
-        for i, row in enumerate(facts["candidates"], start=1)
-    ]
-    how = "Measured" if foreign is None else f"Predicted by the profile of another machine ({foreign}), not measured,"
-    formats = f"memory format {facts['memory_format']} (the original: {facts['original_memory_format']})"
-    text = (
-        f"{how} in {facts['runtime']} ({facts['version']}), {threads}, {formats}, on networks as they "
-        "are deployed: plain modules, batch-norms folded. Unless the budget allows for a slower network, options that "
-        "are not faster than the layer they replace, beyond the noise, were left out. A millisecond that layers save "
-        f"one by one saves {facts['scale']:.2f} ms in the network, by the networks below, each beside the original; "
-        "predictions allow for that."
-    )
-    columns = Column("network", "text"), Column("saved, by the sum of its layers"), Column(f"saved, {whole}")
-    return Section("Latency", (text, Table(columns, tuple(rows))))
 
 
 def sorted_front(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -68,57 +35,12 @@ def front_section(report: Mapping[str, Any]) -> Section:
         f"divergence ({report['divergence_name']}) of the outputs from the original's, "
         "before any training; costs as predicted."
     )
-    pictures = (Picture(f"front_{b['name']}", f"Pareto front: front_{b['name']}") for b in report["budgets"])
+    pictures = [
+        Picture(f"front_{b['name']}", f"Pareto front: divergence against {b['name']}") for b in report["budgets"]
+    ]
+    pictures.append(Picture("fronts", "Pareto fronts of all other pairs of objectives"))
     chosen = next((i for i, candidate in enumerate(front) if candidate["chosen"]), None)
     return Section("Pareto front", (head, *pictures, Table(tuple(columns), rows, chosen)))
-
-
-def layers_section(report: Mapping[str, Any]) -> Section:
-    """Every layer, and those that were left alone."""
-    rows = tuple(
-        (
-            layer["name"],
-            structure_of(layer),
-            _share(layer, "flops"),
-            _share(layer, "params"),
-            time_of(layer),
-            f"{layer['error']:.3f}",
-            layer["reason"],
-        )
-        for layer in report["layers"]
-    )
-    columns = [Column("layer", "text"), Column("structure", "code"), *map(Column, ("flops", "params", "time"))]
-    columns += [Column("output error"), Column("why", "text")]
-    picture = Picture("layers", "Layer by layer")
-    return Section("Layers", (picture, Table(tuple(columns), rows), *left_alone(report)))
-
-
-def left_alone(report: Mapping[str, Any]) -> tuple[str | Items, ...]:
-    """The layers that were no part of the search, and why; nothing if all were."""
-    if not report["left_alone"]:
-        return ()
-    texts = tuple(f"{skipped['name']} ({skipped['type']}): {skipped['reason']}" for skipped in report["left_alone"])
-    return "Left alone:", Items(texts)
-
-
-def structure_of(layer: Mapping[str, Any]) -> str:
-    """The structure's text form, and whether it is run as a dense layer."""
-    if layer["family"] == "dense":
-        return "dense"
-    return f"{layer['structure']}{', rebuilt at load' if layer['execution'] == 'dense' else ''}"
-
-
-def time_of(layer: Mapping[str, Any]) -> str:
-    """The latency of a layer, and its share of the original's."""
-    after = layer["after"]
-    if after["latency_ms"] is None:
-        return "not measured"
-    share = after["latency_ms"] / layer["before"]["latency_ms"]
-    return f"{after['latency_ms']:.3f} ± {after['latency_noise_ms']:.3f} ms, {share:.2f}x"
-
-
-def _share(layer: Mapping[str, Any], cost: str) -> str:
-    return f"{layer['after'][cost] / layer['before'][cost]:.2f}x"
 
 
 def candidates_section(report: Mapping[str, Any]) -> Section:
@@ -203,29 +125,3 @@ def provenance_section(report: Mapping[str, Any]) -> Section:
         f"seed {facts['seed']}, started {facts['date']}",
     )
     return Section("How this was made", (Items(items),))
-
-
-def use_section(report: Mapping[str, Any]) -> Section:
-    """How to open, export and make the network again."""
-    if report["environment"]["factory"] is None:
-        load = "# model: the network that was compressed, or another of its architecture\n"
-        load += 'network = sekron_search.load("RUN", model=model)'
-    else:
-        load = 'network = sekron_search.load("RUN")'
-    commands = (
-        "sekron-search export RUN --format onnx         # for other programs; also pt2, safetensors, and --int8\n"
-        "sekron-search select RUN --budget flops=0.5x   # another budget, without another search\n"
-        "sekron-search run RUN/config.yaml --out OTHER  # the same run again\n"
-        "sekron-search report RUN                       # this report again"
-    )
-    return Section(
-        "How to load, export and reproduce it",
-        (
-            "RUN is the folder that this report lies in.",
-            Code(f"import sekron_search\n\n{load}", "python"),
-            Code(commands, "bash"),
-            "config.yaml holds every setting, and the seed. Where the run was started from Python, by compress, "
-            "network and data are not among them: call compress again with these settings, and "
-            "sekron_search.export_network on the network.",
-        ),
-    )

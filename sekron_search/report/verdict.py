@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ UNITS = {
     "peak_activation_bytes": ("peak activations, bytes", "{:,.0f}"),
 }
 
+#: Of the normal distribution, 95 % lie within so many standard deviations.
+Z = 1.96
+
 #: Costs in the order of the verdict.
 ORDER = ("latency_ms", "flops", "params", "peak_activation_bytes")
 
@@ -22,6 +26,20 @@ ORDER = ("latency_ms", "flops", "params", "peak_activation_bytes")
 def shown(name: str, value: float) -> str:
     """A cost as text."""
     return UNITS[name][1].format(value)
+
+
+def interval(share: float, samples: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share: (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96.
+
+    Args:
+        share: p, in [0, 1].
+        samples: n, of which it is the share.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference (1927).
+    """
+    square = Z * Z / samples
+    middle, spread = share + square / 2, math.sqrt(square * (share * (1 - share) + square / 4))
+    return max(0.0, (middle - spread) / (1 + square)), min(1.0, (middle + spread) / (1 + square))
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -44,16 +62,25 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     before, after = report["original"]["metric"], report["compressed"]["metric"]
     if before is not None and after is not None:
         untrained = report["metric_without_training"]
+        sure = f"95 % interval {_interval(report, after)}; " if report.get("metric_samples") else ""
         lines.append(
-            f"{report['metric_name']}: original {before:.4f}, compressed {after:.4f} (untrained {untrained:.4f})"
+            f"{report['metric_name']}: original {before:.4f}, compressed {after:.4f} ({sure}untrained {untrained:.4f})"
         )
     return lines
+
+
+def _interval(report: Mapping[str, Any], share: float) -> str:
+    low, high = interval(share, report["metric_samples"])
+    return f"{low:.4f} to {high:.4f}"
 
 
 def _verdict(report: Mapping[str, Any], budget: Mapping[str, Any]) -> str:
     verdict = "met" if budget["met"] else "MISSED"
     if budget["name"] == "latency_ms" and is_predicted(report):
         verdict += f" as predicted (± {report['compressed']['latency_noise_ms']:.3f}); measure it on the device"
+    elif budget["name"] == "latency_ms":
+        within = abs(budget["bound"] - budget["value"]) <= report["compressed"]["latency_noise_ms"]
+        verdict += ", within the noise" if within else ""
     return verdict
 
 
@@ -67,11 +94,29 @@ def costs_section(report: Mapping[str, Any]) -> Section:
     head = "Measured on the saved and re-loaded network, beside the original."
     if is_predicted(report):
         head += " Its latency is predicted, for another machine."
-    blocks: list[Block] = [head, _table(report)]
+    blocks: list[Block] = [head, _table(report), _noise(report), *_uncertainty(report)]
     if report["uncounted_operators"]:
         names = ", ".join(f"{name} ({count})" for name, count in sorted(report["uncounted_operators"].items()))
         blocks.append(f"flops are fvcore's count. It does not count these operators of the network: {names}.")
     return Section("Costs", tuple(blocks))
+
+
+def _noise(report: Mapping[str, Any]) -> str:
+    """What the sign behind latencies means."""
+    if is_predicted(report):
+        return "± is the standard deviation that the latency model gives its prediction."
+    return "± is half the interquartile range of repeated measurements: about half of them lie so near."
+
+
+def _uncertainty(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the intervals of the metric mean; nothing where there are none."""
+    if not report.get("metric_samples"):
+        return ()
+    return (
+        f"The {report['metric_name']} is a share of {report['metric_samples']:,} samples; its 95 % interval (Wilson's) "
+        "says how far chance in drawing these may have moved it. The difference of the networks is less uncertain: "
+        "it is on the same samples, and chance mostly moves both alike.",
+    )
 
 
 def _table(report: Mapping[str, Any]) -> Table:
@@ -81,8 +126,12 @@ def _table(report: Mapping[str, Any]) -> Table:
     rows: list[tuple[str, ...]] = []
     if before is not None and after is not None:
         name, untrained = report["metric_name"], report["metric_without_training"]
-        for label, value in ((name, after), (f"{name} without training", untrained)):
-            rows.append((label, f"{before:.4f}", f"{value:.4f}", f"{value - before:+.4f}", "", ""))
+        rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}", "", ""))
+        if report.get("metric_samples"):
+            rows.append((f"{name}, 95 % interval", _interval(report, before), _interval(report, after), "", "", ""))
+        rows.append(
+            (f"{name} without training", f"{before:.4f}", f"{untrained:.4f}", f"{untrained - before:+.4f}", "", "")
+        )
     for name in ORDER:
         label, cells = UNITS[name][0], [shown(name, side[name]) for side in sides]
         if name == "latency_ms":

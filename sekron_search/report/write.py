@@ -1,4 +1,7 @@
-"""Write the report of a run folder: Markdown, plots and one page of HTML, from `report.json` alone."""
+"""Write the report of a run folder: Markdown, plots and one page of HTML.
+
+From `report.json` alone, but for records of exports and training curves of candidates, where they lie beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,17 @@ from sekron_search.files import atomic, read_json, write_text
 from sekron_search.report.audit import audit_section
 from sekron_search.report.document import Section, escape
 from sekron_search.report.facts import FORMAT
+from sekron_search.report.latency import latency_section
+from sekron_search.report.layers import layers_section
 from sekron_search.report.optimality import optimality_section
 from sekron_search.report.sections import (
     candidates_section,
     exports_section,
     front_section,
-    latency_section,
-    layers_section,
     provenance_section,
     training_section,
-    use_section,
 )
+from sekron_search.report.usage import use_section
 from sekron_search.report.verdict import costs_section, headline, summary
 from sekron_search.rundir import RunFolder
 
@@ -37,7 +40,7 @@ def write_report(folder: RunFolder) -> None:
     from sekron_search.report.plots import make_plots, save_plot
 
     text, page = texts(folder)
-    plots = _undamaged(folder, lambda: make_plots(read_json(folder.report)))
+    plots = _undamaged(folder, lambda: make_plots(_read(folder)))
     for name, figure in plots.items():
         for ending in ("png", "svg"):
             with atomic(folder.plots / f"{name}.{ending}") as path:
@@ -59,12 +62,22 @@ def texts(folder: RunFolder) -> tuple[str, str]:
         raise RunFolderError(
             f"run folder {folder.path}: not finished, it has no report.json; go on with `run --resume`"
         )
-    report = read_json(folder.report)
-    version = report.get("format")
+    version = read_json(folder.report).get("format")
     if version != FORMAT:
         raise RunFolderError(f"{folder.report}: format {version!r}, this version reads {FORMAT}")
+    report = _undamaged(folder, lambda: _read(folder))
     exports = [read_json(path) for path in sorted(folder.exports.glob("*.json"))]
     return _undamaged(folder, lambda: (markdown(report, exports), make_page(report, exports)))
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
+    """The report, each of its candidates with its training curve as `curve`, where one was kept."""
+    report = read_json(folder.report)
+    for candidate in report["candidates"]:
+        path = folder.candidates / candidate["folder"] / "curve.json"
+        if path.exists():
+            candidate["curve"] = read_json(path)["epochs"]
+    return report
 
 
 def _undamaged(folder: RunFolder, make: Callable[[], T]) -> T:
