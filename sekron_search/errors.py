@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 
 class SekronError(Exception):
     """Base of every error this package raises on purpose."""
@@ -24,7 +26,16 @@ class DataError(SekronError, ValueError):
 
 
 class DivergedError(DataError):
-    """A training's loss became NaN or infinite."""
+    """A training's loss, or a weight, became NaN or infinite.
+
+    Args:
+        message: Where.
+        curve: Epoch, loss and metric of the epochs before, all of them good.
+    """
+
+    def __init__(self, message: str, curve: Sequence[Mapping[str, float]] = ()) -> None:
+        super().__init__(message)
+        self.curve = [dict(row) for row in curve]
 
 
 class InfeasibleBudgetError(SekronError):

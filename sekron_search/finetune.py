@@ -138,7 +138,7 @@ class Distillation:
             The curve: epoch, loss and metric of every epoch.
 
         Raises:
-            DivergedError: If the loss is NaN or infinite; the last good checkpoint stays.
+            DivergedError: If the loss or a weight is NaN or infinite; the last good checkpoint stays.
         """
         saved = read_checkpoint(checkpoint) if checkpoint is not None and checkpoint.exists() else None
         team = Team.here()
@@ -218,16 +218,18 @@ class Distillation:
             state.team.mean([mean])
             summed += float(mean)
             if not math.isfinite(summed):
-                raise DivergedError(
-                    f"fine-tuning: the loss became {summed} in epoch {epoch}, batch {done}; lower "
-                    f"finetune.learning_rate (now {self.rate:g}). "
-                    f"The checkpoint of epoch {epoch - 1} is kept"
-                )
+                raise self._diverged(state, f"the loss became {summed} in epoch {epoch}, batch {done}")
             if done % together == 0 or done == len(self.data):
                 state.step()
             progress((epoch - 1) * len(self.data) + done)
         state.team.mean_buffers(state.model)
+        if not all(bool(p.isfinite().all()) for p in trainable(state.model)):
+            raise self._diverged(state, f"a weight became NaN or infinite in the last step of epoch {epoch}")
         return summed / max(done, 1)
+
+    def _diverged(self, state: TrainingState, what: str) -> DivergedError:
+        message = f"fine-tuning: {what}; lower finetune.learning_rate (now {self.rate:g})"
+        return DivergedError(message, state.curve)
 
     def _layers_of(self, model: nn.Module) -> list[str]:
         """Names of the layers whose outputs are compared: those that are of another class than the original's."""

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from sekron_search.audit import audit, check_audit, plan_audit
-from sekron_search.candidate import Searched
+from sekron_search.candidate import Finished, Searched
 from sekron_search.candidates import Finder
 from sekron_search.costs.profile import Provenance
 from sekron_search.costs.traced import traced_flops
@@ -132,6 +132,7 @@ def _run(
         )
         report = {
             **facts.to_json(),
+            "diverged": _diverged(chosen),
             "audit": audit(finder.assembler, planned, folder, reporter),
             "finishes": None if pick is None else pick.to_json(),
         }
@@ -192,6 +193,11 @@ def _latency_facts(job: Job, folder: RunFolder, layout: Layout, searched: Search
 def _learning_rate(folder: RunFolder) -> dict[str, Any] | None:
     """What was found, and tried; None where a rate was given, or nothing was trained."""
     return dict(read_json(folder.learning_rate)) if folder.learning_rate.exists() else None
+
+
+def _diverged(chosen: Finished) -> dict[str, Any] | None:
+    """In which epoch the chosen candidate's fine-tuning diverged, and how; None if it did not."""
+    return None if chosen.diverged is None else {"epoch": len(chosen.curve) + 1, "message": chosen.diverged}
 
 
 def _metrics(job: Job, networks: dict[str, nn.Module]) -> dict[str, float | None]:
