@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from torch import nn
 
 import sekron_search
 from sekron_search.api import job_from_config
+from sekron_search.catalog import REPORT_FORMAT, Searched, list_runs
+from sekron_search.comparison import compare
 from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
 from sekron_search.data import evaluate
@@ -27,6 +30,7 @@ from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.progress import Reporter
+from sekron_search.report import facts
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.training_state import TrainingState
@@ -213,6 +217,27 @@ def test_folders_of_other_versions_and_strangers_are_refused(finished: Path, tmp
         second,
     ):
         pass
+
+
+def test_reports_of_other_versions_are_refused_and_made_again(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "old")
+    old, report = RunFolder(tmp_path / "old"), read_json(finished / "report.json")
+    assert report["format"] == facts.FORMAT == REPORT_FORMAT
+    write_json(old.report, {**report, "format": REPORT_FORMAT - 1})
+    says = rf"report\.json: written in format {REPORT_FORMAT - 1}, this version reads format {REPORT_FORMAT}; delete it"
+    (entry,) = list_runs(old.path)
+    assert entry.state == "unreadable"
+    assert re.search(says, entry.reason or "")
+    for read in (
+        lambda: Searched.load(old),
+        lambda: compare([old, RunFolder(finished)]),
+        lambda: sekron_search.finish(old.path, trial=0, progress=False),
+        lambda: run_config(write_config(tmp_path), old.path, resume=True),
+    ):
+        with pytest.raises(RunFolderError, match=says):
+            read()
+    old.report.unlink()
+    assert run_config(write_config(tmp_path), old.path, resume=True)["layers"] == report["layers"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "exchanged", "edited", "json", "version", "foreign"])
