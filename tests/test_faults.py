@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +15,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
+from sekron_search.cli import main
 from sekron_search.config import Config
 from sekron_search.data import batches, input_batches
 from sekron_search.errors import DataError
 from sekron_search.files import read_json
+from sekron_search.model import run_model
 from sekron_search.progress import Reporter
 from sekron_search.repeatable import check_repeatable
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.search.options import Assignment
 from sekron_search.training_data import TrainingData
-from tests.cases import CONFIG, SmallNet, small_net, write_config
+from tests.cases import CONFIG, SmallNet, blobs, small_net, write_config
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings(
@@ -37,20 +40,31 @@ TOO_MANY = 2**44
 
 def test_a_trial_without_memory_counts_as_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "candidates: 2": "candidates: 1"})
-    assemble, failed = Assembler.with_factors, list[Assignment]()
+    assemble, failed, alone = Assembler.with_factors, list[Assignment](), list[Assignment]()
 
     def hungry(self: Assembler, assignment: Assignment) -> nn.Module:
-        if sum(assignment) % 3 == 0 and len(failed) < 3 and any(assignment):
+        changed = sum(option > 0 for option in assignment)
+        if changed == 1 and assignment[1]:  # a response of the second layer
+            alone.append(assignment)
+            torch.empty(TOO_MANY)
+        if changed > 1 and sum(assignment) % 3 == 0 and len(failed) < 3:
             failed.append(assignment)
             torch.empty(TOO_MANY)
         return assemble(self, assignment)
 
     job = job_from_config(Config.load(config))
-    monkeypatch.setattr("sekron_search.prepare.with_responses", lambda job, tables, *_: tables)
     monkeypatch.setattr(Assembler, "with_factors", hungry)
-    with pytest.warns(RuntimeWarning, match="ran out of memory"):
+    with (
+        pytest.warns(RuntimeWarning, match="a trial ran out of memory"),
+        pytest.warns(RuntimeWarning, match="an option of layer 'conv2' ran out of memory"),
+    ):
         report = run(job, RunFolder(tmp_path / "out"), Reporter(), resume=False)
     assert failed
+    (kept,) = (tmp_path / "out" / "tables").glob("responses-*.json")
+    responses = read_json(kept)["layers"]
+    assert len(alone) == len(responses["conv2"])
+    assert {response for _, response in responses["conv2"]} == {None}
+    assert all(response is not None for name in ("conv1", "conv3", "linear") for _, response in responses[name])
     assert report["num_trials"] == 8
     assert sum(trial["pruned"] for trial in report["trials"]) >= len(set(failed))
     assert all(budget["met"] for budget in report["budgets"])
@@ -59,13 +73,54 @@ def test_a_trial_without_memory_counts_as_the_worst(tmp_path: Path, monkeypatch:
 def test_a_search_in_which_every_trial_lacks_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write_config(tmp_path, CONFIG, **{"trials: 8": "trials: 2"})
 
-    def hungry(self: Assembler, assignment: Assignment) -> nn.Module:
-        raise MemoryError
+    assemble = Assembler.with_factors
 
-    monkeypatch.setattr("sekron_search.prepare.with_responses", lambda job, tables, *_: tables)
+    def hungry(self: Assembler, assignment: Assignment) -> nn.Module:
+        if any(assignment):
+            raise MemoryError
+        return assemble(self, assignment)
+
     monkeypatch.setattr(Assembler, "with_factors", hungry)
     with pytest.warns(RuntimeWarning), pytest.raises(DataError, match=r"runs out of memory \(2 trials\)"):
         run(job_from_config(Config.load(config)), RunFolder(tmp_path / "out"), Reporter(), resume=False)
+
+
+def hungry(*_: Any, **__: Any) -> None:
+    torch.empty(TOO_MANY)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "sekron_search.prepare.collect_metrics",
+        "sekron_search.assembly.fit_sequentially",
+        "sekron_search.finetune.Distillation._loss",
+    ],
+)
+def test_where_memory_cannot_be_done_without_it_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    config = write_config(tmp_path, CONFIG, **{"trials: 8": "trials: 1", "candidates: 2": "candidates: 1"})
+    monkeypatch.setattr(where, hungry)
+    monkeypatch.setattr(sys, "argv", ["sekron-search", "run", str(config), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: out of memory (")
+    assert "lower calibration.batch_size or latency.batch_size" in told
+    assert "finetune.batch_size and raise finetune.accumulate" in told
+    assert "allocate memory" in read_json(tmp_path / "out" / "failure.json")["message"]
+
+
+class Hungry(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.empty(TOO_MANY)
+
+
+def test_a_network_without_memory_is_not_said_to_be_wrong() -> None:
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        run_model(Hungry(), (torch.zeros(1),))
 
 
 FULL_DISK = """
@@ -210,3 +265,15 @@ def test_data_that_fails_is_told_by_the_number_of_the_batch() -> None:
     with pytest.raises(DataError, match=says):
         list(TrainingData(DataLoader(Failing(), batch_size=8), 8).epoch(1))
     assert len(list(batches(Failing(), 4, order=range(12)))) == 3
+
+
+def test_augmentations_that_fail_are_told() -> None:
+    def broken(images: Tensor, generator: torch.Generator) -> Tensor:
+        return {"images": images}["image"]
+
+    with pytest.raises(DataError, match="train: its augmentation failed: KeyError: 'image'"):
+        next(TrainingData(blobs(16), 8, broken).epoch(1))
+    with pytest.raises(DataError, match="expected its augmentation to return a tensor, got tuple"):
+        next(TrainingData(blobs(16), 8, lambda images, generator: (images,)).epoch(1))  # type: ignore[arg-type,return-value]
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        next(TrainingData(blobs(16), 8, hungry).epoch(1))  # type: ignore[arg-type]

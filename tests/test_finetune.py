@@ -238,6 +238,27 @@ def a_failure(output: Any, target: Any) -> torch.Tensor:
     raise KeyError("boxes")
 
 
+class FailsLater:
+    """A loss with a bug that the first two batches do not show: the one that is checked, and the first one trained."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        self.calls += 1
+        return half_of_it(output, {1: target, 2: target}[self.calls])
+
+
+fails_later = FailsLater()
+
+
+def test_a_loss_that_fails_later_is_told_too(tmp_path: Path) -> None:
+    task = distillation(loss=f"{__name__}:fails_later", label_weight=1.0)
+    task.check()
+    with pytest.raises(DataError, match=r"finetune\.loss '.*:fails_later': it failed: KeyError: 3"):
+        train(task, compressed(task.teacher), tmp_path / "checkpoint.pt")
+
+
 def test_the_users_own_loss_stands_for_the_labels(tmp_path: Path) -> None:
     logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
     config = FinetuneConfig(loss=f"{__name__}:half_of_it", label_weight=0.5)
