@@ -24,7 +24,7 @@ from sekron_search.assembly import Assembler
 from sekron_search.cli import main
 from sekron_search.config import Config
 from sekron_search.data import DataBundle, batches, input_batches
-from sekron_search.errors import DataError
+from sekron_search.errors import DataError, is_out_of_memory
 from sekron_search.files import read_json
 from sekron_search.model import run_model
 from sekron_search.progress import Reporter
@@ -118,6 +118,16 @@ def test_where_memory_cannot_be_done_without_it_is_one_line(
     assert "lower calibration.batch_size or latency.batch_size" in told
     assert "finetune.batch_size and raise finetune.accumulate" in told
     assert "allocate memory" in read_json(tmp_path / "out" / "failure.json")["message"]
+
+
+def test_a_want_of_memory_is_told_from_other_errors() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
+    with pytest.raises(RuntimeError) as lacked:
+        hungry()
+    assert is_out_of_memory(lacked.value)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(DataError("metric: it failed: cannot allocate memory"))
 
 
 class Hungry(nn.Module):
