@@ -133,7 +133,7 @@ def compress(
     )
     folder = RunFolder.new() if out is None else RunFolder(out)
     report = run(job, folder, ConsoleReporter() if progress else Reporter(), resume=resume)
-    path: Path = Team.here().told(folder.path)
+    path = Path(Team.here().told(str(folder.path)))
     return Result(load(path, model=model if named is None else None), report, path)
 
 

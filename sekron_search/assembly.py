@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm
 from sekron_search.divergence import mean_divergence
+from sekron_search.errors import is_out_of_memory
 from sekron_search.job import Job
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.steps import Schedule
@@ -29,11 +30,6 @@ NORM_SAMPLES = 128
 #: A trial is given up when it is behind a cheaper network by so many standard errors of their difference, after so many
 #: batches of the held-out samples at least: by Student's distribution an equal one is given up once in a thousand.
 PRUNING_ERRORS, PRUNING_BATCHES = 6.0, 6
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory, of the machine or of a GPU, was what lacked; torch has no class of its own for the former."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 class Assembler:

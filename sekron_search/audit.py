@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from sekron_search.assembly import Assembler
-from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
+from sekron_search.errors import ConfigError, DataError, DivergedError, InfeasibleBudgetError, RunFolderError
 from sekron_search.files import read_json, write_json
 from sekron_search.job import Job
 from sekron_search.learning_rate import tuned
@@ -238,11 +238,19 @@ class Examiner:
         config = job.settings.finetune.model_copy(update={"epochs": job.settings.audit.epochs})
         # One rate for all, of the audit's own: other epochs ask for another one than the run's.
         found = self.folder.audited / "learning_rate.json"
-        curve = tuned(job.distillation_by(config), network.to(job.device), found, Reporter()).train(
-            with_memory_format(network, self.assembler.tables.layout.memory_format),
-            checkpoint=home / "checkpoint.pt",
-            validate=job.validate,
-            after_epoch=lambda epoch, metric: True,
-            progress=lambda done: None,
-        )
+        distillation = tuned(job.distillation_by(config), network.to(job.device), found, Reporter())
+        try:
+            curve = distillation.train(
+                with_memory_format(network, self.assembler.tables.layout.memory_format),
+                checkpoint=home / "checkpoint.pt",
+                validate=job.validate,
+                after_epoch=lambda epoch, metric: True,
+                progress=lambda done: None,
+            )
+        except DivergedError as error:  # as in a run: the last good epoch counts, or the network as it was fitted
+            curve = error.curve
+            if not curve:
+                assert job.validate is not None  # see `check_audit`
+                network.load_state_dict(read_tensors(home / "weights.safetensors"))
+                return job.validate(network)
         return curve[-1]["metric"]

@@ -80,9 +80,28 @@ class Searched:
 
 @dataclass(frozen=True)
 class Finished:
-    """The chosen candidate, its training curve, its validation metric in the end, and the network itself."""
+    """A candidate that was fine-tuned, as far as that went.
+
+    Args:
+        candidate: As it was before.
+        curve: Epoch, loss and metric of every epoch.
+        metric: On the validation data in the end.
+        network: Itself.
+        diverged: What ended the training, if the loss became NaN or infinite; the network is that of the epoch before.
+    """
 
     candidate: Candidate
     curve: list[dict[str, float]]
     metric: float | None
     network: nn.Module
+    diverged: str | None = None
+
+    @property
+    def worth(self) -> tuple[bool, float]:
+        """Of two, the better one has more: of the metric; without one, of the training's negative loss.
+
+        A divergence, where nothing was trained, cannot be compared with a loss: what was trained is better.
+        """
+        if self.metric is not None:
+            return True, self.metric
+        return bool(self.curve), self.curve[-1]["metric"] if self.curve else -self.candidate.divergence

@@ -12,7 +12,7 @@ from torch import nn
 
 from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
-from sekron_search.errors import DataError, InfeasibleBudgetError
+from sekron_search.errors import DataError, DivergedError, InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, write_json
 from sekron_search.job import Job
@@ -30,7 +30,7 @@ from sekron_search.search.record import SearchRecord, read_trials, trial_of
 from sekron_search.search.study import Halving, take_part
 from sekron_search.search.trial import Trial, best_feasible
 from sekron_search.sharing import Sharing
-from sekron_search.tensor_files import read_tensors, write_tensors
+from sekron_search.tensor_files import read_checkpoint, read_tensors, write_tensors
 from sekron_search.timing import network_costs, network_latencies
 
 #: How often the search is repeated with corrected costs when its networks miss the budget as measured.
@@ -174,24 +174,11 @@ class Finder:
         halving = Halving()
         finished = []
         for number, candidate in enumerate(pool, start=1):
-            network = self.load(candidate)
-            curve = self._train(candidate, network, halving, f"fine-tuning {number}/{len(pool)}")
-            metric = candidate.metric
-            if curve and metric is not None:
-                if metric > curve[-1]["metric"]:
-                    # Training can hurt where there is little data: then the network stays as it was fitted.
-                    network = self.load(candidate)
-                metric = max(metric, curve[-1]["metric"])
-            save_artefact(self.home(candidate.assignment), network, self.job.factory, self.tables.layout.memory_format)
-            finished.append(Finished(candidate, curve, metric, network))
-
-        def worth(found: Finished) -> float:
-            """The metric; without one the training loss, or the divergence, decides."""
-            if found.metric is not None:
-                return found.metric
-            return found.curve[-1]["metric"] if found.curve else -found.candidate.divergence
-
-        return max(finished, key=worth)
+            found = self._train(candidate, halving, f"fine-tuning {number}/{len(pool)}")
+            home, form = self.home(candidate.assignment), self.tables.layout.memory_format
+            save_artefact(home, found.network, self.job.factory, form)
+            finished.append(found)
+        return max(finished, key=lambda found: found.worth)
 
     def load(self, candidate: Candidate) -> nn.Module:
         """A candidate's network as it was before fine-tuning."""
@@ -247,24 +234,39 @@ class Finder:
         known = Candidate.load(home)
         return replace(known, assignment=trial.assignment, trial=trial.index, predicted=dict(trial.costs))
 
-    def _train(self, candidate: Candidate, network: nn.Module, halving: Halving, what: str) -> list[dict[str, float]]:
-        job = self.job
-        distillation = job.distillation
-        if distillation is None:
-            return []
-        home = self.home(candidate.assignment)
-        distillation = tuned(distillation, network, self.folder.learning_rate, self.reporter)
+    def _train(self, candidate: Candidate, halving: Halving, what: str) -> Finished:
+        """A candidate after fine-tuning: as after its last good epoch, or as fitted where there is none or it hurt."""
+        job, home, network = self.job, self.home(candidate.assignment), self.load(candidate)
+        if job.distillation is None:
+            return Finished(candidate, [], candidate.metric, network)
+        distillation = tuned(job.distillation, network, self.folder.learning_rate, self.reporter)
         halving.start()
+        diverged = None
         with self.reporter.task(what, distillation.total_batches) as task:
-            curve = distillation.train(
-                with_memory_format(network, self.tables.layout.memory_format),  # fastest forward is fastest backward
-                checkpoint=home / "checkpoint.pt",
-                validate=job.validate,
-                after_epoch=halving.keep_on,
-                progress=task.update,
-            )
-        write_json(home / "curve.json", {"epochs": curve})
-        return curve
+            try:
+                curve = distillation.train(
+                    with_memory_format(network, self.tables.layout.memory_format),  # fastest forward, and backward
+                    checkpoint=home / "checkpoint.pt",
+                    validate=job.validate,
+                    after_epoch=halving.keep_on,
+                    progress=task.update,
+                )
+            except DivergedError as error:
+                # Another learning rate would be another run: this one makes the best of what it has.
+                curve, diverged, network = error.curve, str(error), self.load(candidate)
+                if curve:
+                    network.load_state_dict(read_checkpoint(home / "checkpoint.pt")["model"])
+        if diverged is not None:
+            kept = f"as after epoch {len(curve)}" if curve else "as it was fitted"
+            self.reporter.say(f"{what}: {diverged}. The candidate stays {kept}")
+        write_json(home / "curve.json", {"epochs": curve, "diverged": diverged})
+        metric = candidate.metric
+        if curve and metric is not None:
+            if metric > curve[-1]["metric"]:
+                # Training can hurt where there is little data: then the network stays as it was fitted.
+                network = self.load(candidate)
+            metric = max(metric, curve[-1]["metric"])
+        return Finished(candidate, curve, metric, network, diverged)
 
     def home(self, assignment: Assignment) -> Path:
         """Folder of a candidate."""

@@ -16,6 +16,9 @@ from sekron_search.rundir import RunFolder
 from sekron_search.search.record import SearchRecord, read_trials, trial_of
 from sekron_search.search.trial import Trial, pareto_trials
 
+#: Of `report.json`; raised whenever what is read of it changes.
+REPORT_FORMAT = 5
+
 State = Literal["finished", "running", "interrupted", "failed", "unreadable"]
 
 
@@ -138,12 +141,18 @@ def finished_report(folder: RunFolder) -> dict[str, Any]:
     """The report of a finished run.
 
     Raises:
-        RunFolderError: If the folder is no run, or has not finished.
+        RunFolderError: If the folder is no run, has not finished, or its report is of another version.
     """
     folder.read_manifest()
     if not folder.report.exists():
         raise RunFolderError(f"run folder {folder.path}: not a finished run; go on with `run --resume`")
-    return read_json(folder.report)
+    again = "delete it, and go on with the run by --resume, or use the version that wrote it"
+    report = read_json(folder.report, remedy=again)
+    if (version := report.get("format")) != REPORT_FORMAT:
+        raise RunFolderError(
+            f"{folder.report}: written in format {version!r}, this version reads format {REPORT_FORMAT}; {again}"
+        )
+    return report
 
 
 def outcome(report: Mapping[str, Any]) -> dict[str, Any]:

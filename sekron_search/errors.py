@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the machine or of a GPU, was what lacked.
+
+    Torch has no class of its own for the former. That for the latter is known by its name: nothing here needs torch.
+    """
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+
 
 class SekronError(Exception):
     """Base of every error this package raises on purpose."""
@@ -24,7 +35,16 @@ class DataError(SekronError, ValueError):
 
 
 class DivergedError(DataError):
-    """A training's loss became NaN or infinite."""
+    """A training's loss, or a weight, became NaN or infinite.
+
+    Args:
+        message: Where.
+        curve: Epoch, loss and metric of the epochs before, all of them good.
+    """
+
+    def __init__(self, message: str, curve: Sequence[Mapping[str, float]] = ()) -> None:
+        super().__init__(message)
+        self.curve = [dict(row) for row in curve]
 
 
 class InfeasibleBudgetError(SekronError):

@@ -14,25 +14,28 @@ from typing import Any
 
 import torch
 
+from sekron_search.audit import check_audit
 from sekron_search.calibration import collect_metrics, memory_groups
 from sekron_search.costs.measure import Stopwatch
+from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile
 from sekron_search.curvature import output_curvature
-from sekron_search.errors import DataError
+from sekron_search.files import read_json
 from sekron_search.fitting import LEAST_SECONDS
-from sekron_search.inspection import inspect_model
 from sekron_search.job import Job
 from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.refine import Refiner
 from sekron_search.kron.steps import Schedule
 from sekron_search.model import LayerInfo, batch_size, copy_model, first_batches, layer_weight, run_model
-from sekron_search.prepare import TIMED_SCHEDULES
+from sekron_search.network_tables import Tables
+from sekron_search.prepare import TIMED_SCHEDULES, cheapest_network, checked_layers, table_keys, tables_folder
 from sekron_search.progress import Reporter
+from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import threads
 from sekron_search.scoring import CandidateStructure, candidates, scores, shortlist
-from sekron_search.selection import worthwhile
 from sekron_search.table_responses import LEAST_OPTIONS, SAMPLES
-from sekron_search.timing import Placed, network_costs
+from sekron_search.tables import table_files
+from sekron_search.timing import Layout, Placed, network_costs
 from sekron_search.training_estimate import Stage, audit_stages, training_stages
 
 #: Structures of a kind of layer that are fitted for the estimate: so many, or as many as take so many seconds, but for
@@ -119,34 +122,43 @@ class _Kind:
         return sum(c.cost.params for c in self.shortlist) / max(len(self.shortlist), 1)
 
 
-def estimate(job: Job, reporter: Reporter) -> Estimate:
+def estimate(job: Job, reporter: Reporter, folder: RunFolder) -> Estimate:
     """Measure the parts of a run, and count how often it does each.
 
     Args:
         job: The run.
         reporter: Told of the progress.
+        folder: Where the run would be made; it need not be there.
 
     Raises:
-        DataError: If nothing can be replaced, or network, data and settings do not fit together.
+        SekronError: As the run would before any long work, but for a latency budget, which takes long to be found
+            out of reach.
     """
     base_bytes = _peak_bytes()
     job.model.eval()
+    check_audit(job)
     with threads(job.settings.latency.num_threads):
-        layers = worthwhile(inspect_model(job.model, job.example_inputs), job.settings.space).layers
-        if not layers:
-            raise DataError("no layer can be replaced; see `sekron-search inspect`")
+        inspection = checked_layers(job)
+        layers = inspection.layers
         reporter.say("measuring the original network")
-        original: dict[str, Placed] = {"original": (job.model, job.memory_formats[0])}
+        form = job.memory_formats[0]
+        original: dict[str, Placed] = {"original": (job.model, form)}
         pass_s = _pass_seconds(job)
         metric = job.validate
         metric_s = 0.0 if metric is None else _once(lambda: metric(job.model), job)
-        first_s, costs_s = (_once(lambda: network_costs(job, original), job) for _ in range(2))
+        watch = Stopwatch(job.device)
+        costs = network_costs(job, original)["original"]
+        first_s = watch.seconds()
+        memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
+        known = Tables(inspection, layers, costs, memory, Layout(form, 1, form, {form: costs["latency_ms"]}), ())
+        cheapest_network(job, known, job.settings.space)
+        costs_s = _once(lambda: network_costs(job, original), job)
         moments_s, metrics = _calibrated(job, layers)
         kinds = _kinds(job, layers, metrics, reporter)
         count, fit_s = job.settings.finetune.candidates, _sequential_seconds(job, layers, kinds, pass_s)
         stages = [
             Stage("original", "its costs and metric", first_s + len(job.memory_formats) * costs_s + metric_s),
-            _tables(job, layers, kinds, moments_s),
+            _tables(job, layers, kinds, moments_s, folder),
             *_latencies(job, layers, kinds, reporter),
             *_search(job, layers, kinds, pass_s),
             Stage("candidates", f"{count} networks, layer after layer", count * (fit_s + metric_s + 3 * costs_s)),
@@ -243,13 +255,33 @@ def _workers(job: Job, layers: Sequence[LayerInfo], seconds: float) -> int:
     return min(torch.get_num_threads(), len(layers)) if several else 1
 
 
-def _tables(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], moments_s: float) -> Stage:
-    seconds = _fit_seconds(layers, kinds)
-    count = sum(len(kinds[_key(i)].shortlist) for i in layers)
-    amount = f"{count:,} options of {len(layers)} layers, fitted on {_samples(job.calibration):,} samples"
-    if (kept := job.settings.tables) is not None and kept.is_dir() and any(kept.iterdir()):
-        amount += f", less those that {kept} holds already"
-    return Stage("tables", amount, moments_s + seconds / _workers(job, layers, seconds))
+def _tables(
+    job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], moments_s: float, folder: RunFolder
+) -> Stage:
+    """Of the layers whose tables are not there yet."""
+    kept = _kept(job, layers, folder)
+    left = [info for info in layers if info.name not in kept]
+    seconds = _fit_seconds(left, kinds)
+    count = sum(len(kinds[_key(i)].shortlist) for i in left)
+    amount = f"{count:,} options of {len(left)} layers, fitted on {_samples(job.calibration):,} samples"
+    if kept:
+        amount += f"; tables of {len(kept)} layers are there already"
+    return Stage("tables", amount, moments_s * len(left) / len(layers) + seconds / _workers(job, left, seconds))
+
+
+def _kept(job: Job, layers: Sequence[LayerInfo], folder: RunFolder) -> set[str]:
+    """Names of the layers whose tables the run would find; none where the granularity of ranks is to be measured."""
+    if folder.layout.exists():
+        granularity = int(read_json(folder.layout)["granularity"])
+    elif "latency_ms" not in job.settings.bounds.names:
+        granularity = 1
+    elif job.profile is not None and job.profile.fitted is not None:
+        granularity = job.profile.fitted.granularity
+    else:
+        return set()
+    cache, space = tables_folder(job, folder), job.settings.space.with_granularity(granularity)
+    keys = table_keys(job, layers, space)
+    return {name for name, key in keys.items() if all(path.exists() for path in table_files(cache, key))}
 
 
 def _latencies(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _Kind], reporter: Reporter) -> list[Stage]:

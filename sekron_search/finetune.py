@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sekron_search.config import FinetuneConfig
 from sekron_search.data import Batch, to_device
 from sekron_search.divergence import DivergenceName
-from sekron_search.errors import ConfigError, DataError, DivergedError, SekronError
+from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.export import layers_json, with_layers
 from sekron_search.kron.dense import KINDS
 from sekron_search.kron.linear import KroneckerLinear
@@ -97,16 +97,7 @@ class Distillation:
         inputs, target = to_device(first, device)
         with torch.no_grad():
             output = run_model(self.teacher.eval(), inputs)
-            try:
-                distillation_loss(self.divergence, output, output, target, self.config, self.own_loss)
-            except SekronError:
-                raise
-            except Exception as error:
-                if self.own_loss is None:
-                    raise
-                raise DataError(
-                    f"finetune.loss {self.config.loss!r}: it failed: {type(error).__name__}: {error}"
-                ) from error
+            distillation_loss(self.divergence, output, output, target, self.config, self.own_loss)
 
     @cached_property
     def own_loss(self) -> TargetLoss | None:
@@ -138,13 +129,14 @@ class Distillation:
             The curve: epoch, loss and metric of every epoch.
 
         Raises:
-            DivergedError: If the loss is NaN or infinite; the last good checkpoint stays.
+            DivergedError: If the loss or a weight is NaN or infinite; the last good checkpoint stays.
         """
         saved = read_checkpoint(checkpoint) if checkpoint is not None and checkpoint.exists() else None
         team = Team.here()
         if team.size > 1:
             layers, weights = layers_json(model), dict(model.state_dict())
-            team.told(_Task(self.config, self.data.limit, self.frees_layers, layers, weights, saved))
+            task = Task(self.config, self.data.limit, self.frees_layers, layers, weights, saved)
+            team.told(task.to_plain())
         with self._started(model, saved, team) as state:
             going = [after_epoch(int(row["epoch"]), row["metric"]) for row in state.curve][-1:] != [False]
             while team.told(going and len(state.curve) < self.config.epochs):
@@ -184,7 +176,7 @@ class Distillation:
             finally:
                 model.eval()
 
-    def assist(self, task: _Task) -> None:
+    def assist(self, task: Task) -> None:
         """Take part in a training that the team's first process has begun."""
         data = replace(self.data, limit=task.limit)
         team, brief = Team.here(), replace(self, data=data, frees_layers=task.frees_layers)
@@ -218,16 +210,18 @@ class Distillation:
             state.team.mean([mean])
             summed += float(mean)
             if not math.isfinite(summed):
-                raise DivergedError(
-                    f"fine-tuning: the loss became {summed} in epoch {epoch}, batch {done}; lower "
-                    f"finetune.learning_rate (now {self.rate:g}). "
-                    f"The checkpoint of epoch {epoch - 1} is kept"
-                )
+                raise self._diverged(state, f"the loss became {summed} in epoch {epoch}, batch {done}")
             if done % together == 0 or done == len(self.data):
                 state.step()
             progress((epoch - 1) * len(self.data) + done)
         state.team.mean_buffers(state.model)
+        if not all(bool(p.isfinite().all()) for p in trainable(state.model)):
+            raise self._diverged(state, f"a weight became NaN or infinite in the last step of epoch {epoch}")
         return summed / max(done, 1)
+
+    def _diverged(self, state: TrainingState, what: str) -> DivergedError:
+        message = f"fine-tuning: {what}; lower finetune.learning_rate (now {self.rate:g})"
+        return DivergedError(message, state.curve)
 
     def _layers_of(self, model: nn.Module) -> list[str]:
         """Names of the layers whose outputs are compared: those that are of another class than the original's."""
@@ -278,7 +272,7 @@ def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Te
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """What the processes of a team need to know of a training.
 
     Args:
@@ -296,3 +290,13 @@ class _Task:
     layers: Mapping[str, Mapping[str, str]]
     state: Mapping[str, Tensor]
     checkpoint: dict[str, Any] | None
+
+    def to_plain(self) -> dict[str, Any]:
+        """As plain data and tensors."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**own, "config": self.config.model_dump(mode="json")}
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Task:
+        """What `to_plain` gave."""
+        return cls(**{**data, "config": FinetuneConfig.model_validate(data["config"])})

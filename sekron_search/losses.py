@@ -12,7 +12,7 @@ from torch import Tensor
 from sekron_search.config import FinetuneConfig
 from sekron_search.data import check_labels
 from sekron_search.divergence import DivergenceName, relative_l1, relative_mse
-from sekron_search.errors import DataError
+from sekron_search.errors import DataError, SekronError, is_out_of_memory
 from sekron_search.model import output_tensors
 from sekron_search.nested import named_leaves
 
@@ -58,7 +58,7 @@ def distillation_loss(
     if weight == 0:
         return distilled
     if own is not None:
-        labelled = _checked_loss(own(output, target))
+        labelled = _own_loss(own, config.loss, output, target)
     elif losses := [_target_loss(name, ours, wanted, values) for ours, wanted in _with_targets(output, target)]:
         labelled = torch.stack(losses).mean()
     else:
@@ -107,7 +107,14 @@ def _softened_kl(output: Tensor, reference: Tensor, hot: float) -> Tensor:
     return F.kl_div(log_q, log_p, log_target=True, reduction="sum") * (output.shape[1] / output.numel()) * hot**2
 
 
-def _checked_loss(value: Any) -> Tensor:
+def _own_loss(own: TargetLoss, name: str, output: Any, target: Any) -> Tensor:
+    """A loss of the user's, checked to be one."""
+    try:
+        value = own(output, target)
+    except Exception as error:
+        if isinstance(error, SekronError) or is_out_of_memory(error):
+            raise
+        raise DataError(f"finetune.loss {name!r}: it failed: {type(error).__name__}: {error}") from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"finetune.loss: expected a function of (output, target) that returns a scalar, got {came}")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from sekron_search.errors import DataError, StructureError, UnsupportedLayerError
+from sekron_search.errors import DataError, StructureError, UnsupportedLayerError, is_out_of_memory
 from sekron_search.kron.conv import KroneckerConv, KroneckerConvTranspose
 from sekron_search.kron.dense import LayerKind, class_names, dense_weight
 from sekron_search.kron.geometry import ConvGeometry, Size
@@ -187,6 +187,8 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
     try:
         return model(*inputs)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise DataError(
             f"the network does not run on inputs of shapes [{_shapes(inputs)}]: {type(error).__name__}: {error}. "
             "Check the shape of the example input and of the data; where the network takes several arguments, they "

@@ -16,7 +16,7 @@ from sekron_search.divergence import check_divergence, reference_outputs
 from sekron_search.errors import DataError
 from sekron_search.files import read_json, write_json
 from sekron_search.fitting import FitJob, Fitter
-from sekron_search.inspection import inspect_model
+from sekron_search.inspection import Inspection, inspect_model
 from sekron_search.job import Job
 from sekron_search.kron.metric import InputMetric
 from sekron_search.model import LayerInfo, layer_weight
@@ -27,7 +27,7 @@ from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import threads
 from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import best_reachable, infeasible, solve_knapsack
-from sekron_search.search.options import LayerTable
+from sekron_search.search.options import LayerTable, Network
 from sekron_search.search.space import SearchSpace
 from sekron_search.selection import worthwhile
 from sekron_search.table_responses import with_responses
@@ -56,7 +56,7 @@ def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     whole = prepare_whole(job, folder, reporter)
     fitted = tuple(f.pruned(job.settings.bounds.names) for f in whole.fitted)
     tables = dataclasses.replace(whole, fitted=fitted, whole=whole.network)
-    return with_responses(job, tables, _cache(job, folder), reporter)
+    return with_responses(job, tables, tables_folder(job, folder), reporter)
 
 
 def prepare_whole(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
@@ -102,37 +102,47 @@ def fit_tables(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
         DataError: If nothing can be replaced, or network, data and settings do not fit together.
         InfeasibleBudgetError: If nothing that the search space holds meets the budget.
     """
-    settings = job.settings
-    inspection = worthwhile(inspect_model(job.model, job.example_inputs), settings.space)
+    inspection = checked_layers(job)
     layers = inspection.layers
-    if not layers:
-        skipped = "; ".join(f"'{s.name}': {s.reason}" for s in inspection.skipped[:5])
-        raise DataError(f"no layer can be replaced ({skipped or 'there is none'}); see `sekron-search inspect`")
-    reference_outputs(job.model, job.calibration[:1])
-    check_repeatable(job.model, job.calibration[0])
-    asked_for = "divergence" in settings.search.model_fields_set
-    check_divergence(settings.search.divergence, job.references[0], asked_for=asked_for)
-    if job.distillation is not None:
-        job.distillation.check()
     layout = find_layout(job, folder, reporter, layers)
-    space = settings.space.with_granularity(layout.granularity)
+    space = job.settings.space.with_granularity(layout.granularity)
     original = _original_costs(job, folder, reporter, layout)
     memory = peak_memory(job.model, job.example_inputs, tuple(info.name for info in layers))
     known = Tables(inspection, layers, original, memory, layout, ())
     _check_reachable(job, folder, reporter, known, space)
-    cache = _cache(job, folder)
-    keys = _keys(job, layers, space)
+    cache = tables_folder(job, folder)
+    keys = table_keys(job, layers, space)
     fitted = _fitted(job, layers, space, keys, Fitter(cache, torch.get_num_threads()), reporter)
     files = dict.fromkeys(path for key in keys.values() for path in table_files(cache, key))
     return dataclasses.replace(known, fitted=fitted, files=tuple(files))
 
 
-def _cache(job: Job, folder: RunFolder) -> Path:
+def checked_layers(job: Job) -> Inspection:
+    """The layers that can be replaced, after everything that can be told of network, data and settings at once.
+
+    Raises:
+        DataError: If nothing can be replaced, or network, data and settings do not fit together.
+    """
+    inspection = worthwhile(inspect_model(job.model, job.example_inputs), job.settings.space)
+    if not inspection.layers:
+        skipped = "; ".join(f"'{s.name}': {s.reason}" for s in inspection.skipped[:5])
+        raise DataError(f"no layer can be replaced ({skipped or 'there is none'}); see `sekron-search inspect`")
+    reference_outputs(job.model, job.calibration[:1])
+    check_repeatable(job.model, job.calibration[0])
+    search = job.settings.search
+    check_divergence(search.divergence, job.references[0], asked_for="divergence" in search.model_fields_set)
+    if job.distillation is not None:
+        job.distillation.check()
+    return inspection
+
+
+def tables_folder(job: Job, folder: RunFolder) -> Path:
     """Where tables are kept."""
     return job.settings.tables or folder.tables
 
 
-def _keys(job: Job, layers: Sequence[LayerInfo], space: SearchSpace) -> dict[str, str]:
+def table_keys(job: Job, layers: Sequence[LayerInfo], space: SearchSpace) -> dict[str, str]:
+    """Under which key the table of every layer is kept, by the layer's name."""
     settings = job.settings
     weighting = [settings.calibration.curvature, settings.search.divergence]
     context = digest([job.model_digest, list(job.calibration), settings.seed, weighting])
@@ -188,20 +198,29 @@ def _original_costs(job: Job, folder: RunFolder, reporter: Reporter, layout: Lay
     return {name: float(value) for name, value in costs.items()}
 
 
-def _check_reachable(job: Job, folder: RunFolder, reporter: Reporter, known: Tables, space: SearchSpace) -> None:
-    """Refuse a budget that no choice of structures can meet, before anything is fitted."""
-    original, memory, layers = known.original, known.memory, known.layers
-    bounds = job.settings.bounds.resolve(original)
+def cheapest_network(job: Job, known: Tables, space: SearchSpace) -> Network:
+    """The network's cheapest options; nothing is fitted or timed.
+
+    Raises:
+        InfeasibleBudgetError: If no choice of structures meets the budgets of what is counted.
+    """
     tables = [
-        dataclasses.replace(cheapest_table(i, space, job.bytes_per_sample), outside_bytes=memory.outside[i.name])
-        for i in layers
+        dataclasses.replace(cheapest_table(i, space, job.bytes_per_sample), outside_bytes=known.memory.outside[i.name])
+        for i in known.layers
     ]
+    bounds = job.settings.bounds.resolve(known.original)
     counted: dict[CostName, float] = {name: bound for name, bound in bounds.items() if name != "latency_ms"}
     network = dataclasses.replace(known.network, tables=tuple(tables))
     if counted:
         solve_knapsack(network, counted, network.values("flops"), relative_gap=1.0)
+    return network
+
+
+def _check_reachable(job: Job, folder: RunFolder, reporter: Reporter, known: Tables, space: SearchSpace) -> None:
+    """Refuse a budget that no choice of structures can meet, before anything is fitted."""
+    network, bounds = cheapest_network(job, known, space), job.settings.bounds.resolve(known.original)
     if "latency_ms" in bounds:
-        pairs = [(info, _few(table)) for info, table in zip(layers, tables, strict=True)]
+        pairs = [(info, _few(table)) for info, table in zip(known.layers, network.tables, strict=True)]
         timed = with_latencies(pairs, job, folder, reporter, known.layout.memory_format)
         network = dataclasses.replace(network, tables=tuple(timed))
         if best_reachable(network, ["latency_ms"])["latency_ms"] > LATENCY_DOUBT * bounds["latency_ms"]:

@@ -13,14 +13,16 @@ import yaml
 from torch import nn
 
 from sekron_search.audit import audit, check_audit, plan_audit
-from sekron_search.candidate import Searched
+from sekron_search.candidate import Finished, Searched
 from sekron_search.candidates import Finder
+from sekron_search.catalog import finished_report
 from sekron_search.costs.profile import DeviceProfile, Provenance
 from sekron_search.costs.traced import traced_flops
 from sekron_search.data import SplitMetric
 from sekron_search.errors import RunFolderError, SekronError
 from sekron_search.export import factory_json, load, save_artefact
 from sekron_search.files import read_json, write_json, write_text
+from sekron_search.finetune import Task
 from sekron_search.job import Job
 from sekron_search.model import output_tensors
 from sekron_search.pick import Pick
@@ -35,6 +37,9 @@ from sekron_search.search.record import SearchRecord
 from sekron_search.sharing import Sharing
 from sekron_search.team import Team
 from sekron_search.timing import Layout, network_costs
+
+#: Under which key the first process of a team says the report at the end.
+OVER = "over"
 
 
 def run(
@@ -61,30 +66,21 @@ def run(
     try:
         report = _run(job, folder, reporter, resume=resume, sharing=sharing)
     finally:
-        team.told(_Over(report))
+        team.told({OVER: report})  # None if it failed
     return report
-
-
-@dataclasses.dataclass(frozen=True)
-class _Over:
-    """What the first process of a team says at the end.
-
-    Args:
-        report: None if it failed.
-    """
-
-    report: dict[str, Any] | None
 
 
 def _assist(job: Job, team: Team) -> dict[str, Any]:
     """Take part in all trainings of the team's first process; its report."""
     job.model.eval()
     with threads(job.settings.latency.num_threads):
-        while not isinstance(task := team.told(), _Over):
+        while OVER not in (told := team.told()):
+            task = Task.from_plain(told)
             job.distillation_by(task.config).assist(task)
-    if task.report is None:
+    report: dict[str, Any] | None = told[OVER]
+    if report is None:
         raise SekronError("the run failed in the first process; its message says why")
-    return task.report
+    return report
 
 
 def _run(
@@ -101,8 +97,8 @@ def _run(
         threads(job.settings.latency.num_threads),
     ):
         if folder.report.exists():
+            finished = finished_report(folder)
             write_report(folder)
-            finished: dict[str, Any] = read_json(folder.report)
             return finished
         settings = job.settings.model_dump(mode="json")
         write_text(folder.config, yaml.safe_dump({**settings, **job.source}, sort_keys=False))
@@ -134,12 +130,13 @@ def _run(
         )
         report = {
             **facts.to_json(),
+            "diverged": _diverged(chosen),
             "audit": audit(finder.assembler, planned, folder, reporter),
             "finishes": None if pick is None else pick.to_json(),
         }
         write_json(folder.report, report)
         write_report(folder)
-        return report
+        return finished_report(folder)  # plain data, as every later call and the other processes of a team get it
 
 
 def _searched(finder: Finder) -> Searched:
@@ -195,6 +192,11 @@ def _latency_facts(job: Job, folder: RunFolder, layout: Layout, searched: Search
 def _learning_rate(folder: RunFolder) -> dict[str, Any] | None:
     """What was found, and tried; None where a rate was given, or nothing was trained."""
     return dict(read_json(folder.learning_rate)) if folder.learning_rate.exists() else None
+
+
+def _diverged(chosen: Finished) -> dict[str, Any] | None:
+    """In which epoch the chosen candidate's fine-tuning diverged, and how; None if it did not."""
+    return None if chosen.diverged is None else {"epoch": len(chosen.curve) + 1, "message": chosen.diverged}
 
 
 def _metrics(job: Job, networks: dict[str, nn.Module]) -> dict[str, float | None]:

@@ -85,7 +85,10 @@ class RunFolder:
             raise RunFolderError(f"run folder {self.path}: cannot be written: {error.strerror}") from None
         with lock:
             self._lock(lock)
-            self._check(fingerprint, resume)
+            self.check_free(fingerprint, resume=resume)
+            if not self.manifest.exists():
+                wanted = {name: _digest(value) for name, value in fingerprint.items()}
+                write_json(self.manifest, {"format": FORMAT, "id": secrets.token_hex(4), "fingerprint": wanted})
             yield self
 
     def _lock(self, file: IO[str]) -> None:
@@ -125,12 +128,12 @@ class RunFolder:
             return False
         return False
 
-    def _check(self, fingerprint: dict[str, Any], resume: bool) -> None:
+    def check_free(self, fingerprint: dict[str, Any], *, resume: bool) -> None:
+        """Raise the `RunFolderError` of `claimed` if the folder holds what the run may not go on with."""
         if not self.manifest.exists():
-            if any(p.name != ".lock" and not p.name.startswith(".run.json.") for p in self.path.iterdir()):
+            there = self.path.iterdir() if self.path.is_dir() else ()
+            if any(p.name != ".lock" and not p.name.startswith(".run.json.") for p in there):
                 raise RunFolderError(f"run folder {self.path}: not empty and not a run; choose another folder")
-            wanted = {name: _digest(value) for name, value in fingerprint.items()}
-            write_json(self.manifest, {"format": FORMAT, "id": secrets.token_hex(4), "fingerprint": wanted})
             return
         self.check(fingerprint)
         if not resume:

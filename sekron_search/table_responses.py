@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence
-from sekron_search.errors import RunFolderError
+from sekron_search.errors import RunFolderError, is_out_of_memory
 from sekron_search.files import read_json, write_json
 from sekron_search.job import Job
 from sekron_search.model import batch_size, first_batches
@@ -93,15 +94,23 @@ class _Alone:
         self._originals: list[list[Tensor]] = []
 
     def divergence(self, layer: int, option: int) -> float:
-        """From the original, averaged over the samples."""
+        """From the original, averaged over the samples; infinite, with a warning, without enough memory for it."""
         if not self._originals:
             original = self._assembler.alone(0, 0)
             self._originals = [normalised_outputs(original, inputs) for inputs in self._inputs]
-        network = self._assembler.alone(layer, option)
-        found = [
-            float(divergence(self._name, normalised_outputs(network, inputs), original))
-            for inputs, original in zip(self._inputs, self._originals, strict=True)
-        ]
+        try:
+            network = self._assembler.alone(layer, option)
+            found = [
+                float(divergence(self._name, normalised_outputs(network, inputs), original))
+                for inputs, original in zip(self._inputs, self._originals, strict=True)
+            ]
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            name = self._assembler.tables.layers[layer].name
+            told = f"an option of layer '{name}' ran out of memory and counts as worse than all others: {error}"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
+            return math.inf
         return float(np.average(found, weights=[batch_size(inputs) for inputs in self._inputs]))
 
 

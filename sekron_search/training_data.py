@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sekron_search.data import Augment, Batch, as_batch, batches, length, readable, sample_order
-from sekron_search.errors import DataError
+from sekron_search.errors import DataError, SekronError, is_out_of_memory
 from sekron_search.model import batch_size, cut, part_of
 from sekron_search.team import ALONE, Team
 
@@ -74,8 +74,20 @@ class TrainingData:
             found = (_part(as_batch(item), team) for item in readable(islice(self.source, self.limit)))
         for inputs, target in found:
             if self.augment is not None:
-                inputs = (self.augment(inputs[0], generator), *inputs[1:])
+                inputs = (_augmented(self.augment, inputs[0], generator), *inputs[1:])
             yield inputs, target
+
+
+def _augmented(augment: Augment, images: Tensor, generator: torch.Generator) -> Tensor:
+    try:
+        found = augment(images, generator)
+    except Exception as error:
+        if isinstance(error, SekronError) or is_out_of_memory(error):
+            raise
+        raise DataError(f"train: its augmentation failed: {type(error).__name__}: {error}") from error
+    if not isinstance(found, Tensor):
+        raise DataError(f"train: expected its augmentation to return a tensor, got {type(found).__name__}")
+    return found
 
 
 def _part(batch: Batch, team: Team) -> Batch:

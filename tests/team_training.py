@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from sekron_search.config import FinetuneConfig
 from sekron_search.files import write_json
-from sekron_search.finetune import Distillation
+from sekron_search.finetune import Distillation, Task
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.model import replace_layers
@@ -70,8 +70,7 @@ def main() -> None:
             write_tensors(folder / f"{name}.safetensors", state)
         else:
             for _ in range(2):
-                task = team.told()
-                distillation(name).assist(task)
+                distillation(name).assist(Task.from_plain(team.told()))
 
 
 if __name__ == "__main__":

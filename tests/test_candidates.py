@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import sekron_search.candidates
 from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
+from sekron_search.candidate import Candidate, Finished
 from sekron_search.candidates import Finder
 from sekron_search.config import Config
 from sekron_search.files import read_json
@@ -61,6 +63,19 @@ def test_a_budget_that_turns_out_impossible_leaves_the_nearest_network(
     searched = finder.search()
     assert searched.excess > 1
     assert finder.finish(searched).candidate in searched.candidates
+
+
+def finished(metric: float | None, *losses: float, divergence: float = 0.1) -> Finished:
+    candidate = Candidate((), 0, divergence, divergence, {}, {}, {}, 1.0, metric)
+    curve = [{"epoch": i + 1.0, "loss": loss, "metric": -loss} for i, loss in enumerate(losses)]
+    return Finished(candidate, curve, metric, nn.Identity())
+
+
+def test_the_metric_decides_or_else_the_loss_of_those_that_were_trained() -> None:
+    assert finished(0.9, 2.0).worth > finished(0.8, 1.0).worth
+    assert finished(None, 2.0, 0.5).worth > finished(None, 1.0, 0.6).worth
+    assert finished(None, divergence=0.1).worth > finished(None, divergence=0.2).worth
+    assert finished(None, 3.0).worth > finished(None, divergence=0.1).worth, "a loss is no divergence"
 
 
 def test_a_candidate_is_fitted_once_and_is_what_its_record_says(finder: Finder) -> None:

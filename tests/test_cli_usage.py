@@ -339,12 +339,11 @@ def test_a_missing_optional_package_is_one_line_that_says_what_to_install(
 def test_the_effective_configuration_is_what_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`run` hands on what the options say, and `inspect` needs no budget."""
     seen = []
-    monkeypatch.setattr(sekron_search.cli.runs, "_foretell", lambda config, as_json: seen.append((config, as_json)))
+    monkeypatch.setattr(sekron_search.cli.runs, "_foretell", lambda config, folder, **_: seen.append(config))
     options = ["--model", "tests.cases:small_net", "--data", "tests.cases:small_data"]
     assert code_of(monkeypatch, "run", *options, "--budget", "flops=0.6x", "--dry-run", "--time-limit", "90s") == 0
-    config, as_json = seen[0]
+    config = seen[0]
     assert config.search.time_limit_s == 90
-    assert not as_json
     assert yaml.safe_load(config.model_dump_json())["model"]["factory"] == "tests.cases:small_net"
     assert list(tmp_path.iterdir()) == []
     file = tmp_path / "config.yaml"
@@ -353,7 +352,7 @@ data: {{source: folder, path: {tmp_path}, image_size: [8, 8]}}
 budget: {{flops: 0.6x}}
 """)
     assert code_of(monkeypatch, "run", str(file), "--data", "tests.cases:small_data", "--dry-run") == 0
-    data = seen[1][0].data
+    data = seen[1].data
     assert (data.source, data.factory, data.path, data.image_size) == (
         "factory",
         "tests.cases:small_data",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sekron_search.config import FinetuneConfig, make_settings
-from sekron_search.errors import ConfigError, DataError
+from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.finetune import Distillation, _outputs_of
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
@@ -93,9 +94,29 @@ def test_a_loss_that_explodes_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     broken = distillation()
     with torch.no_grad():
         next(broken.teacher.parameters()).fill_(float("nan"))
-    with pytest.raises(DataError, match=r"the loss became nan in epoch 2, batch 1; lower finetune\.learning_rate"):
+    says = r"^fine-tuning: the loss became nan in epoch {}, batch 1; lower finetune\.learning_rate \(now 0\.01\)$"
+    with pytest.raises(DivergedError, match=says.format(2)) as told:
         train(broken, model, tmp_path / "checkpoint.pt")
-    assert len(read_checkpoint(tmp_path / "checkpoint.pt")["curve"]) == 1
+    assert told.value.curve == read_checkpoint(tmp_path / "checkpoint.pt")["curve"]
+    assert len(told.value.curve) == 1
+    with pytest.raises(DivergedError, match=says.format(1)) as told:
+        train(broken, model, tmp_path / "none.pt")
+    assert told.value.curve == []
+    assert not (tmp_path / "none.pt").exists()
+
+
+def without_a_slope(output: Any, target: Any) -> Tensor:
+    """A loss of zero, whose gradient is NaN."""
+    nothing: Tensor = 0 * output.sum()
+    return nothing.sqrt()
+
+
+def test_weights_that_the_last_step_breaks_are_not_kept(tmp_path: Path) -> None:
+    task = distillation(loss=f"{__name__}:without_a_slope", label_weight=1.0, layer_weight=0.0, batch_size=128)
+    task = replace(task, data=TrainingData(blobs(128), 128))
+    with pytest.raises(DivergedError, match="a weight became NaN or infinite in the last step of epoch 1"):
+        train(task, compressed(task.teacher), tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_gradients_that_were_left_in_the_network_do_not_count(tmp_path: Path) -> None:
@@ -215,6 +236,27 @@ def a_number(output: Any, target: Any) -> float:
 def a_failure(output: Any, target: Any) -> torch.Tensor:
     """A loss with a bug."""
     raise KeyError("boxes")
+
+
+class FailsLater:
+    """A loss with a bug that the first two batches do not show: the one that is checked, and the first one trained."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        self.calls += 1
+        return half_of_it(output, {1: target, 2: target}[self.calls])
+
+
+fails_later = FailsLater()
+
+
+def test_a_loss_that_fails_later_is_told_too(tmp_path: Path) -> None:
+    task = distillation(loss=f"{__name__}:fails_later", label_weight=1.0)
+    task.check()
+    with pytest.raises(DataError, match=r"finetune\.loss '.*:fails_later': it failed: KeyError: 3"):
+        train(task, compressed(task.teacher), tmp_path / "checkpoint.pt")
 
 
 def test_the_users_own_loss_stands_for_the_labels(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_what_cannot_be_finished_says_why(finished: RunFolder, tmp_path: Path) -
         finish_run(finished, Reporter())
     copy = RunFolder(tmp_path / "copy")
     shutil.copytree(finished.path, copy.path)
-    with pytest.raises(RunFolderError, match="holds a run with a search of its own"):
+    with pytest.raises(RunFolderError, match="it holds a run with a search of its own"):
         finish_run(finished, Reporter(), trial=first, out=copy.path)
     target, _ = finish_run(finished, Reporter(), trial=first, out=tmp_path / "first")
     with pytest.raises(RunFolderError, match=f"it finishes trial {first} of run"):

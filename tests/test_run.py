@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,15 +20,20 @@ from torch import nn
 
 import sekron_search
 from sekron_search.api import job_from_config
+from sekron_search.catalog import REPORT_FORMAT, Searched, list_runs
+from sekron_search.comparison import compare
 from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
 from sekron_search.data import evaluate
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
 from sekron_search.files import read_json, write_json
+from sekron_search.finetune import Distillation
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.progress import Reporter
+from sekron_search.report import facts
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
+from sekron_search.training_state import TrainingState
 from tests.cases import CONFIG, blobs, nan_net, small_data, small_net, write_config
 from tests.pages import Page
 
@@ -126,6 +132,50 @@ def test_a_time_limit_ends_the_search_and_is_no_part_of_the_run(tmp_path: Path) 
     assert run_config(write_config(tmp_path), tmp_path / "out", resume=True) == report
 
 
+class Noted(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_training_that_diverges_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int) -> None:
+    """Its candidates go on as after the last good epoch, or as they were fitted; a resumed run says the same."""
+    epoch = Distillation._epoch
+
+    def jump(self: Distillation, state: TrainingState, number: int, progress: Any) -> float:
+        if number > good:  # what a learning rate does that is far too large
+            for group in state.optimizer.param_groups:
+                group["lr"] = 1e30
+            state.schedule.base_lrs = [1e30 for _ in state.schedule.base_lrs]
+        return epoch(self, state, number, progress)
+
+    monkeypatch.setattr(Distillation, "_epoch", jump)
+    replaced = {"trials: 8": "trials: 2", "epochs: 2": "epochs: 3, learning_rate: 0.001"}
+    audit = "audit: {candidates: 6, epochs: 1}\n"
+    config, out, noted = write_config(tmp_path, CONFIG + audit, **replaced), RunFolder(tmp_path / "out"), Noted()
+    report = run(job_from_config(Config.load(config)), out, noted, resume=False)
+    assert all(budget["met"] for budget in report["budgets"])
+    assert [row["epoch"] for row in report["curve"]] == [1.0][:good]
+    assert report["diverged"]["epoch"] == good + 1
+    assert f"in epoch {good + 1}, batch " in report["diverged"]["message"]
+    kept = "as after epoch 1" if good else "as it was fitted"
+    assert any("lower finetune.learning_rate (now 0.001)" in text and kept in text for text in noted.told)
+    network = sekron_search.load(out.path)
+    assert all(bool(t.isfinite().all()) for t in network.state_dict().values())
+    metrics = report["compressed"]["metric"], report["metric_without_training"]
+    assert min(metrics) > 0.5
+    assert good or metrics[0] == metrics[1]
+    assert all(row["metric"] > 0.3 for row in report["audit"]["candidates"])
+    out.report.unlink()
+    again = run_config(config, out.path, resume=True)
+    assert all(again[key] == report[key] for key in ("diverged", "curve", "layers"))
+
+
 def test_an_audit_of_the_proxies_is_in_the_report(tmp_path: Path) -> None:
     audited = write_config(tmp_path, CONFIG, **{"trials: 8": "trials: 2"})
     audited.write_text(audited.read_text() + "audit: {candidates: 6, epochs: 1}\n")
@@ -167,6 +217,27 @@ def test_folders_of_other_versions_and_strangers_are_refused(finished: Path, tmp
         second,
     ):
         pass
+
+
+def test_reports_of_other_versions_are_refused_and_made_again(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "old")
+    old, report = RunFolder(tmp_path / "old"), read_json(finished / "report.json")
+    assert report["format"] == facts.FORMAT == REPORT_FORMAT
+    write_json(old.report, {**report, "format": REPORT_FORMAT - 1})
+    says = rf"report\.json: written in format {REPORT_FORMAT - 1}, this version reads format {REPORT_FORMAT}; delete it"
+    (entry,) = list_runs(old.path)
+    assert entry.state == "unreadable"
+    assert re.search(says, entry.reason or "")
+    for read in (
+        lambda: Searched.load(old),
+        lambda: compare([old, RunFolder(finished)]),
+        lambda: sekron_search.finish(old.path, trial=0, progress=False),
+        lambda: run_config(write_config(tmp_path), old.path, resume=True),
+    ):
+        with pytest.raises(RunFolderError, match=says):
+            read()
+    old.report.unlink()
+    assert run_config(write_config(tmp_path), old.path, resume=True)["layers"] == report["layers"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "exchanged", "edited", "json", "version", "foreign"])

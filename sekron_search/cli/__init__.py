@@ -11,7 +11,7 @@ import typer
 
 from sekron_search.cli import browse, device, runs, select, workers
 from sekron_search.cli.arguments import INTERRUPTED, WRONG_USAGE, UsageError
-from sekron_search.errors import SekronError
+from sekron_search.errors import SekronError, is_out_of_memory
 
 EPILOG = """\b
 Exit codes:
@@ -21,6 +21,12 @@ Exit codes:
   3    done, but the network misses a budget
   130  interrupted
 """
+
+#: What to do where memory is short.
+LESS_MEMORY = (
+    "lower calibration.batch_size or latency.batch_size; if it happened in fine-tuning, lower finetune.batch_size and "
+    "raise finetune.accumulate by the same factor"
+)
 
 
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
@@ -75,6 +81,12 @@ def main() -> None:
         raise SystemExit(WRONG_USAGE) from None
     except SekronError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: out of memory ({told}); {LESS_MEMORY}", file=sys.stderr)
         raise SystemExit(1) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

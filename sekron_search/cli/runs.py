@@ -101,10 +101,10 @@ def run(
     from sekron_search.team import Team
 
     config = _limited(_config(given, out, resume), time_limit)
-    if dry_run:
-        _foretell(config, as_json=as_json)
-        return
     folder = _folder(config, out, resume)
+    if dry_run:
+        _foretell(config, folder, resume=resume, as_json=as_json)
+        return
     if first := Team.here().rank == 0:
         print(f"run folder: {folder.path}", file=sys.stderr)
     try:
@@ -161,17 +161,26 @@ def _how_to_go_on(folder: RunFolder, *, shared: bool) -> str:
     return f"go on with: sekron-search run --out {folder.path} --resume{options}"
 
 
-def _foretell(config: Config, *, as_json: bool) -> None:
+def _foretell(config: Config, folder: RunFolder, *, resume: bool, as_json: bool) -> None:
     """What `--dry-run` prints."""
     from sekron_search.api import job_from_config
     from sekron_search.estimate import estimate
     from sekron_search.progress import ConsoleReporter
 
     with json_alone(as_json):
-        found = estimate(job_from_config(config), ConsoleReporter())
+        job = job_from_config(config)
+        folder.check_free(job.fingerprint(), resume=resume)
+        found = estimate(job, ConsoleReporter(), folder)
     if as_json:
         print_json(found.to_json())
         return
+    begun = " (holds this run; what is done is not done again)" if folder.manifest.exists() else ""
+    runtime = job.runtime(job.memory_formats[0])
+    print(f"run folder: {folder.path}{begun}")
+    print("budget: " + ", ".join(f"{name} at most {asked}" for name, asked in job.settings.bounds.items()))
+    print(f"runtime: {runtime.name} on {runtime.device}, threads: {runtime.thread_count}")
+    print(f"device of the search: {job.device}")
+    print()
     _print_estimate(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -310,9 +311,29 @@ def _conflicts(old: dict[Any, Latency], new: dict[Any, Latency]) -> list[str]:
 
 
 def _fitted(data: dict[str, Any]) -> Fitted:
-    errors = {str(name): Validation(**values) for name, values in data["errors"].items()}
-    known = Hyperparameters(**data["hyperparameters"])
-    return Fitted(int(data["granularity"]), float(data["node_ms"]), known, errors)
+    errors = {str(name): _validation(values) for name, values in data["errors"].items()}
+    kernels, inflation = (data["hyperparameters"][name].items() for name in ("log_kernel", "inflation"))
+    known = Hyperparameters(
+        {str(name): [_finite(value) for value in values] for name, values in kernels},
+        {str(name): _finite(value) for name, value in inflation},
+    )
+    return Fitted(int(data["granularity"]), _finite(data["node_ms"]), known, errors)
+
+
+def _validation(data: dict[str, Any]) -> Validation:
+    errors = {name: _finite(value) for name, value in data.items() if name != "operations"}
+    return Validation(**errors, operations=int(data["operations"]))
+
+
+def _finite(value: Any) -> float:
+    """A number of a file.
+
+    Raises:
+        ValueError: If it is none, or not finite.
+    """
+    if not (isinstance(value, int | float) and math.isfinite(value)):
+        raise ValueError(f"model: expected a finite number, got {value!r:.80}")
+    return float(value)
 
 
 def _rounded(latency: Latency) -> dict[str, Any]:

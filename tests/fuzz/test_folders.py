@@ -47,7 +47,7 @@ def finished() -> RunFolder:
 
 @cache
 def files() -> list[str]:
-    """All files of the run that later commands read, smaller ones more often: relative to the folder."""
+    """All files of the run that later commands read, relative to the folder."""
     endings = {".json", ".yaml", ".safetensors", ".journal", ".pt"}
     home = finished().path
     return sorted(str(p.relative_to(home)) for p in home.rglob("*") if p.suffix in endings)

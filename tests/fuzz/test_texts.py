@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sekron_search.config import Config
-from sekron_search.costs.operations import Operation
+from sekron_search.costs.measure import Latency
+from sekron_search.costs.operations import Convolution, Copy, Elementwise, Linear, Operation, Pool
 from sekron_search.costs.profile import DeviceProfile
 from sekron_search.errors import ConfigError, StructureError
 from sekron_search.kron.steps import Schedule
@@ -33,10 +35,30 @@ WHOLE_CONFIG = yaml.safe_load(CONFIG) | {
     "tables": "tables",
     "out": "out",
 }
-SAMPLE = yaml.safe_load((ROOT / "runs/sample/profile.yaml").read_text())
-#: A few entries: what is wrong with one is wrong with all.
-PROFILE = SAMPLE | {name: dict(list((SAMPLE[name] or {}).items())[:4]) for name in ("operations", "layers")}
-OPERATIONS = [b"conv n=1"]
+#: Of every kind, some with other extents.
+OPERATIONS: list[Operation] = [
+    Convolution(2, 6, 8, (9, 7), (3, 1), (2, 1), (1, 1), (1, 0), 2),
+    Convolution(1, 4, 6, (5, 5, 5), (2, 2, 2), (2, 2, 2), (1, 1, 1), (0, 0, 0), 1, (1, 1, 1)),
+    *(Linear(rows, 64, 10) for rows in range(1, 21)),
+    Linear(8, 16, 16, batch=4),
+    *(Copy(2, rows, 64, 3) for rows in (1, 8, 64)),
+    *(Elementwise(elements, 1) for elements in (64, 1024, 65536)),
+    Elementwise(1024, 2),
+    Pool(2, 8, 64, 16, 4),
+]
+
+
+def _profile() -> dict[str, Any]:
+    """A few entries of a real profile, for what is wrong with one is wrong with all; and a latency model."""
+    sample = DeviceProfile.load(ROOT / "runs/sample/profile.yaml")
+    latencies = {o: Latency(1e-3 + 1e-6 * (o.flops + o.moved_bytes), 1e-4, 7) for o in OPERATIONS}
+    profile = DeviceProfile(sample.provenance, latencies, dict(list(sample.layers.items())[:4]))
+    profile.fit(8, 1e-3)
+    document: dict[str, Any] = yaml.safe_load(profile.to_yaml())
+    return document
+
+
+PROFILE = _profile()
 STRUCTURE_TEXTS = [str(s).encode() for s in (*STRUCTURES.values(), *STRUCTURES_3D.values())]
 
 
@@ -77,7 +99,7 @@ def test_schedules(text: str) -> None:
 
 
 @settings(max_examples=100)
-@given(_texts(OPERATIONS, "0123456789=x, abcdefgmnopq"))
+@given(_texts([str(o).encode() for o in OPERATIONS], "0123456789=x, abcdefgmnopq"))
 def test_operations(text: str) -> None:
     operation = outcome(lambda: Operation.parse(text), ConfigError)
     if isinstance(operation, Refusal):
@@ -90,7 +112,7 @@ def test_operations(text: str) -> None:
 def test_configs(content: bytes) -> None:
     config = outcome(lambda: Config.load(_written("config.yaml", content)), ConfigError)
     if isinstance(config, Refusal):
-        assert "config" in config.message
+        assert "config" in config.message or "search space" in config.message
         return
     assert Config.model_validate(config.model_dump()) == config
 
@@ -105,8 +127,12 @@ def test_spaces(content: bytes) -> None:
     assert SearchSpace.model_validate(space.model_dump()) == space
 
 
-@settings(max_examples=100)
-@given(_yaml(PROFILE))
+#: The latency model is a small part of a profile.
+MODELS = documents(PROFILE["model"]).map(lambda model: yaml.safe_dump(PROFILE | {"model": model}).encode())
+
+
+@settings(max_examples=200)
+@given(_yaml(PROFILE) | MODELS)
 def test_profiles(content: bytes) -> None:
     profile = outcome(lambda: DeviceProfile.load(_written("profile.yaml", content)), ConfigError)
     if isinstance(profile, Refusal):
@@ -117,3 +143,7 @@ def test_profiles(content: bytes) -> None:
     for latency in (*profile.layers.values(), *profile.operations.values()):
         assert 0 < latency.median_ms < math.inf
         assert 0 <= latency.noise_ms < math.inf
+    if profile.fitted is not None:
+        known = profile.fitted.hyperparameters
+        assert all(map(math.isfinite, chain(known.inflation.values(), *known.log_kernel.values())))
+        assert all(f"{error.median:.1%}" for error in profile.fitted.errors.values())
