@@ -143,8 +143,8 @@ def finished_report(folder: RunFolder) -> dict[str, Any]:
     Raises:
         RunFolderError: If the folder is no run, has not finished, or its report is of another version.
     """
-    folder.read_manifest()
     if not folder.report.exists():
+        folder.read_manifest()
         raise RunFolderError(f"run folder {folder.path}: not a finished run; go on with `run --resume`")
     again = "delete it, and go on with the run by --resume, or use the version that wrote it"
     report = read_json(folder.report, remedy=again)

@@ -155,10 +155,8 @@ class FinetuneConfig(_Section):
     Args:
         epochs: Of training at most; 0 trains nothing.
         candidates: How many of the front's best feasible networks are trained, with successive halving.
-        batch_size: Of training.
-        optimizer: "muon" takes steps that change a factor's matrix as much in all directions; "adamw" adapts to every
-            number by itself.
-        weight_decay: Of either, decoupled.
+        batch_size, weight_decay: Of training, by whichever optimizer.
+        optimizer: "muon" changes matrices as much in all directions, "adamw" every number by itself.
         learning_rate: Its highest, with cosine decay after a warm-up; "auto" finds it by short trainings, which take an
             eighth to a quarter of its time.
         accumulate: Batches whose gradients are averaged for one step, where more do not fit in memory at a time.

@@ -18,7 +18,7 @@ import yaml
 from typer.main import get_command
 
 import sekron_search
-from sekron_search import export, rundir
+from sekron_search import catalog, export, rundir
 from sekron_search.audit import check_audit
 from sekron_search.cli import app
 from sekron_search.config import Config
@@ -30,7 +30,6 @@ from sekron_search.kron.enumeration import skeletons
 from sekron_search.kron.families import family
 from sekron_search.kron.structure import Structure
 from sekron_search.progress import Reporter
-from sekron_search.report import facts
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.registry import make_runtime
@@ -246,7 +245,7 @@ def test_public_names_are_those_of_the_page() -> None:
 def test_formats_are_those_of_the_page() -> None:
     formats = {row[0]: row[1] for row in rows("api", "| file | format | for |")}
     assert formats["compressed/model.json"] == str(export.FORMAT)
-    assert formats["report.json"] == str(facts.FORMAT)
+    assert formats["report.json"] == str(catalog.REPORT_FORMAT)
     assert formats["a device profile (YAML)"] == str(profile.FORMAT)
     assert formats["network.json"] == str(record.FORMAT)
     assert formats["run.json"] == str(rundir.FORMAT)

@@ -202,6 +202,15 @@ def test_curves_of_all_that_was_trained_are_drawn(tmp_path: Path) -> None:
     assert [line.get_label() for line in drawn] == [f"trial {other['trial']}", "chosen"]
 
 
+def test_training_that_diverged_is_told() -> None:
+    report = sample()
+    report["diverged"] = {"epoch": 3, "message": "fine-tuning: the loss became nan"}
+    told = "Training diverged in epoch 3; the weights of the epoch before count. fine-tuning: the loss became nan"
+    assert told in markdown(report)
+    assert told in make_page(report, ())
+    assert "the weights as they were fitted count" in markdown({**report, "curve": []})
+
+
 def test_the_sample_is_what_this_code_writes() -> None:
     assert (SAMPLE.parent / "report.md").read_text() == markdown(sample())
 

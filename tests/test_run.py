@@ -30,7 +30,6 @@ from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.progress import Reporter
-from sekron_search.report import facts
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.training_state import TrainingState
@@ -222,7 +221,7 @@ def test_folders_of_other_versions_and_strangers_are_refused(finished: Path, tmp
 def test_reports_of_other_versions_are_refused_and_made_again(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "old")
     old, report = RunFolder(tmp_path / "old"), read_json(finished / "report.json")
-    assert report["format"] == facts.FORMAT == REPORT_FORMAT
+    assert report["format"] == REPORT_FORMAT
     write_json(old.report, {**report, "format": REPORT_FORMAT - 1})
     says = rf"report\.json: written in format {REPORT_FORMAT - 1}, this version reads format {REPORT_FORMAT}; delete it"
     (entry,) = list_runs(old.path)

@@ -14,6 +14,12 @@ from sekron_search.cli.arguments import INTERRUPTED, WRONG_USAGE, UsageError
 from sekron_search.errors import SekronError, is_out_of_memory
 
 EPILOG = """\b
+Examples:
+  sekron-search demo
+  sekron-search run --model nets:build --weights weights.pt --data photos --budget latency=0.5x
+  sekron-search show RUN
+
+\b
 Exit codes:
   0    done; every budget is met
   1    an error, told in one line

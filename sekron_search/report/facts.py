@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sekron_search.candidate import Candidate, Finished
+from sekron_search.catalog import REPORT_FORMAT
 from sekron_search.config import Config, Settings
 from sekron_search.inspection import Inspection
 from sekron_search.report.optimality import WORDS, optimality_facts
 from sekron_search.search.budget import CostName, meets
 from sekron_search.search.options import LayerTable, Network, Option
 from sekron_search.search.trial import Trial, pareto_trials
-
-FORMAT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class RunFacts:
         candidate, budget = self.chosen.candidate, self.settings.bounds
         front = pareto_trials(self.trials, budget.names)
         return {
-            "format": FORMAT,
+            "format": REPORT_FORMAT,
             "original": {**self.costs["original"], "metric": self.metrics["original"]},
             "compressed": {**self.costs["compressed"], "metric": self.metrics["compressed"]},
             "metric_without_training": self.metrics["untrained"],

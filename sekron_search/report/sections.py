@@ -66,11 +66,16 @@ def candidates_section(report: Mapping[str, Any]) -> Section:
 
 def training_section(report: Mapping[str, Any]) -> Section | None:
     """The chosen candidate's curve and its learning rate; None if nothing was trained."""
+    diverged = report.get("diverged")
+    stopped: tuple[str, ...] = ()
+    if diverged is not None:
+        kept = "the weights of the epoch before" if report["curve"] else "the weights as they were fitted"
+        stopped = (f"Training diverged in epoch {diverged['epoch']}; {kept} count. {diverged['message']}",)
     if not report["curve"]:
-        return None
+        return Section("Fine-tuning", (*stopped, *_learning_rate(report))) if stopped else None
     rows = tuple((f"{row['epoch']:.0f}", f"{row['loss']:.4f}", f"{row['metric']:.4f}") for row in report["curve"])
     table = Table(tuple(map(Column, ("epoch", "loss", "validation"))), rows)
-    return Section("Fine-tuning", (Picture("finetuning", "Fine-tuning"), *_learning_rate(report), table))
+    return Section("Fine-tuning", (*stopped, Picture("finetuning", "Fine-tuning"), *_learning_rate(report), table))
 
 
 def _learning_rate(report: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from sekron_search.catalog import finished_report
 from sekron_search.errors import RunFolderError, SekronError
 from sekron_search.files import atomic, read_json, write_text
 from sekron_search.report.audit import audit_section
 from sekron_search.report.document import Section, escape
-from sekron_search.report.facts import FORMAT
 from sekron_search.report.latency import latency_section
 from sekron_search.report.layers import layers_section
 from sekron_search.report.optimality import optimality_section
@@ -57,14 +57,7 @@ def texts(folder: RunFolder) -> tuple[str, str]:
     """
     from sekron_search.report.page import make_page  # plotly and jinja2, likewise
 
-    if not folder.report.exists():
-        folder.read_manifest()
-        raise RunFolderError(
-            f"run folder {folder.path}: not finished, it has no report.json; go on with `run --resume`"
-        )
-    version = read_json(folder.report).get("format")
-    if version != FORMAT:
-        raise RunFolderError(f"{folder.report}: format {version!r}, this version reads {FORMAT}")
+    finished_report(folder)
     report = _undamaged(folder, lambda: _read(folder))
     exports = [read_json(path) for path in sorted(folder.exports.glob("*.json"))]
     return _undamaged(folder, lambda: (markdown(report, exports), make_page(report, exports)))
