@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import io
 import os
@@ -47,6 +48,8 @@ class Team:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             # What processes tell each other goes through gloo: waiting for it keeps no GPU busy.
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+            # Its threads have to end before the interpreter does, which aborts otherwise.
+            atexit.register(dist.destroy_process_group)
         return cls(dist.get_rank(), dist.get_world_size())
 
     def seed(self, of_all: int) -> int:

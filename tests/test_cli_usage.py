@@ -201,6 +201,7 @@ def test_what_an_export_needs_is_asked_for_before_the_long_work(
 ) -> None:
     for name in [n for n in sys.modules if n.split(".")[0] == "onnx" or n == "sekron_search.runtimes.onnx"]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(sekron_search.runtimes, "onnx", raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert code_of(monkeypatch, "finish", str(tmp_path / "none"), "--trial", "1", "--export", "onnx") == 1
     assert "pip install 'sekron-search[onnx]'" in capsys.readouterr().err
@@ -318,6 +319,8 @@ def test_a_missing_optional_package_is_one_line_that_says_what_to_install(
     for name in list(sys.modules):
         if name.split(".")[0] == package or name in ("sekron_search.runtimes.onnx", "sekron_search.runtimes.openvino"):
             monkeypatch.delitem(sys.modules, name)
+    for name in ("onnx", "openvino"):  # a package knows its modules too, once they have been imported
+        monkeypatch.delattr(sekron_search.runtimes, name, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     run = tmp_path / "run"
     run.mkdir()

@@ -194,7 +194,8 @@ def set_mode(folder: Path, mode: int) -> None:
 def test_folders_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "trials: 8": "trials: 2"})
     out = RunFolder(tmp_path / "begun")
-    report = run(job_from_config(Config.load(config)), out, Reporter(), resume=False)
+    assert command("run", str(config), "--out", str(out.path)).returncode == 0
+    report = read_json(out.report)
     out.report.unlink()
     (tmp_path / "locked").mkdir()
     for folder in (tmp_path / "locked", out.path):
@@ -211,7 +212,8 @@ def test_folders_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     finally:
         for folder in (tmp_path / "locked", out.path):
             set_mode(folder, 0o755)
-    again = run(job_from_config(Config.load(config)), out, Reporter(), resume=True)
+    assert command("run", str(config), "--out", str(out.path), "--resume").returncode == 0
+    again = read_json(out.report)
     assert (again["front"], again["layers"]) == (report["front"], report["layers"])
 
 

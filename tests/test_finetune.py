@@ -94,7 +94,7 @@ def test_a_loss_that_explodes_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     broken = distillation()
     with torch.no_grad():
         next(broken.teacher.parameters()).fill_(float("nan"))
-    says = r"^fine-tuning: the loss became nan in epoch {}, batch 1; lower finetune\.learning_rate \(now 0\.01\)$"
+    says = r"^fine-tuning: the loss became nan in epoch {}, batch 1; lower finetune\.learning_rate \(now 0\.03\)$"
     with pytest.raises(DivergedError, match=says.format(2)) as told:
         train(broken, model, tmp_path / "checkpoint.pt")
     assert told.value.curve == read_checkpoint(tmp_path / "checkpoint.pt")["curve"]

@@ -89,7 +89,7 @@ def test_it_is_found_once_and_changes_nothing(tmp_path: Path) -> None:
     assert min(rates.values()) < max(rates.values())
     write_json(path, {"learning_rate": 0.5, "trials": []})
     assert tuned(task, model, path, Reporter()).rate == 0.5
-    assert tuned(distillation(), model, tmp_path / "none.json", Reporter()).rate == 1e-2
+    assert tuned(distillation(), model, tmp_path / "none.json", Reporter()).rate == 3e-2
     assert not (tmp_path / "none.json").exists()
 
 
