@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -32,6 +33,23 @@ class ConfigError(SekronError, ValueError):
 
 class DataError(SekronError, ValueError):
     """Data, weights or a model do not fit together (shapes, labels, NaN, missing files)."""
+
+
+@contextmanager
+def users_own(what: str) -> Iterator[None]:
+    """While a function of the user's runs: whatever goes wrong in it is a `DataError` that names it.
+
+    Not so errors of this package, and memory that lacks, which say enough.
+
+    Args:
+        what: How the message begins, such as "finetune.loss 'mine:loss': it failed".
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SekronError) or is_out_of_memory(error):
+            raise
+        raise DataError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 class DivergedError(DataError):

@@ -12,7 +12,7 @@ from torch import Tensor
 from sekron_search.config import FinetuneConfig
 from sekron_search.data import check_labels
 from sekron_search.divergence import DivergenceName, relative_l1, relative_mse
-from sekron_search.errors import DataError, SekronError, is_out_of_memory
+from sekron_search.errors import DataError, users_own
 from sekron_search.model import output_tensors
 from sekron_search.nested import named_leaves
 
@@ -109,12 +109,8 @@ def _softened_kl(output: Tensor, reference: Tensor, hot: float) -> Tensor:
 
 def _own_loss(own: TargetLoss, name: str, output: Any, target: Any) -> Tensor:
     """A loss of the user's, checked to be one."""
-    try:
+    with users_own(f"finetune.loss {name!r}: it failed"):
         value = own(output, target)
-    except Exception as error:
-        if isinstance(error, SekronError) or is_out_of_memory(error):
-            raise
-        raise DataError(f"finetune.loss {name!r}: it failed: {type(error).__name__}: {error}") from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"finetune.loss: expected a function of (output, target) that returns a scalar, got {came}")

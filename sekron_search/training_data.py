@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sekron_search.data import Augment, Batch, as_batch, batches, length, readable, sample_order
-from sekron_search.errors import DataError, SekronError, is_out_of_memory
+from sekron_search.errors import DataError, users_own
 from sekron_search.model import batch_size, cut, part_of
 from sekron_search.team import ALONE, Team
 
@@ -79,12 +79,8 @@ class TrainingData:
 
 
 def _augmented(augment: Augment, images: Tensor, generator: torch.Generator) -> Tensor:
-    try:
+    with users_own("train: its augmentation failed"):
         found = augment(images, generator)
-    except Exception as error:
-        if isinstance(error, SekronError) or is_out_of_memory(error):
-            raise
-        raise DataError(f"train: its augmentation failed: {type(error).__name__}: {error}") from error
     if not isinstance(found, Tensor):
         raise DataError(f"train: expected its augmentation to return a tensor, got {type(found).__name__}")
     return found

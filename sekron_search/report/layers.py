@@ -108,4 +108,4 @@ def time_of(layer: Mapping[str, Any]) -> str:
 
 
 def _share(layer: Mapping[str, Any], cost: str) -> str:
-    return f"{layer['after'][cost] / layer['before'][cost]:.2f}x"
+    return ratio(layer["before"][cost], layer["after"][cost])

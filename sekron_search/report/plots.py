@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from sekron_search.report.audit import best_cheap
 from sekron_search.report.figures import other_curves
 from sekron_search.report.style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PALE
+from sekron_search.search.pareto import front
 
 
 def make_plots(report: dict[str, Any]) -> dict[str, Figure]:
@@ -114,7 +115,8 @@ def _pairs_plot(report: dict[str, Any]) -> Figure:
     trials = [t for t in report["trials"] if not t["pruned"]]
     for axes, (up, across) in zip(grid, pairs, strict=False):
         axes.scatter([t[across] for t in trials], [t[up] for t in trials], c=GREY, s=10)
-        steps = _pair_front([(t[across], t[up]) for t in trials])
+        points = [(t[across], t[up]) for t in trials]
+        steps = [points[i] for i in front(points)]
         axes.step([x for x, _ in steps], [y for _, y in steps], color=BLUE, linewidth=1, marker=".", where="post")
         chosen = [c["objectives"] for c in report["front"] if c["chosen"]]
         axes.scatter([c[across] for c in chosen], [c[up] for c in chosen], c="none", edgecolors=BLACK, marker="D", s=60)
@@ -126,15 +128,6 @@ def _pairs_plot(report: dict[str, Any]) -> Figure:
         axes.set_axis_off()
     figure.suptitle("Other pairs of objectives: trials, the front of the two (lines), chosen (diamond)")
     return figure
-
-
-def _pair_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that none beats on both, from left to right."""
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(points):
-        if not front or y < front[-1][1]:
-            front.append((x, y))
-    return front
 
 
 def _axis_label(name: str) -> str:

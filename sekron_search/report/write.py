@@ -39,8 +39,9 @@ def write_report(folder: RunFolder) -> None:
     # matplotlib takes a second to import, and nothing but this needs it.
     from sekron_search.report.plots import make_plots, save_plot
 
-    text, page = texts(folder)
-    plots = _undamaged(folder, lambda: make_plots(_read(folder)))
+    report = _read(folder)
+    text, page = _texts(folder, report)
+    plots = _undamaged(folder, lambda: make_plots(report))
     for name, figure in plots.items():
         for ending in ("png", "svg"):
             with atomic(folder.plots / f"{name}.{ending}") as path:
@@ -55,22 +56,28 @@ def texts(folder: RunFolder) -> tuple[str, str]:
     Raises:
         RunFolderError: If the run has no report yet, or one of another version, or a file is damaged.
     """
+    return _texts(folder, _read(folder))
+
+
+def _texts(folder: RunFolder, report: Mapping[str, Any]) -> tuple[str, str]:
     from sekron_search.report.page import make_page  # plotly and jinja2, likewise
 
-    finished_report(folder)
-    report = _undamaged(folder, lambda: _read(folder))
     exports = [read_json(path) for path in sorted(folder.exports.glob("*.json"))]
     return _undamaged(folder, lambda: (markdown(report, exports), make_page(report, exports)))
 
 
 def _read(folder: RunFolder) -> dict[str, Any]:
     """The report, each of its candidates with its training curve as `curve`, where one was kept."""
-    report = read_json(folder.report)
+    report = finished_report(folder)
+    _undamaged(folder, lambda: _add_curves(folder, report))
+    return report
+
+
+def _add_curves(folder: RunFolder, report: Mapping[str, Any]) -> None:
     for candidate in report["candidates"]:
         path = folder.candidates / candidate["folder"] / "curve.json"
         if path.exists():
             candidate["curve"] = read_json(path)["epochs"]
-    return report
 
 
 def _undamaged(folder: RunFolder, make: Callable[[], T]) -> T:
