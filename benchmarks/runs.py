@@ -13,8 +13,8 @@ from torch import nn
 
 from benchmarks.tasks import TASKS, Task
 from sekron_search import load
-from sekron_search.api import job_from_config
 from sekron_search.job import Job
+from sekron_search.jobs import job_from_config
 from sekron_search.progress import ConsoleReporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder

@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sekron_search.api import Result, compress
+    from sekron_search.api import compress
     from sekron_search.costs.profile import DeviceProfile
     from sekron_search.data import DataBundle
     from sekron_search.deployment import deploy
     from sekron_search.errors import InfeasibleBudgetError, SekronError
     from sekron_search.exchange import export_network
     from sekron_search.export import load
-    from sekron_search.finishing import finish
+    from sekron_search.finishing import Result, finish
     from sekron_search.kron.conv import KroneckerConv, KroneckerConvTranspose
     from sekron_search.kron.linear import KroneckerLinear
     from sekron_search.kron.structure import Structure
@@ -34,7 +34,7 @@ _HOMES = {
     "KroneckerConv": "kron.conv",
     "KroneckerConvTranspose": "kron.conv",
     "KroneckerLinear": "kron.linear",
-    "Result": "api",
+    "Result": "finishing",
     "SearchSpace": "search.space",
     "SekronError": "errors",
     "Structure": "kron.structure",

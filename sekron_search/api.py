@@ -1,64 +1,28 @@
-"""The Python interface: `compress` a network that is at hand, and jobs from configurations."""
+"""The Python interface: `compress` a network that is at hand."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
-from sekron_search.config import Config, MetricName, make_settings
-from sekron_search.data import (
-    DataBundle,
-    SplitMetric,
-    batches,
-    input_batches,
-    length,
-    load_data,
-    sample_order,
-    to_device,
-    whole_batches,
-)
-from sekron_search.errors import ConfigError, DataError
-from sekron_search.export import Factory, check_factory, guess_factory, load, load_weights
+from sekron_search.config import make_settings
+from sekron_search.data import input_batches, to_device
+from sekron_search.errors import DataError
+from sekron_search.export import Factory, check_factory, guess_factory, load
+from sekron_search.finishing import Result
 from sekron_search.job import Job, checked_metric
-from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, first_batches, joined, part_of, run_model
+from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, part_of, run_model
 from sekron_search.progress import ConsoleReporter, Reporter
-from sekron_search.references import import_reference
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget
 from sekron_search.team import Team
 from sekron_search.training_data import TrainingData
-
-#: Samples of a batch when a metric is evaluated.
-EVALUATION_BATCH = 512
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `compress` gives back.
-
-    Args:
-        model: The compressed network, loaded from the artefact, in evaluation mode.
-        report: The contents of report.json.
-        path: The run folder.
-    """
-
-    model: nn.Module
-    report: dict[str, Any]
-    path: Path
-
-    @property
-    def front(self) -> list[dict[str, Any]]:
-        """The candidates of the Pareto front."""
-        front: list[dict[str, Any]] = self.report["front"]
-        return front
 
 
 def compress(
@@ -134,56 +98,7 @@ def compress(
     folder = RunFolder.new() if out is None else RunFolder(out)
     report = run(job, folder, ConsoleReporter() if progress else Reporter(), resume=resume)
     path = Path(Team.here().told(str(folder.path)))
-    return Result(load(path, model=model if named is None else None), report, path)
-
-
-def job_from_config(config: Config) -> Job:
-    """The job that a configuration describes: model, weights and data loaded and checked."""
-    factory = Factory(config.model.factory, config.model.kwargs)
-    model = factory.build()
-    if config.model.weights is not None:
-        load_weights(model, config.model.weights)
-    return make_job(model, factory, load_data(config.data, config.seed), config)
-
-
-def make_job(model: nn.Module, factory: Factory, data: DataBundle, config: Config) -> Job:
-    """The job of a network, data and a configuration."""
-    device = torch.device(config.device)
-    model = model.to(device)
-    section = config.calibration
-    order = sample_order(length(data.train), config.seed)
-    needed = section.samples + section.holdout
-    if len(order) < needed:
-        raise DataError(
-            f"calibration: {section.samples} samples and {section.holdout} held-out ones are asked for, the training "
-            f"data has {len(order)}; lower calibration.samples or calibration.holdout"
-        )
-
-    def drawn(indices: list[int]) -> list[Inputs]:
-        found = [inputs for inputs, _ in batches(data.train, section.batch_size, order=indices)]
-        return whole_batches(to_device(found, device))
-
-    fit, holdout = drawn(order[: section.samples]), drawn(order[section.samples : needed])
-
-    own = import_reference(config.metric, "metric") if ":" in config.metric else None
-
-    def metric(split: Dataset[Any]) -> Callable[[nn.Module], float]:
-        if own is not None:
-            return checked_metric(lambda network: own(network, split), f"metric {config.metric!r}")
-        return SplitMetric(split, cast(MetricName, config.metric), EVALUATION_BATCH, device)
-
-    return Job(
-        model,
-        _example_batch(fit, config.latency.batch_size),
-        fit,
-        holdout,
-        config,
-        metric(data.validation),
-        metric(data.test),
-        TrainingData(data.train, config.finetune.batch_size, data.augment, config.seed),
-        factory,
-        source={"model": config.model.model_dump(mode="json"), "data": config.data.model_dump(mode="json")},
-    )
+    return Result(load(path, model=model if named is None else None), report, path, job)
 
 
 def _check_arguments(expected: int, batch: Inputs) -> None:
@@ -205,17 +120,3 @@ def _halves(found: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
         first, second = slice(size // 2), slice(size // 2, None)
         return [part_of(found[0], first)], [part_of(found[0], second)]
     return found[: (len(found) + 1) // 2], found[(len(found) + 1) // 2 :]
-
-
-def _example_batch(batches: Sequence[Inputs], size: int) -> Inputs:
-    """The first `size` samples of calibration inputs, as the example batch.
-
-    Raises:
-        ConfigError: If there are too few samples.
-    """
-    whole = joined(first_batches(batches, size))
-    if batch_size(whole) < size:
-        raise ConfigError(
-            f"latency.batch_size is {size}, but there are only {batch_size(whole)} calibration samples to fill it"
-        )
-    return part_of(whole, slice(size))

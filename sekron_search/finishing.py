@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sekron_search.api import Result, job_from_config
+from torch import nn
+
 from sekron_search.catalog import Searched, finished_report
 from sekron_search.config import AuditConfig, Config
 from sekron_search.errors import ConfigError, RunFolderError
 from sekron_search.export import load
 from sekron_search.files import atomic, read_json, read_yaml, write_json
 from sekron_search.job import Job
+from sekron_search.jobs import job_of_run
 from sekron_search.pick import Pick
 from sekron_search.progress import ConsoleReporter, Reporter
 from sekron_search.run import run as run_stages
@@ -26,10 +29,68 @@ from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, meets
 from sekron_search.search.record import SearchRecord, read_trials, trial_of
 from sekron_search.search.trial import Trial
+from sekron_search.select import select, with_network
 from sekron_search.team import Team
 
 #: Source of a trial that is none of the search: what `select` found.
 SELECTED = "selection"
+
+#: What to do where no file describes a run's network.
+OBJECTS = "finish it from the program that has it: compress(..., out=RUN, resume=True).finish(trial=N)"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` and `finish` give back.
+
+    Args:
+        model: The compressed network, loaded from the artefact, in evaluation mode.
+        report: The contents of report.json.
+        path: The run folder.
+        job: Network, data, metrics and settings, from which other networks of the run are finished.
+    """
+
+    model: nn.Module
+    report: dict[str, Any]
+    path: Path
+    job: Job = field(repr=False)
+
+    @property
+    def front(self) -> list[dict[str, Any]]:
+        """The candidates of the Pareto front."""
+        front: list[dict[str, Any]] = self.report["front"]
+        return front
+
+    def finish(
+        self,
+        *,
+        trial: int | None = None,
+        selection: str | None = None,
+        budget: Budget | Mapping[str, float | str] | None = None,
+        out: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> Result:
+        """Finish another network of the same search: fit, measure, fine-tune, save and report it.
+
+        Called again after a kill, it goes on; after the program has ended, `compress` with `resume=True` and the same
+        `out` gives this result again.
+
+        Args:
+            trial: Number of a trial of the front, or of any other trial.
+            selection: Instead: name of a folder in the run's `selections/`.
+            budget: Instead: another budget, answered from the run's trials and tables and kept as a selection.
+            out: Run folder of the network; by default in the run's `finished/`.
+            progress: Whether to show progress on standard error.
+
+        Raises:
+            SekronError: As for `finish_run`; InfeasibleBudgetError if nothing that was searched meets the budget.
+        """
+        if (trial is None) + (selection is None) + (budget is None) != 2:
+            raise ConfigError("finish: name a trial, a selection or a budget, one of the three")
+        folder, reporter = RunFolder(self.path), ConsoleReporter() if progress else Reporter()
+        if budget is not None:
+            selection = with_network(folder, select(folder, Budget.of(budget)), reporter, job=self.job).name
+        return _result(*_finish(folder, reporter, self.job, trial=trial, selection=selection, out=out))
 
 
 def finish(
@@ -54,14 +115,8 @@ def finish(
     Raises:
         SekronError: As for `finish_run`.
     """
-    folder, report = finish_run(
-        RunFolder(run),
-        ConsoleReporter() if progress else Reporter(),
-        trial=trial,
-        selection=selection,
-        out=None if out is None else Path(out),
-    )
-    return Result(load(folder.path), report, folder.path)
+    folder, reporter = RunFolder(run), ConsoleReporter() if progress else Reporter()
+    return _result(*_finish(folder, reporter, None, trial=trial, selection=selection, out=out))
 
 
 def finish_run(
@@ -92,21 +147,34 @@ def finish_run(
         RunFolderError: If the run has not finished, there is no such trial or selection, its network was given as an
             object, network or data changed since, or `out` holds something else.
     """
+    target, report, _ = _finish(folder, reporter, None, trial=trial, selection=selection, out=out)
+    return target, report
+
+
+def _finish(
+    folder: RunFolder,
+    reporter: Reporter,
+    job: Job | None,
+    *,
+    trial: int | None,
+    selection: str | None,
+    out: str | os.PathLike[str] | None,
+) -> tuple[RunFolder, dict[str, Any], Job]:
+    """The result's folder and report, and the job that made it: the run's, or what its configuration describes."""
     if (trial is None) == (selection is None):
         raise ConfigError("finish: name a trial or a selection, one of the two")
     finished_report(folder)
-    if "model" not in read_yaml(folder.config, f"config {folder.config}"):
-        raise RunFolderError(
-            f"run folder {folder.path}: its network was given as an object, which no file names: another of its "
-            "networks cannot be finished; describe model and data in a config file for that"
-        )
     found = _trial_of(folder, trial) if trial is not None else _selected(folder, str(selection))
     target = RunFolder(out or folder.finished / found.name)
-    job = _job(folder)
+    job = _finishing(folder, job or job_of_run(folder, OBJECTS))
     if Team.here().rank == 0:  # of processes that torchrun has started the others only train
         with target.claimed(job.fingerprint(), resume=True):
             _begin(folder, target, found)
-    return target, run_stages(job, target, reporter, resume=True)
+    return target, run_stages(job, target, reporter, resume=True), job
+
+
+def _result(folder: RunFolder, report: dict[str, Any], job: Job) -> Result:
+    return Result(load(folder.path, model=job.model if job.factory is None else None), report, folder.path, job)
 
 
 @dataclass(frozen=True)
@@ -137,7 +205,7 @@ def _trial_of(folder: RunFolder, number: int) -> _Found:
     record, trials = _whole(folder)
     trial_of(trials, number, folder.search)
     own = Pick.of(folder)
-    budget = Config.load(folder.config).budget if own is None else own.budget
+    budget = read_yaml(folder.config, f"config {folder.config}")["budget"] if own is None else own.budget
     return _Found(f"trial-{number}", Pick(folder.identity, f"trial {number}", number, budget), record, trials)
 
 
@@ -166,13 +234,11 @@ def _selected(folder: RunFolder, name: str) -> _Found:
     return _Found(name, Pick(folder.identity, f"selection {name}", same.index, budget), record, trials)
 
 
-def _job(folder: RunFolder) -> Job:
-    """The run's job, checked to be the run's, as one that takes its tables and repeats no audit."""
-    config = Config.load(folder.config)
-    job = job_from_config(config)
+def _finishing(folder: RunFolder, job: Job) -> Job:
+    """A job, checked to be the run's, as one that takes its tables and repeats no audit."""
     folder.check(job.fingerprint())
-    tables = (config.tables or folder.tables).resolve()
-    update = {"tables": tables, "audit": AuditConfig(), "out": None}
+    tables = (job.settings.tables or folder.tables).resolve()
+    update = {"tables": tables, "audit": AuditConfig()} | ({"out": None} if isinstance(job.settings, Config) else {})
     return replace(job, settings=job.settings.model_copy(update=update))
 
 

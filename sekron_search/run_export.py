@@ -10,19 +10,21 @@ from typing import Any, Literal
 
 import torch
 
-from sekron_search.api import job_from_config
-from sekron_search.config import Config
 from sekron_search.costs.measure import measure_callables
 from sekron_search.errors import ConfigError, RunFolderError
 from sekron_search.exchange import TOLERANCE, ExportedFile, codec, compare, export_network
 from sekron_search.export import load
-from sekron_search.files import atomic, read_yaml, write_json
+from sekron_search.files import atomic, write_json
 from sekron_search.job import Job
+from sekron_search.jobs import job_of_run
 from sekron_search.model import Inputs, batch_size
 from sekron_search.progress import Reporter
 from sekron_search.report.write import write_report
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.exported import doubled
+
+#: What to do where no file describes a run's network.
+OBJECTS = "call sekron_search.export_network(sekron_search.load(RUN), example_inputs, path, format=...)"
 
 RunFormat = Literal["onnx", "pt2", "safetensors"]
 
@@ -63,7 +65,7 @@ def export_run(
     if format != "safetensors":
         codec(format)  # fails at once where a package is missing
     home = _home(folder, candidate)
-    job = _job(folder)
+    job = job_of_run(folder, OBJECTS)
     network = load(home, model=job.model).to(job.device)
     stem = candidate or "compressed"
     path = out or folder.exports / (stem if format == "safetensors" else f"{stem}.{format}")
@@ -100,16 +102,6 @@ def _home(folder: RunFolder, candidate: str | None) -> Path:
             f"run folder {folder.path}: expected one of its finished candidates {', '.join(known)}, got {candidate!r}"
         )
     return folder.candidates / candidate
-
-
-def _job(folder: RunFolder) -> Job:
-    """What the run was asked to do, with its network and data."""
-    if "model" not in read_yaml(folder.config, f"config {folder.config}"):
-        raise RunFolderError(
-            f"run folder {folder.path}: its network was given as an object, which no file names; call "
-            "sekron_search.export_network(sekron_search.load(RUN), example_inputs, path, format=...)"
-        )
-    return job_from_config(Config.load(folder.config))
 
 
 def _other_batch(job: Job) -> Inputs:

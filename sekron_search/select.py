@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sekron_search.catalog import Searched
-from sekron_search.errors import ConfigError, RunFolderError
-from sekron_search.files import read_yaml, write_json
+from sekron_search.errors import ConfigError
+from sekron_search.files import write_json
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, CostName, meets
@@ -17,9 +17,18 @@ from sekron_search.search.knapsack import additive_error, additive_errors, gap, 
 from sekron_search.search.options import Assignment
 from sekron_search.search.record import SearchRecord
 
+if TYPE_CHECKING:
+    from sekron_search.job import Job
+
 #: A trial is preferred to the knapsack's own solution, whose divergence nobody measured, up to this multiple of its
 #: additive error: additive errors rank networks only so well, and a budget may be far from what the run looked at.
 TRUSTED = 1.5
+
+#: What to do where no file describes a run's network.
+OBJECTS = (
+    "print the answer only (--print-only), or finish the network from the program that has it: "
+    'compress(..., out=RUN, resume=True).finish(budget={"flops": "0.4x"})'
+)
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,9 @@ def select(folder: RunFolder, budget: Budget) -> Selection:
     return Selection(record, budget, bounds, chosen, others, reason, solution.lower_bound)
 
 
-def with_network(folder: RunFolder, selection: Selection, reporter: Reporter, out: Path | None = None) -> Selection:
+def with_network(
+    folder: RunFolder, selection: Selection, reporter: Reporter, out: Path | None = None, job: Job | None = None
+) -> Selection:
     """Write the answer's network, not fine-tuned, where `load` opens it, with a `selection.json` beside it.
 
     The knapsack's solution is measured first, so that divergences decide what the answer is.
@@ -149,6 +160,7 @@ def with_network(folder: RunFolder, selection: Selection, reporter: Reporter, ou
         selection: The answer.
         reporter: Told of the progress.
         out: Folder to write to; by default one in the run's `selections/`, named after the budget.
+        job: The run's; by default what its configuration describes.
 
     Returns:
         The answer as it was written.
@@ -157,18 +169,12 @@ def with_network(folder: RunFolder, selection: Selection, reporter: Reporter, ou
         RunFolderError: If the run's network was given as an object, or anything changed since the run.
     """
     # These import torch's half of the package, which printing an answer does not need.
-    from sekron_search.api import job_from_config
     from sekron_search.assembly import Assembler
-    from sekron_search.config import Config
     from sekron_search.export import save_artefact
+    from sekron_search.jobs import job_of_run
     from sekron_search.prepare import prepare_whole
 
-    if "model" not in read_yaml(folder.config, f"config {folder.config}"):
-        raise RunFolderError(
-            f"run folder {folder.path}: its network was given as an object, which no file names: the selected network "
-            "cannot be assembled, only printed (--print-only)"
-        )
-    job = job_from_config(Config.load(folder.config))
+    job = job or job_of_run(folder, OBJECTS)
     job.model.eval()
     with folder.claimed(job.fingerprint(), resume=True):
         tables = prepare_whole(job, folder, reporter)

@@ -6,12 +6,10 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
-from sekron_search.config import Config
 from sekron_search.errors import RunFolderError, StorageError
-from sekron_search.files import read_yaml
 from sekron_search.job import Job
+from sekron_search.jobs import job_of_run
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
@@ -152,12 +150,9 @@ def _job(folder: RunFolder) -> Job:
                 f"run folder {folder.path}: it lacks {path.name}, which the run makes before its search; let workers "
                 "see the run's folder, or give --artifacts to the run and to its workers"
             )
-    if "model" not in read_yaml(folder.config, f"config {folder.config}"):
-        raise RunFolderError(
-            f"run folder {folder.path}: its network was given from Python as an object, which a worker cannot build; "
-            "describe model and data in a config file and use `sekron-search run`"
-        )
-    job = job_from_config(Config.load(folder.config))
+    job = job_of_run(
+        folder, "a worker cannot build it: describe model and data in a config file and use `sekron-search run`"
+    )
     folder.check(job.fingerprint())
     if folder.tables.exists():
         # They may have been fetched from a run that keeps its tables elsewhere.

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.audit import Examiner, Planned, audit, check_audit, plan_audit
 from sekron_search.config import Config
@@ -14,6 +13,7 @@ from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, 
 from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
+from sekron_search.jobs import job_from_config
 from sekron_search.network_tables import Tables
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter

@@ -8,12 +8,12 @@ import pytest
 from torch import nn
 
 import sekron_search.candidates
-from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished
 from sekron_search.candidates import Finder
 from sekron_search.config import Config
 from sekron_search.files import read_json
+from sekron_search.jobs import job_from_config
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder

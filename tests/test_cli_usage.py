@@ -162,7 +162,7 @@ def test_errors_are_exit_code_1_and_interruptions_130(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sekron_search.api.job_from_config", interrupted)
+    monkeypatch.setattr("sekron_search.jobs.job_from_config", interrupted)
     out = tmp_path / "out"
     assert code_of(monkeypatch, "run", str(write_config(tmp_path)), "--out", str(out)) == 130
     assert "interrupted; nothing was done yet" in capsys.readouterr().err

@@ -174,7 +174,7 @@ def extended(folder: Path) -> Config:
 
 
 def test_a_run_with_a_family_a_runtime_and_a_proxy_of_ones_own(project: Path) -> None:
-    from sekron_search.api import job_from_config
+    from sekron_search.jobs import job_from_config
 
     job = job_from_config(extended(project))
     report = run(job, RunFolder(project / "run"), Reporter(), resume=False)
@@ -228,7 +228,7 @@ def test_what_is_no_family_is_refused(project: Path) -> None:
 
 
 def test_a_proxy_that_is_not_there_is_refused_before_any_work(project: Path) -> None:
-    from sekron_search.api import job_from_config
+    from sekron_search.jobs import job_from_config
 
     config = extended(project)
     lost = config.audit.model_copy(update={"proxies": ("my_proxies:lost",)})

@@ -9,12 +9,12 @@ import pytest
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from sekron_search.api import job_from_config
 from sekron_search.cli import app
 from sekron_search.config import Config
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, SekronError
 from sekron_search.estimate import Estimate, estimate
 from sekron_search.inspection import inspect_model
+from sekron_search.jobs import job_from_config
 from sekron_search.model import layer_weight
 from sekron_search.prepare import fit_tables, table_keys
 from sekron_search.progress import Reporter

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import sekron_search
-from sekron_search.api import compress, job_from_config
+from sekron_search.api import compress
 from sekron_search.cli import app
 from sekron_search.config import Config
 from sekron_search.errors import ConfigError, DataError, RunFolderError
 from sekron_search.exchange import FileFormat, export_network
 from sekron_search.files import read_json, write_json
+from sekron_search.jobs import job_from_config
 from sekron_search.model import REPLACEMENTS
 from sekron_search.progress import Reporter
 from sekron_search.report.write import write_report

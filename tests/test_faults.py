@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.cli import main
 from sekron_search.config import Config
 from sekron_search.data import DataBundle, batches, input_batches
 from sekron_search.errors import DataError, is_out_of_memory
 from sekron_search.files import read_json
+from sekron_search.jobs import job_from_config
 from sekron_search.model import run_model
 from sekron_search.progress import Reporter
 from sekron_search.repeatable import check_repeatable

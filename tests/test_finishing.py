@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import torch
 
 import sekron_search
 import sekron_search.run
-from sekron_search.api import job_from_config
 from sekron_search.candidates import Finder
 from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
@@ -20,6 +20,7 @@ from sekron_search.errors import ConfigError, RunFolderError
 from sekron_search.files import read_json, write_json
 from sekron_search.finishing import finish_run
 from sekron_search.fitting import Fitter
+from sekron_search.jobs import job_from_config
 from sekron_search.progress import Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
@@ -159,3 +160,64 @@ def test_what_cannot_be_finished_says_why(finished: RunFolder, tmp_path: Path) -
     copy.report.unlink()
     with pytest.raises(RunFolderError, match="not a finished run"):
         finish_run(copy, Reporter(), trial=first)
+
+
+def compressed_object(out: Path, *, seed: int = 0, resume: bool = False) -> sekron_search.Result:
+    """A run of a network that nothing but this program can build."""
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 12, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(12, 12, 3, padding=1),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(12, 4),
+    )
+    images = blobs(64).tensors[0]
+    return sekron_search.compress(
+        network,
+        images[:2],
+        budget={"params": "0.7x"},
+        calibration=images,
+        train=blobs(64),
+        search={"trials": 4},
+        calibration_settings={"refine_steps": 2, "sequential_steps": 2, "batch_size": 32},
+        latency={"rounds": 2},
+        finetune={"epochs": 1, "batch_size": 32},
+        out=out,
+        resume=resume,
+        progress=False,
+    )
+
+
+def test_networks_given_as_objects_are_finished_from_the_result(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    first = compressed_object(tmp_path / "run")
+    request.getfixturevalue("no_search")
+    number = others(RunFolder(first.path))[0]["trial"]
+    other = first.finish(trial=number, progress=False)
+    assert other.path == first.path / "finished" / f"trial-{number}"
+    assert other.report["finishes"]["source"] == f"trial {number}"
+    x = blobs(8).tensors[0]
+    assert torch.equal(sekron_search.load(other.path, model=first.job.model)(x), other.model(x))
+    # The next program gets the result again, without another search, and goes on with it.
+    again = compressed_object(tmp_path / "run", resume=True)
+    assert again.report == first.report
+    smaller = again.finish(budget={"params": "0.5x"}, out=tmp_path / "smaller", progress=False)
+    assert smaller.path == tmp_path / "smaller"
+    assert [(b["name"], b["met"]) for b in smaller.report["budgets"]] == [("params", True)]
+    assert smaller.report["compressed"]["params"] <= 0.5 * smaller.report["original"]["params"]
+    assert "compress(model, ..., out=RUN, resume=True)" in (first.path / "report.md").read_text()
+
+
+def test_objects_that_are_others_now_are_refused(tmp_path: Path) -> None:
+    first = compressed_object(tmp_path / "run")
+    number = first.front[0]["trial"]
+    for arguments in ({}, {"trial": number, "budget": {"params": "0.5x"}}):
+        with pytest.raises(ConfigError, match="a trial, a selection or a budget"):
+            first.finish(**arguments, progress=False)
+    with torch.no_grad():
+        first.job.model[0].weight += 1  # type: ignore[index]
+    with pytest.raises(RunFolderError, match="model"):
+        dataclasses.replace(first, job=dataclasses.replace(first.job)).finish(trial=number, progress=False)
+    with pytest.raises(RunFolderError, match=r"given as an object.*resume=True\)\.finish\(trial=N\)"):
+        sekron_search.finish(first.path, trial=number, progress=False)

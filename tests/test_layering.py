@@ -12,9 +12,9 @@ PACKAGE = Path(sekron_search.__file__).parent
 #: From the top down; a module may import from its own row's modules only below the comma-separated order given here.
 LAYERS = [
     ["cli"],
-    ["demo", "estimate", "finishing"],
-    ["run_export", "select", "training_estimate", "worker"],
-    ["api", "comparison"],
+    ["api", "demo", "estimate"],
+    ["finishing"],
+    ["comparison", "run_export", "select", "training_estimate", "worker"],
     ["run"],
     ["report"],
     ["candidates"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["network_tables"],
     ["fit_worker"],
     ["fitting"],
-    ["timing"],
+    ["jobs", "timing"],
     ["job"],
     ["selection"],
     ["variants"],

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sekron_search.api import job_from_config
 from sekron_search.config import Config
 from sekron_search.errors import ConfigError, DataError
+from sekron_search.jobs import job_from_config
 from tests.cases import CONFIG, write_config
 
 

@@ -16,7 +16,6 @@ from torch.utils.data import StackDataset, TensorDataset
 import sekron_search
 from examples.common import train
 from examples.segmentation import Segmenter, drawn, loss
-from sekron_search.api import job_from_config
 from sekron_search.config import Config, FinetuneConfig
 from sekron_search.costs.traced import traced_flops
 from sekron_search.curvature import output_curvature
@@ -26,6 +25,7 @@ from sekron_search.divergence import check_divergence, divergence, mean_divergen
 from sekron_search.errors import DataError
 from sekron_search.exchange import codec, export_network
 from sekron_search.inspection import inspect_model
+from sekron_search.jobs import job_from_config
 from sekron_search.losses import distillation_loss
 from sekron_search.model import batch_size, cut, joined, output_tensors, part_of
 from sekron_search.nested import as_plain, is_plain, leaves, map_tensors, named_leaves

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
 from sekron_search.data import evaluate
+from sekron_search.jobs import job_from_config
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.model import layer_weight
 from sekron_search.prepare import prepare

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 import sekron_search
-from sekron_search.api import job_from_config
 from sekron_search.catalog import REPORT_FORMAT, Searched, list_runs
 from sekron_search.comparison import compare
 from sekron_search.config import Config
@@ -28,6 +27,7 @@ from sekron_search.data import evaluate
 from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError, RunFolderError
 from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
+from sekron_search.jobs import job_from_config
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.progress import Reporter
 from sekron_search.run import run

@@ -12,12 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 import sekron_search
-from sekron_search.api import job_from_config
 from sekron_search.cli import app
 from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
 from sekron_search.errors import ConfigError, InfeasibleBudgetError, RunFolderError
 from sekron_search.files import read_json, read_yaml, write_json
+from sekron_search.jobs import job_from_config
 from sekron_search.progress import Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.config import Config, make_settings
 from sekron_search.files import read_json, write_json
 from sekron_search.job import Job
+from sekron_search.jobs import job_from_config
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.model import Inputs, first_batches
 from sekron_search.network_tables import Tables

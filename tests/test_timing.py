@@ -15,7 +15,6 @@ import sekron_search.candidates
 import sekron_search.costs.layers
 import sekron_search.prepare
 import sekron_search.timing
-from sekron_search.api import job_from_config
 from sekron_search.candidates import Finder
 from sekron_search.config import Config
 from sekron_search.costs import predict
@@ -27,6 +26,7 @@ from sekron_search.costs.trace import traced_operations
 from sekron_search.costs.traced import traced_flops
 from sekron_search.deployment import deploy
 from sekron_search.files import read_json
+from sekron_search.jobs import job_from_config
 from sekron_search.kron.plan import make_plan
 from sekron_search.model import kronecker_layers
 from sekron_search.prepare import prepare

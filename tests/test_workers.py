@@ -19,13 +19,14 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 from typer.testing import CliRunner
 
-from sekron_search.api import compress, job_from_config
+from sekron_search.api import compress
 from sekron_search.assembly import Assembler
 from sekron_search.cli import app
 from sekron_search.cli.arguments import seconds
 from sekron_search.config import Config
 from sekron_search.errors import ConfigError, RunFolderError, SekronError, StorageError
 from sekron_search.files import read_json, write_json
+from sekron_search.jobs import job_from_config
 from sekron_search.progress import Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
@@ -226,7 +227,7 @@ def test_a_run_without_a_config_has_no_workers(tmp_path: Path) -> None:
     (search,) = searches(store)
     store.backend.set_study_user_attr(store.backend.get_study_id_from_name(search.name), "closed", False)
     store.backend.set_study_user_attr(store.backend.get_study_id_from_name(search.name), "over", False)
-    with pytest.raises(RunFolderError, match="its network was given from Python as an object"):
+    with pytest.raises(RunFolderError, match="its network was given as an object"):
         work(RunFolder(tmp_path / "run"), Reporter(), storage=None, artifacts=None, patience_s=0)
 
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from benchmarks.cifar10.config import config_of
 from benchmarks.results_file import RESULTS, Target, samples_of, write_results
 from sekron_search import deploy, export_network
-from sekron_search.api import job_from_config
 from sekron_search.deployment import relative_difference
+from sekron_search.jobs import job_from_config
 from sekron_search.kron import families as fam
 from sekron_search.kron.geometry import ConvGeometry
 from sekron_search.kron.plan import good_plans

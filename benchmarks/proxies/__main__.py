@@ -14,9 +14,9 @@ from benchmarks.cifar10.config import config_of
 from benchmarks.command import parser_of
 from benchmarks.proxies.plot import plot
 from benchmarks.results_file import Target, write_results
-from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.audit import audit, check_audit, plan_audit
+from sekron_search.jobs import job_from_config
 from sekron_search.prepare import prepare
 from sekron_search.progress import ConsoleReporter
 from sekron_search.report.audit import best_cheap

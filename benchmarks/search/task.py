@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.cifar10.config import config_of
 from benchmarks.search.methods import METHODS
-from sekron_search.api import job_from_config
 from sekron_search.assembly import Assembler
 from sekron_search.files import read_json, write_json
+from sekron_search.jobs import job_from_config
 from sekron_search.prepare import prepare
 from sekron_search.progress import ConsoleReporter
 from sekron_search.rundir import RunFolder

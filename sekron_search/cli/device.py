@@ -132,10 +132,10 @@ def _exact_profile(config: Path, out: Path, given: dict[str, Any], reporter: Any
     """
     import shutil
 
-    from sekron_search.api import job_from_config
     from sekron_search.config import Config
     from sekron_search.errors import ConfigError
     from sekron_search.files import read_json
+    from sekron_search.jobs import job_from_config
     from sekron_search.prepare import measure_profile
     from sekron_search.rundir import RunFolder
 

@@ -40,8 +40,8 @@ def demo(
     Example:
       sekron-search demo
     """
-    from sekron_search.api import job_from_config
     from sekron_search.demo import demo_config, train_original
+    from sekron_search.jobs import job_from_config
     from sekron_search.progress import ConsoleReporter
     from sekron_search.run import run as run_stages
     from sekron_search.rundir import RunFolder
@@ -94,7 +94,7 @@ def run(
       sekron-search run --model nets:build --data photos --budget latency=0.5x
       sekron-search run --out runs/resnet --resume
     """
-    from sekron_search.api import job_from_config
+    from sekron_search.jobs import job_from_config
     from sekron_search.progress import ConsoleReporter
     from sekron_search.run import run as run_stages
     from sekron_search.sharing import Sharing
@@ -163,8 +163,8 @@ def _how_to_go_on(folder: RunFolder, *, shared: bool) -> str:
 
 def _foretell(config: Config, folder: RunFolder, *, resume: bool, as_json: bool) -> None:
     """What `--dry-run` prints."""
-    from sekron_search.api import job_from_config
     from sekron_search.estimate import estimate
+    from sekron_search.jobs import job_from_config
     from sekron_search.progress import ConsoleReporter
 
     with json_alone(as_json):
@@ -209,7 +209,7 @@ def inspect(given: Given, as_json: JsonOption = False) -> None:
       sekron-search inspect resnet.yaml
       sekron-search inspect --model nets:build --data photos
     """
-    from sekron_search.api import job_from_config
+    from sekron_search.jobs import job_from_config
 
     config = given.load(any_budget=True)
     with json_alone(as_json):

@@ -55,7 +55,14 @@ def _by_python() -> tuple[Block, ...]:
         "Network and data were given to compress as objects, which no file describes: the commands export, finish, and "
         "select without --print-only need a run that was started from a config file. To make the same run again call "
         "compress with the settings in config.yaml, which has all of them, and the seed; its section calibration is "
-        "the argument calibration_settings. With resume=True and out=RUN the call goes on with this run.",
+        "the argument calibration_settings. With resume=True and out=RUN the call goes on with this run, or gives its "
+        "result at once, which finishes other networks of the search:",
+        Code(
+            "result = sekron_search.compress(model, ..., out=RUN, resume=True)\n"
+            "other = result.finish(trial=N)  # of the front\n"
+            'other = result.finish(budget={"flops": "0.4x"})  # another budget, without another search',
+            "python",
+        ),
     )
 
 

@@ -12,11 +12,11 @@ from benchmarks.rivals import __main__ as rivals
 from benchmarks.rivals.contest import Contest, conditions
 from benchmarks.rivals.methods import RIVALS
 from benchmarks.runs import Runs
-from sekron_search.api import job_from_config
 from sekron_search.config import Config
 from sekron_search.files import read_json
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
+from sekron_search.jobs import job_from_config
 from sekron_search.progress import Reporter
 from sekron_search.tensor_files import read_tensors
 from tests.cases import CONFIG, write_config

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sekron_search
-from sekron_search.api import job_from_config
 from sekron_search.config import Config
 from sekron_search.files import read_json, write_json
+from sekron_search.jobs import job_from_config
 from sekron_search.progress import Reporter
 from sekron_search.report.write import texts
 from sekron_search.run import run

@@ -16,11 +16,11 @@ import yaml
 
 import sekron_search
 from sekron_search import DeviceProfile, load
-from sekron_search.api import job_from_config
 from sekron_search.config import Config
 from sekron_search.costs.design import design
 from sekron_search.costs.sampling import measure_operations
 from sekron_search.files import write_json
+from sekron_search.jobs import job_from_config
 from sekron_search.progress import ConsoleReporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
