@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from sekron_search.config import DataConfig, MetricName
-from sekron_search.errors import DataError, SekronError
+from sekron_search.errors import DataError, users_own
 from sekron_search.image_files import ImageFolder, common_size, labelled
 from sekron_search.model import Inputs, as_inputs, joined, part_of
 from sekron_search.model import batch_size as samples_of
@@ -63,16 +63,12 @@ def batches(dataset: Dataset[Any], batch_size: int, *, order: Sequence[int] | No
 
 def readable(source: Iterable[Any]) -> Iterator[Any]:
     """The items of a user's data; whatever goes wrong when one is read is a `DataError` that counts them."""
-    items = iter(source)
+    items, end = iter(source), object()
     for number in count(1):
-        try:
-            item = next(items)
-        except StopIteration:
+        with users_own(f"the data: batch {number} could not be read"):
+            item = next(items, end)
+        if item is end:
             return
-        except SekronError:
-            raise
-        except Exception as error:
-            raise DataError(f"the data: batch {number} could not be read: {type(error).__name__}: {error}") from error
         yield item
 
 
@@ -140,12 +136,8 @@ def load_data(config: DataConfig, seed: int) -> DataBundle:
         return image_folder(config, seed)
     assert config.factory is not None
     function = import_reference(config.factory, "data.factory")
-    try:
+    with users_own(f"data.factory {config.factory!r} failed"):
         bundle = function(**config.kwargs)
-    except SekronError:
-        raise
-    except Exception as error:
-        raise DataError(f"data.factory {config.factory!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(bundle, DataBundle):
         raise DataError(f"data.factory {config.factory!r} must return a DataBundle, got {type(bundle).__name__}")
     for split in ("train", "validation", "test"):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sekron_search.errors import DataError, RunFolderError, SekronError
+from sekron_search.errors import DataError, RunFolderError, SekronError, users_own
 from sekron_search.files import read_json, write_json
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.kron.steps import Schedule
@@ -57,10 +57,8 @@ class Factory:
             DataError: If it fails, or returns no network.
         """
         function = import_reference(self.reference, "model.factory")
-        try:
+        with users_own(f"model.factory {self.reference!r} failed"):
             model = function(**self.kwargs)
-        except Exception as error:
-            raise DataError(f"model.factory {self.reference!r} failed: {type(error).__name__}: {error}") from error
         if not isinstance(model, nn.Module):
             raise DataError(f"model.factory {self.reference!r} must return an nn.Module, got {type(model).__name__}")
         return model

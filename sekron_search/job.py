@@ -15,7 +15,7 @@ from sekron_search.config import FinetuneConfig, Settings
 from sekron_search.costs.profile import DeviceProfile, Provenance
 from sekron_search.curvature import output_curvature
 from sekron_search.divergence import reference_outputs
-from sekron_search.errors import DataError, SekronError
+from sekron_search.errors import DataError, users_own
 from sekron_search.export import Factory, factory_json
 from sekron_search.finetune import Distillation
 from sekron_search.inspection import inspect_model
@@ -184,13 +184,8 @@ def checked_metric(metric: Metric, name: str) -> Metric:
 
     def call(network: nn.Module) -> float:
         network.eval()
-        try:
-            with torch.no_grad():
-                value = metric(network)
-        except SekronError:
-            raise
-        except Exception as error:
-            raise DataError(f"{name}: it failed: {type(error).__name__}: {error}") from error
+        with users_own(f"{name}: it failed"), torch.no_grad():
+            value = metric(network)
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError):

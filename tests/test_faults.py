@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from sekron_search.assembly import Assembler
 from sekron_search.cli import main
 from sekron_search.config import Config
-from sekron_search.data import DataBundle, batches, input_batches
+from sekron_search.data import DataBundle, batches, input_batches, readable
 from sekron_search.errors import DataError, is_out_of_memory
+from sekron_search.export import Factory
 from sekron_search.files import read_json
+from sekron_search.job import checked_metric
 from sekron_search.jobs import job_from_config
 from sekron_search.model import run_model
 from sekron_search.progress import Reporter
@@ -128,6 +130,26 @@ def test_a_want_of_memory_is_told_from_other_errors() -> None:
     assert is_out_of_memory(lacked.value)
     assert not is_out_of_memory(RuntimeError("shapes differ"))
     assert not is_out_of_memory(DataError("metric: it failed: cannot allocate memory"))
+
+
+def hungry_batches() -> Iterator[Any]:
+    hungry()
+    yield None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: checked_metric(lambda network: torch.empty(TOO_MANY).sum().item(), "metric")(small_net()),
+        lambda: next(readable(hungry_batches())),
+        lambda: Factory("tests.test_faults:hungry").build(),
+    ],
+    ids=["metric", "data", "model factory"],
+)
+def test_a_want_of_memory_in_functions_of_users_is_no_mistake_of_theirs(call: Callable[[], Any]) -> None:
+    with pytest.raises(RuntimeError) as lacked:
+        call()
+    assert is_out_of_memory(lacked.value)
 
 
 class Hungry(nn.Module):
