@@ -14,7 +14,7 @@ from sekron_search.config import make_settings
 from sekron_search.data import input_batches, to_device
 from sekron_search.errors import DataError
 from sekron_search.export import Factory, check_factory, guess_factory, load
-from sekron_search.finishing import Result
+from sekron_search.finishing import Result, say_verdict
 from sekron_search.job import Job, checked_metric
 from sekron_search.model import Inputs, as_inputs, batch_size, copy_model, part_of, run_model
 from sekron_search.progress import ConsoleReporter, Reporter
@@ -49,7 +49,8 @@ def compress(
         calibration: Some hundreds of typical inputs without labels: a tensor, a tuple of tensors for a network of
             several arguments, a dataset, or an iterable of batches. Half of them fit the layers, half measure how far
             a compressed network is from the original.
-        evaluate: Metric of a network for choosing among candidates, higher is better.
+        evaluate: Metric of a network for choosing among candidates, higher is better. Reports call it by the
+            function's name, or as `metric` says.
         test: Metric for the report, on data used nowhere else; by default `evaluate`.
         train: For fine-tuning by distillation: a dataset or an iterable of (inputs, target) batches.
         out: Run folder; by default a new one in runs/.
@@ -69,6 +70,8 @@ def compress(
     if "calibration_settings" in settings:
         settings["calibration"] = settings.pop("calibration_settings")
     checked = make_settings(Budget.of(budget), settings)
+    if evaluate is not None and "metric" not in settings:
+        checked = checked.model_copy(update={"metric": f"evaluate:{_name_of(evaluate)}"})
     device = torch.device(checked.device)
     inputs = to_device(as_inputs(example_inputs), device)
     batch_size(inputs)
@@ -96,9 +99,17 @@ def compress(
         factory=named,
     )
     folder = RunFolder.new() if out is None else RunFolder(out)
-    report = run(job, folder, ConsoleReporter() if progress else Reporter(), resume=resume)
+    reporter = ConsoleReporter() if progress else Reporter()
+    report = run(job, folder, reporter, resume=resume)
     path = Path(Team.here().told(str(folder.path)))
+    say_verdict(report, RunFolder(path), reporter)
     return Result(load(path, model=model if named is None else None), report, path, job)
+
+
+def _name_of(metric: Callable[[nn.Module], float]) -> str:
+    """What reports call a metric."""
+    name = getattr(metric, "__name__", "")
+    return name if name.isidentifier() else "metric"
 
 
 def _check_arguments(expected: int, batch: Inputs) -> None:

@@ -24,6 +24,7 @@ from sekron_search.job import Job
 from sekron_search.jobs import job_of_run
 from sekron_search.pick import Pick
 from sekron_search.progress import ConsoleReporter, Reporter
+from sekron_search.report.verdict import headline, summary
 from sekron_search.run import run as run_stages
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, meets
@@ -54,6 +55,9 @@ class Result:
     report: dict[str, Any]
     path: Path
     job: Job = field(repr=False)
+
+    def __repr__(self) -> str:
+        return f"Result({str(self.path)!r}: {headline(self.report)} Front of {len(self.front)} networks.)"
 
     @property
     def front(self) -> list[dict[str, Any]]:
@@ -90,7 +94,7 @@ class Result:
         folder, reporter = RunFolder(self.path), ConsoleReporter() if progress else Reporter()
         if budget is not None:
             selection = with_network(folder, select(folder, Budget.of(budget)), reporter, job=self.job).name
-        return _result(*_finish(folder, reporter, self.job, trial=trial, selection=selection, out=out))
+        return _result(reporter, *_finish(folder, reporter, self.job, trial=trial, selection=selection, out=out))
 
 
 def finish(
@@ -116,7 +120,7 @@ def finish(
         SekronError: As for `finish_run`.
     """
     folder, reporter = RunFolder(run), ConsoleReporter() if progress else Reporter()
-    return _result(*_finish(folder, reporter, None, trial=trial, selection=selection, out=out))
+    return _result(reporter, *_finish(folder, reporter, None, trial=trial, selection=selection, out=out))
 
 
 def finish_run(
@@ -173,8 +177,15 @@ def _finish(
     return target, run_stages(job, target, reporter, resume=True), job
 
 
-def _result(folder: RunFolder, report: dict[str, Any], job: Job) -> Result:
+def _result(reporter: Reporter, folder: RunFolder, report: dict[str, Any], job: Job) -> Result:
+    say_verdict(report, folder, reporter)
     return Result(load(folder.path, model=job.model if job.factory is None else None), report, folder.path, job)
+
+
+def say_verdict(report: Mapping[str, Any], folder: RunFolder, reporter: Reporter) -> None:
+    """The verdict of a finished run, and where its report is."""
+    for line in (headline(report), *summary(report), f"report: {folder.page}"):
+        reporter.say(line)
 
 
 @dataclass(frozen=True)

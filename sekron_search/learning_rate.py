@@ -24,10 +24,6 @@ START, FACTOR, RANGE = 1e-3, 10**0.5, range(-8, 7)
 #: than the smaller one noise decides, but more than this other share is more than a rate is worth.
 SHARE, FEWEST_STEPS, MOST_STEPS, LARGEST_SHARE = 1 / 32, 24, 128, 1 / 16
 
-#: The best rate of a training grows like this power of its length, measured from trials to trainings 32 times as long:
-#: what a high rate spoils of a good start takes steps to be made up for.
-GROWTH = 0.2
-
 #: Batches on which trials are compared.
 COMPARED = 8
 
@@ -71,9 +67,8 @@ def find_learning_rate(distillation: Distillation, network: nn.Module, reporter:
     """Whole short trainings, warm-up and decay included, with rates around the best one so far.
 
     They are compared by the loss that training minimises, on batches that they have not seen, with batch-norm as in
-    training: after so few steps running statistics lag behind the weights, and would decide. The minimum of a parabola
-    through the best three, over the logarithm of the rate, is the best rate of a training as short as that; a longer
-    one's is higher, if the next rate that was tried did not diverge.
+    training: after so few steps running statistics lag behind the weights, and would decide. What is found is the
+    minimum of a parabola through the best three, over the logarithm of the rate.
 
     Args:
         distillation: How the network will be trained.
@@ -109,8 +104,7 @@ def find_learning_rate(distillation: Distillation, network: nn.Module, reporter:
             break
         best = better
     around = [losses.get(best + i, math.inf) for i in (-1, 0, 1)]
-    longer = distillation.total_steps / brief.total_steps
-    rate = START * FACTOR ** (best + _minimum(*around)) * (longer**GROWTH if math.isfinite(around[-1]) else 1.0)
+    rate = START * FACTOR ** (best + _minimum(*around))
     tried = tuple(
         (START * FACTOR**power, losses[power] if math.isfinite(losses[power]) else None) for power in sorted(losses)
     )

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from sekron_search.calibration import collect_metrics, memory_groups
+from sekron_search.config import Config, Settings
 from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile
 from sekron_search.divergence import check_divergence, reference_outputs
-from sekron_search.errors import DataError
+from sekron_search.errors import DataError, InfeasibleBudgetError
 from sekron_search.files import read_json, write_json
 from sekron_search.fitting import FitJob, Fitter
 from sekron_search.inspection import Inspection, inspect_model
@@ -42,6 +43,9 @@ LATENCY_DOUBT = 1.25
 
 #: Options per layer that are timed for that.
 EARLY_OPTIONS = 4
+
+#: An original that is right less often than this is more likely to be fed wrongly than to be worth compressing.
+DOUBTFUL_ACCURACY = 0.5
 
 #: Schedules of an option that are timed where latency is budgeted.
 TIMED_SCHEDULES = 3
@@ -77,10 +81,29 @@ def prepare_whole(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
         measured = with_latencies(pairs, job, folder, reporter, tables.layout.memory_format)
         fitted = [dataclasses.replace(f, table=t) for f, t in zip(fitted, measured, strict=True)]
         if bounds.resolve(tables.original)["latency_ms"] <= tables.original["latency_ms"]:
-            # What is slower than the original does not make a network faster, whatever its flops. Only a budget that
-            # lets the network become slower leaves it in.
-            fitted = [f.faster() for f in fitted]
+            fitted = _faster(fitted, tables, bounds.resolve(tables.original), reporter)
     return dataclasses.replace(tables, fitted=tuple(fitted))
+
+
+def _faster(
+    fitted: list[FittedLayer], tables: Tables, bounds: Mapping[CostName, float], reporter: Reporter
+) -> list[FittedLayer]:
+    """The options that are faster than the original's layers, beyond the noise, if they can meet the budgets.
+
+    What is slower does not make a network faster, whatever its flops. Only a budget that lets the network become slower
+    leaves it in, and clocks that are too noisy to tell: then the latency of the whole network decides.
+    """
+    faster = [f.faster() for f in fitted]
+    network = dataclasses.replace(tables, fitted=tuple(faster)).network
+    try:
+        solve_knapsack(network, bounds, network.values("flops"), relative_gap=1.0)
+    except InfeasibleBudgetError:
+        reporter.say(
+            "the options that are faster than their layers beyond the clock's noise cannot meet the budgets "
+            "alone: slower ones are options too"
+        )
+        return fitted
+    return faster
 
 
 def measure_profile(job: Job, folder: RunFolder, reporter: Reporter) -> DeviceProfile:
@@ -194,8 +217,28 @@ def _original_costs(job: Job, folder: RunFolder, reporter: Reporter, layout: Lay
         # The metric is asked for now, not only at the end: a metric that fails would waste everything in between.
         metric = job.validate(job.model) if job.validate is not None else None
         write_json(folder.original, {"costs": costs, "validation_metric": metric})
+        if metric is not None and job.settings.metric == "accuracy" and metric < DOUBTFUL_ACCURACY:
+            reporter.say(doubtful(metric, job.settings))
     costs = read_json(folder.original)["costs"]
     return {name: float(value) for name, value in costs.items()}
+
+
+def doubtful(accuracy: float, settings: Settings) -> str:
+    """What to look at where the original is right less often than its user expects."""
+    causes = ["its weights", "the order of its classes"]
+    if isinstance(settings, Config) and settings.data.source == "folder":
+        data = settings.data
+        colours = "in grey" if len(data.mean) == 1 else "as RGB"
+        causes[0] += " (model.weights)" if settings.model.weights is not None else " (model.weights is not given)"
+        causes[1] += " (folders count in alphabetical order)"
+        causes.append(
+            f"how images are fed (read {colours} in [0, 1], data.mean {list(data.mean)}, data.std {list(data.std)}; "
+            "one number in each reads them in grey)"
+        )
+    return (
+        f"WARNING: the original network's accuracy on the validation split is {accuracy:.1%}; if it should be higher, "
+        f"look at {', '.join(causes)}"
+    )
 
 
 def cheapest_network(job: Job, known: Tables, space: SearchSpace) -> Network:

@@ -101,7 +101,8 @@ class _Lines(Task):
             spent = now - self._start
             left = spent / done * (self.total - done)
             print(
-                f"{self.description}: {done}/{self.total}, {spent:.0f} s, about {left:.0f} s left {note}".rstrip(),
+                f"{self.description}: {done}/{self.total}, {spent:.0f} s, about {left:.0f} s left"
+                + (f" ({note})" if note else ""),
                 file=sys.stderr,
                 flush=True,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import platform
 import sys
 from importlib import metadata
@@ -100,12 +101,13 @@ def _run(
             finished = finished_report(folder)
             write_report(folder)
             return finished
+        begun = datetime.datetime.now(datetime.UTC)
         settings = job.settings.model_dump(mode="json")
         write_text(folder.config, yaml.safe_dump({**settings, **job.source}, sort_keys=False))
         pick = Pick.of(folder)
         tables = prepare(job, folder, reporter) if pick is None else prepare_whole(job, folder, reporter)
         planned = plan_audit(job, tables.network)
-        _write_environment(job, folder, tables.layout.memory_format)
+        _write_environment(job, folder, tables.layout.memory_format, begun)
         finder = Finder(job, tables, folder, reporter, sharing)
         searched = _searched(finder) if pick is None else finder.take(pick)
         chosen = finder.finish(searched)
@@ -206,7 +208,7 @@ def _metrics(job: Job, networks: dict[str, nn.Module]) -> dict[str, float | None
     return {**found, "samples": metric.shares_of if isinstance(metric, SplitMetric) else None}
 
 
-def _write_environment(job: Job, folder: RunFolder, memory_format: MemoryFormat) -> None:
+def _write_environment(job: Job, folder: RunFolder, memory_format: MemoryFormat, begun: datetime.datetime) -> None:
     """What the run ran on; written once."""
     if folder.environment.exists():
         return
@@ -215,6 +217,7 @@ def _write_environment(job: Job, folder: RunFolder, memory_format: MemoryFormat)
         folder.environment,
         {
             **dataclasses.asdict(Provenance.here(job.runtime(memory_format))),
+            "date": begun.isoformat(timespec="seconds"),
             "python": sys.version.split()[0],
             "platform": platform.platform(),
             "packages": {name: metadata.version(name) for name in packages},

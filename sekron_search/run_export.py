@@ -24,7 +24,7 @@ from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.exported import doubled
 
 #: What to do where no file describes a run's network.
-OBJECTS = "call sekron_search.export_network(sekron_search.load(RUN), example_inputs, path, format=...)"
+OBJECTS = "call sekron_search.export_network(sekron_search.load(RUN, model=model), example_inputs, path, format=...)"
 
 RunFormat = Literal["onnx", "pt2", "safetensors"]
 

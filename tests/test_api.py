@@ -53,7 +53,7 @@ def compress(model: nn.Module, out: Path, **options: Any) -> sekron_search.Resul
         ({"budget": 0.5}, "budget: expected a mapping such as"),
         ({"example_inputs": IMAGES[:2, :1]}, r"does not run on inputs of shapes \[\(2, 1, 8, 8\)\]"),
         ({"calibration": IMAGES[:1]}, "expected at least two samples, got one"),
-        ({"device": "gpu"}, "key 'device': value error, expected a torch device such as 'cpu'"),
+        ({"device": "gpu"}, "key 'device': expected a torch device such as 'cpu'"),
         ({"budget": {"flops": True}}, "budget.flops: expected a positive number"),
     ],
 )

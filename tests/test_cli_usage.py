@@ -114,7 +114,7 @@ def test_wrong_usage_is_exit_code_2_and_names_the_option(
         ("run", config, "--set", "trials"): "--set trials: expected KEY=VALUE",
         ("run", config, "--set", "seed.a=1"): "--set seed.a=1: ",
         ("run", config, "--set", "seed=[1"): "--set seed=[1: the value is not YAML",
-        ("run", config, "--budget", "flop=0.5x"): "--budget flop=0.5x: key 'budget': value error, budget: unknown cost",
+        ("run", config, "--budget", "flop=0.5x"): "--budget flop=0.5x: key 'budget': budget: unknown cost",
         ("run", config, "--budget", "flops=lots"): "--budget flops=lots: key 'budget'",
         (
             "run",

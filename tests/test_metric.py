@@ -47,7 +47,7 @@ def test_the_users_metric_sees_network_and_split(tmp_path: Path) -> None:
             "metric 'tests.test_metric:nothing': expected a function that returns a number",
         ),
         (f"{__name__}:lost", ConfigError, "key 'metric': cannot import 'tests.test_metric:lost'"),
-        ("top5", ConfigError, "key 'metric': value error, expected accuracy, neg_mse, psnr or a function of your own"),
+        ("top5", ConfigError, "key 'metric': expected accuracy, neg_mse, psnr or a function of your own"),
     ],
 )
 def test_what_is_no_metric_is_refused(tmp_path: Path, name: str, error: type[Exception], says: str) -> None:

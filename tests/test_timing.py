@@ -25,6 +25,7 @@ from sekron_search.costs.profile import DeviceProfile
 from sekron_search.costs.trace import traced_operations
 from sekron_search.costs.traced import traced_flops
 from sekron_search.deployment import deploy
+from sekron_search.errors import InfeasibleBudgetError
 from sekron_search.files import read_json
 from sekron_search.jobs import job_from_config
 from sekron_search.kron.plan import make_plan
@@ -33,6 +34,7 @@ from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.registry import make_runtime
+from sekron_search.search.knapsack import solve_knapsack
 from sekron_search.timing import Placed
 from tests.cases import CONFIG, write_config
 
@@ -197,3 +199,29 @@ def test_a_profile_of_another_machine_predicts_and_nothing_is_measured_here(
     assert candidate.original["latency_ms"] == pytest.approx(finder.tables.original["latency_ms"])
     traced = traced_operations(deploy(finder.job.model, finder.job.example_inputs), finder.job.example_inputs)
     assert candidate.original["latency_ms"] == pytest.approx(profile.model.predict_sum(traced.operations).ms, rel=0.01)
+
+
+def test_where_clocks_are_too_noisy_to_tell_what_is_faster_the_budget_decides(
+    clocks: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks()
+
+    def measure(self: DeviceProfile, jobs: Sequence[Measurement], samples: int, runtime: Any, **options: Any) -> None:
+        for job in jobs:
+            self.layers[layer_key(*job, samples)] = Latency(layer_ms(job), 10 * layer_ms(job), 3)
+
+    monkeypatch.setattr(DeviceProfile, "measure", measure)
+    text = CONFIG.replace("params: 0.8x", "flops: 0.5x, latency_ms: 1x")
+    job, folder = job_from_config(Config.load(write_config(tmp_path, text))), RunFolder(tmp_path / "out")
+    told: list[str] = []
+
+    class Said(Reporter):
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    tables = prepare(job, folder, Said())
+    assert sum("beyond the clock's noise" in line for line in told) == 1
+    assert all(len(table.options) > 1 for table in tables.network.tables)
+    impossible = {**job.settings.bounds.resolve(tables.original), "latency_ms": 1e-9}
+    with pytest.raises(InfeasibleBudgetError, match=r"latencies are noisy by 1000%: on an idle machine"):
+        solve_knapsack(tables.network, impossible, tables.network.values("flops"))

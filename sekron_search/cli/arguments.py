@@ -46,8 +46,8 @@ RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN", 
 BudgetOption = Annotated[
     list[str],
     typer.Option(
-        help="A cost and its bound, such as flops=0.4x, params=2e5 or latency=0.5x (short for latency_ms); may be "
-        "repeated.",
+        help="A cost and its bound, such as flops=0.4x, params=2e5 or latency=0.5x; may be repeated. flops, params, "
+        "peak_activation_bytes, or latency: ms per batch of latency.batch_size samples, of 1 unless it is set.",
         metavar="COST=BOUND",
     ),
 ]
@@ -98,12 +98,17 @@ def budget_of(texts: list[str]) -> dict[str, str]:
     """Costs and their bounds from `--budget` options.
 
     Raises:
-        UsageError: If one is not COST=BOUND, or a cost comes twice.
+        UsageError: If one is not COST=BOUND, there is no such cost, or one comes twice.
     """
+    from sekron_search.search.budget import COST_NAMES
+
     bounds: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         name = SHORT_COSTS.get(name, name)
+        if equals and name not in COST_NAMES:
+            names = [*SHORT_COSTS, *(cost for cost in COST_NAMES if cost not in SHORT_COSTS.values())]
+            raise UsageError(f"--budget {text}: unknown cost {name!r}; expected any of {', '.join(names)}")
         if not equals or name in bounds:
             raise UsageError(f"--budget: expected every cost once, as in flops=0.4x, got {text!r}")
         bounds[name] = value

@@ -14,6 +14,7 @@ import typer
 
 from sekron_search.cli.arguments import BudgetOption, UsageError, budget_of
 from sekron_search.errors import ConfigError
+from sekron_search.references import REFERENCE
 
 if TYPE_CHECKING:
     from sekron_search.config import Config
@@ -152,6 +153,8 @@ def _data(text: str) -> dict[str, str]:
     if text == "digits":
         return {"source": "digits"}
     if ":" in text and not Path(text).exists():
+        if re.fullmatch(REFERENCE, text) is None:
+            raise UsageError(f"--data {text}: neither a folder that is there nor a function, package.module:function")
         return {"source": "factory", "factory": text}
     return {"source": "folder", "path": str(_absolute(Path(text)))}
 

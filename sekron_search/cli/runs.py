@@ -233,6 +233,8 @@ def inspect(given: Given, as_json: JsonOption = False) -> None:
     columns = ["layer", "kind", "F x C x kernel", "groups", "flops", "% of flops", "params", "structures"]
     print_table(columns, rows, left=columns[:3])
     print(f"whole network: {facts['flops']:,.0f} flops per sample, {facts['params']:,} parameters")
+    if not rows and not facts["left_alone"]:
+        print("nothing to compress: the network has no convolution and no linear layer (modules of torch.nn)")
     for skipped in facts["left_alone"]:
         print(f"left alone: {skipped['name']} ({skipped['type']}): {skipped['reason']}")
 

@@ -97,6 +97,7 @@ def _additive(report: Mapping[str, Any]) -> Figure:
     data: list[Figure] = []
     for tightened in [every, *([name] for name in every if len(every) > 1)]:
         points = [p for p in facts["front"] if p["tightened"] == tightened and p["error"] > 0]
+        points.sort(key=lambda p: p["costs"][cost])
         line: Figure = {"width": 2, "color": BLUE}
         if tightened != every:
             dash, colour = next(styles)
@@ -137,7 +138,7 @@ def _hypervolume(report: Mapping[str, Any]) -> Figure:
 
 def _training(report: Mapping[str, Any]) -> list[Figure]:
     others = other_curves(report)
-    x = {"title": "epoch", "rangemode": "tozero"}
+    x = {"title": "epoch", "rangemode": "tozero", "dtick": max(1, len(report["curve"]) // 8)}
     figures = []
     for key, title, colour, symbol in (
         ("metric", f"{report['metric_name']} on the validation split", BLUE, "circle"),
@@ -149,11 +150,19 @@ def _training(report: Mapping[str, Any]) -> list[Figure]:
         ]
         style = {"marker": {"symbol": symbol, "size": 7}, "line": {"color": colour, "width": 2}}
         data.append({**_curve(report["curve"], key), "name": "chosen", **style})
-        figures.append(_figure(title, x, {"title": ""}, data, showlegend=bool(others)))
+        values = {y for curve in data for y in curve["y"]}
+        y = {"title": "", **({"range": around(*values)} if len(values) == 1 else {})}
+        figures.append(_figure(title, x, y, data, showlegend=bool(others)))
     found = report["learning_rate"]
     if found is not None:
         figures.append(_learning_rate(found))
     return figures
+
+
+def around(value: float) -> list[float]:
+    """Limits of an axis on which all values are the same one, which would else be taken for the middle of 0 to 2."""
+    margin = 0.02 * abs(value) or 0.02
+    return [value - margin, value + margin]
 
 
 def _curve(curve: Sequence[Mapping[str, float]], key: str) -> Figure:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sekron_search.report.audit import best_cheap
-from sekron_search.report.figures import other_curves
+from sekron_search.report.figures import around, other_curves
 from sekron_search.report.style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PALE
 from sekron_search.search.pareto import front
 
@@ -165,6 +165,7 @@ def _optimality_plot(report: dict[str, Any]) -> Figure:
     every = [budget["name"] for budget in budgets]
     for tightened in [every, *([name] for name in every if len(every) > 1)]:
         points = [p for p in facts["front"] if p["tightened"] == tightened and p["error"] > 0]
+        points.sort(key=lambda p: p["costs"][cost])
         what = " and ".join(tightened)
         style = {"color": BLUE, "marker": "."} if tightened == every else {"linestyle": ":", "linewidth": 1.2}
         left.plot(
@@ -202,6 +203,8 @@ def _curve_plot(report: dict[str, Any]) -> Figure:
         if len(axes.get_lines()) > 1:
             axes.legend(fontsize=8)
         axes.set(xlabel="epoch", ylabel=label)
+        if len({y for line in axes.get_lines() for y in line.get_ydata()}) == 1:
+            axes.set_ylim(*around(values[0]))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in rest:
         tried = sorted((rate, loss) for rate, loss in found["trials"] if loss is not None)

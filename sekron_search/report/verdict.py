@@ -84,6 +84,12 @@ def _verdict(report: Mapping[str, Any], budget: Mapping[str, Any]) -> str:
     return verdict
 
 
+def _is_beyond_noise(original: Mapping[str, Any], compressed: Mapping[str, Any]) -> bool:
+    """Whether latencies differ by more than clocks err."""
+    noise: float = original["latency_noise_ms"] + compressed["latency_noise_ms"]
+    return bool(abs(original["latency_ms"] - compressed["latency_ms"]) > noise)
+
+
 def is_predicted(report: Mapping[str, Any]) -> bool:
     """Whether the latencies are those of another machine."""
     return report["latency"] is not None and report["latency"]["predicted_for"] is not None
@@ -141,6 +147,9 @@ def _table(report: Mapping[str, Any]) -> Table:
         if name in budgets:
             asked = f"{shown(name, budgets[name]['bound'])} ({budgets[name]['asked']})"
             verdict = _verdict(report, budgets[name])
-        rows.append((label, *cells, f"{sides[1][name] / sides[0][name]:.3f}x", asked, verdict))
+        change = f"{sides[1][name] / sides[0][name]:.3f}x"
+        if name == "latency_ms" and not _is_beyond_noise(*sides):
+            change += ", within the noise"
+        rows.append((label, *cells, change, asked, verdict))
     columns = (Column("", "text"), Column("original"), Column("compressed"), Column("change"), Column("asked at most"))
     return Table((*columns, Column("verdict", "text")), tuple(rows))

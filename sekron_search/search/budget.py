@@ -108,7 +108,13 @@ class Budget:
         for name in COST_NAMES:
             value = getattr(self, name)
             if value is not None:
-                yield name, Bound.parse(value, f"budget.{name}")
+                bound = Bound.parse(value, f"budget.{name}")
+                if name != "latency_ms" and not bound.relative and bound.value < 1:
+                    raise ConfigError(
+                        f"budget.{name}: {value!r} is less than one, in {COSTS[name]}; for a multiple of the original "
+                        f"write '{bound}x'"
+                    )
+                yield name, bound
 
     @property
     def names(self) -> tuple[CostName, ...]:

@@ -14,6 +14,9 @@ from sekron_search.search.budget import COSTS, CostName
 from sekron_search.search.multiple_choice import MultipleChoice, solve
 from sekron_search.search.options import Assignment, Network
 
+#: Noise of latencies, relative to them, from which on it may be why a budget is out of reach.
+NOISY = 0.1
+
 
 @dataclass(frozen=True)
 class KnapsackSolution:
@@ -131,8 +134,17 @@ def infeasible(network: Network, bounds: Mapping[CostName, float]) -> Infeasible
         for name, bound in bounds.items()
     ]
     together = "" if any(best[n] > b for n, b in bounds.items()) else " together, though each alone could be met"
+    noise = _latency_noise(network) if "latency_ms" in bounds else 0.0
+    noisy = f"; latencies are noisy by {noise:.0%}: on an idle machine, and in a new run folder, more may be in reach"
     return InfeasibleBudgetError(
         f"no choice of structures meets the budgets{together}. " + "; ".join(lines) + ". Loosen the budget, or allow a "
-        "wider search space (more families, smaller ranks)",
+        "wider search space (more families, smaller ranks)" + (noisy if noise > NOISY else ""),
         {str(name): value for name, value in best.items()},
     )
+
+
+def _latency_noise(network: Network) -> float:
+    """Median noise of the options' latencies, relative to them."""
+    options = [option for table in network.tables for option in table.options]
+    found = [o.latency_noise_ms / o.latency_ms for o in options if o.latency_ms and o.latency_noise_ms is not None]
+    return float(np.median(found)) if found else 0.0

@@ -80,7 +80,8 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
             lines.append(f"key '{path}' is not known; expected one of: {', '.join(known)}")
         else:
             came = repr(problem["input"]) if problem["type"] != "missing" else "nothing"
-            lines.append(f"key '{path}': {problem['msg'][0].lower()}{problem['msg'][1:]}; got {came:.80}")
+            told = problem["msg"].removeprefix("Value error, ").removeprefix(f"{path}: ")
+            lines.append(f"key '{path}': {told[0].lower()}{told[1:]}; got {came:.80}")
     return f"{where}: " + "; ".join(lines)
 
 
