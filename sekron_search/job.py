@@ -157,9 +157,11 @@ class Job:
         profile = self.settings.latency.profile
         return {
             # How long the search may take is no part of what the run is; one that was ended by it stays ended. Nor is
-            # where files lie, so that a run and its tables can be moved.
+            # where files lie, so that a run and its tables can be moved; nor what a metric is called that is given as a
+            # function (it is known whether there is one).
             "settings": self.settings.model_dump(
-                mode="json", exclude={"search": {"time_limit_s"}, "tables": True, "out": True}
+                mode="json",
+                exclude={"search": {"time_limit_s"}, "tables": True, "out": True, "metric": not self.source},
             ),
             "model": self.model_digest,
             "inputs": digest([self.example_inputs, list(self.calibration), list(self.holdout)]),

@@ -67,6 +67,7 @@ def test_bad_arguments_are_refused_at_once(tmp_path: Path, options: dict[str, An
 def test_metrics_of_any_number_type_are_taken(tmp_path: Path, value: Callable[[], Any]) -> None:
     found = compress(small_net(), tmp_path / "run", evaluate=lambda model: value(), train=blobs(64))
     assert type(found.report["compressed"]["metric"]) is float
+    assert found.report["metric_name"] == "metric"  # a lambda has no name
     assert found.report["metric_samples"] is None  # nobody knows of how many samples such a number is
 
 

@@ -114,7 +114,7 @@ def test_wrong_usage_is_exit_code_2_and_names_the_option(
         ("run", config, "--set", "trials"): "--set trials: expected KEY=VALUE",
         ("run", config, "--set", "seed.a=1"): "--set seed.a=1: ",
         ("run", config, "--set", "seed=[1"): "--set seed=[1: the value is not YAML",
-        ("run", config, "--budget", "flop=0.5x"): "--budget flop=0.5x: key 'budget': budget: unknown cost",
+        ("run", config, "--budget", "flop=0.5x"): "--budget flop=0.5x: unknown cost 'flop'",
         ("run", config, "--budget", "flops=lots"): "--budget flops=lots: key 'budget'",
         (
             "run",
@@ -128,7 +128,7 @@ def test_wrong_usage_is_exit_code_2_and_names_the_option(
         ("run", config, "--resume"): "--resume: which run?",
         ("run", "--resume", "--out", str(tmp_path / "none")): "holds no run that has begun",
         ("select", str(tmp_path), "--budget", "flops"): "--budget: expected every cost once",
-        ("select", str(tmp_path), "--budget", "flop=0.5x"): "--budget: budget: unknown cost 'flop'",
+        ("select", str(tmp_path), "--budget", "flop=0.5x"): "--budget flop=0.5x: unknown cost 'flop'",
         ("select", str(tmp_path), "--budget", "flops=lots"): "--budget: budget.flops: expected a positive number",
         ("export", str(tmp_path), "--format", "tiff"): "--format: expected onnx, pt2, safetensors, got 'tiff'",
         ("export", str(tmp_path), "--format", "pt2", "--int8"): "--int8: for --format onnx only, got pt2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,9 @@ import typer
 from sekron_search.cli.arguments import JsonOption, RunArgument, UsageError
 from sekron_search.cli.completion import candidates, run_folders, trials
 from sekron_search.cli.output import FORMATS, cost_text, number, print_json, print_table
+
+#: Characters of the reason in a list of runs; --json, and failure.json, have all of it.
+WIDEST = 120
 
 
 def list_runs(
@@ -41,7 +45,7 @@ def list_runs(
             {True: "met", False: "missed", None: ""}[entry.met],
             f"{entry.metric_name} {entry.metric:.4f}" if entry.metric is not None else "",
             (entry.date or "")[:16].replace("T", " "),
-            entry.reason or "",
+            textwrap.shorten(entry.reason or "", WIDEST, placeholder=" ..."),
         ]
         for entry in entries
     ]

@@ -18,7 +18,7 @@ from sekron_search.cli.arguments import (
     check_format,
 )
 from sekron_search.cli.completion import selections, trials
-from sekron_search.cli.output import conclude, json_alone, print_json
+from sekron_search.cli.output import conclude, cost_text, json_alone, print_json
 from sekron_search.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -130,8 +130,8 @@ def finish(
 def _lines(found: Selection) -> list[str]:
     original = found.record.network.original
     lines = [
-        f"{name}: asked at most {bound:,.6g} ({asked}), predicted {found.chosen.costs[name]:,.6g} "
-        f"({found.chosen.costs[name] / original[name]:.3f}x)"
+        f"{name}: asked at most {cost_text(name, bound)} ({asked}), "
+        f"predicted {cost_text(name, found.chosen.costs[name])} ({found.chosen.costs[name] / original[name]:.3f}x)"
         for (name, asked), bound in zip(found.budget.items(), found.bounds.values(), strict=True)
     ]
     lines.append(f"chosen: {_choice(found.chosen)}: {found.reason}")
