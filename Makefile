@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## Train a small network on handwritten digits and compress it (5 minutes, no download)
+demo: $(STAMP)  ## Train a small network on handwritten digits and compress it (2 minutes on two idle cores, no download of data)
 	$(BIN)/sekron-search demo --out runs/demo
 
 test: $(STAMP)  ## Run the tests (but the slow ones)

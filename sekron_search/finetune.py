@@ -151,14 +151,13 @@ class Distillation:
 
     @torch.no_grad()
     def loss_of(self, model: nn.Module, batches: Iterable[Batch]) -> float:
-        """Mean loss of a network in training mode, without training it; its running statistics may change."""
+        """Mean loss of a network in training mode, of its outputs alone; its running statistics may change."""
         model.train()
-        device, weight = next(model.parameters()).device, self.config.layer_weight
-        replaced = self._layers_of(model)
+        device = next(model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.data.seed)
             losses = [
-                float(self._loss(model, replaced, weight, to_device(inputs, device), to_device(target, device)))
+                float(self._loss(model, [], 0.0, to_device(inputs, device), to_device(target, device)))
                 for inputs, target in batches
             ]
         return math.fsum(losses) / len(losses)
