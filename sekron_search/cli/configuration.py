@@ -50,7 +50,8 @@ class Given:
         typer.Option(
             help="Folder of images, a folder per class; or a function that returns a DataBundle, "
             "package.module:function; or digits. Images keep their size; where sizes differ say which one all get, "
-            "with --set data.image_size=[224,224].",
+            "with --set data.image_size=[224,224]. They are fed in RGB, normalised by ImageNet's mean and deviation "
+            "unless --set data.mean=[0.5] and --set data.std=[0.5] say otherwise (one number: in grey).",
             metavar="DIR",
         ),
     ] = None
