@@ -14,7 +14,6 @@ import typer
 
 from sekron_search.cli.arguments import BudgetOption, UsageError, budget_of
 from sekron_search.errors import ConfigError
-from sekron_search.references import REFERENCE
 
 if TYPE_CHECKING:
     from sekron_search.config import Config
@@ -79,12 +78,12 @@ class Given:
             UsageError: If an option is wrong, names it, or one is missing.
             ConfigError: If the file is wrong.
         """
+        options = self._options()  # before the imports, which take seconds: slips are told at once
         from sekron_search.config import Config
         from sekron_search.files import read_yaml
         from sekron_search.search.space import SearchSpace
 
         file = self.config or fallback
-        options = self._options()
         where = "command line" if file is None else f"config {file}"
         base = Path.cwd() if file is None else file.parent
         data = {} if file is None else read_yaml(file, where)
@@ -154,6 +153,8 @@ def _data(text: str) -> dict[str, str]:
     if text == "digits":
         return {"source": "digits"}
     if ":" in text and not Path(text).exists():
+        from sekron_search.references import REFERENCE
+
         if re.fullmatch(REFERENCE, text) is None:
             raise UsageError(f"--data {text}: neither a folder that is there nor a function, package.module:function")
         return {"source": "factory", "factory": text}

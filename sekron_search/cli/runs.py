@@ -94,14 +94,14 @@ def run(
       sekron-search run --model nets:build --data photos --budget latency=0.5x
       sekron-search run --out runs/resnet --resume
     """
+    config = _limited(_config(given, out, resume), time_limit)
+    folder = _folder(config, out, resume)
     from sekron_search.jobs import job_from_config
     from sekron_search.progress import ConsoleReporter
     from sekron_search.run import run as run_stages
     from sekron_search.sharing import Sharing
     from sekron_search.team import Team
 
-    config = _limited(_config(given, out, resume), time_limit)
-    folder = _folder(config, out, resume)
     if dry_run:
         _foretell(config, folder, resume=resume, as_json=as_json)
         return
@@ -209,9 +209,9 @@ def inspect(given: Given, as_json: JsonOption = False) -> None:
       sekron-search inspect resnet.yaml
       sekron-search inspect --model nets:build --data photos
     """
+    config = given.load(any_budget=True)
     from sekron_search.jobs import job_from_config
 
-    config = given.load(any_budget=True)
     with json_alone(as_json):
         facts = _inspected(job_from_config(config))
     if as_json:
