@@ -49,9 +49,9 @@ def compress(
         calibration: Some hundreds of typical inputs without labels: a tensor, a tuple of tensors for a network of
             several arguments, a dataset, or an iterable of batches. Half of them fit the layers, half measure how far
             a compressed network is from the original.
-        evaluate: Metric of a network for choosing among candidates, higher is better. Reports call it by the
-            function's name, or as `metric` says.
-        test: Metric for the report, on data used nowhere else; by default `evaluate`.
+        evaluate: Metric of a network for choosing among candidates, higher is better.
+        test: Metric for the report, on data used nowhere else; by default `evaluate`. Reports call it by the function's
+            name, or as `metric` says.
         train: For fine-tuning by distillation: a dataset or an iterable of (inputs, target) batches.
         out: Run folder; by default a new one in runs/.
         resume: Go on with the run that `out` holds.
@@ -70,8 +70,8 @@ def compress(
     if "calibration_settings" in settings:
         settings["calibration"] = settings.pop("calibration_settings")
     checked = make_settings(Budget.of(budget), settings)
-    if evaluate is not None and "metric" not in settings:
-        checked = checked.model_copy(update={"metric": f"evaluate:{_name_of(evaluate)}"})
+    if (own := test or evaluate) is not None and "metric" not in settings:
+        checked = checked.model_copy(update={"metric": f"evaluate:{_name_of(own)}"})
     device = torch.device(checked.device)
     inputs = to_device(as_inputs(example_inputs), device)
     batch_size(inputs)

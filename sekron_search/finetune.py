@@ -77,8 +77,7 @@ class Distillation:
     def briefly(self, steps: int) -> Distillation:
         """The beginning, from warm-up to the end of the decay, in one epoch of at most so many steps.
 
-        Errors of layers count in full to the end: outputs alone, after few steps, are nearest to the original's at a
-        fraction of the rate that is best for a long training.
+        Errors of layers count in full to the end, as they do at the beginning of a long training.
         """
         data = replace(self.data, limit=steps * self.config.accumulate)
         return replace(self, config=self.config.model_copy(update={"epochs": 1}), data=data, frees_layers=False)

@@ -17,7 +17,7 @@ from torch import nn
 
 from sekron_search.catalog import Searched, finished_report
 from sekron_search.config import AuditConfig, Config
-from sekron_search.errors import ConfigError, RunFolderError
+from sekron_search.errors import ConfigError, RunFolderError, SekronError
 from sekron_search.export import load
 from sekron_search.files import atomic, read_json, read_yaml, write_json
 from sekron_search.job import Job
@@ -93,7 +93,7 @@ class Result:
             raise ConfigError("finish: name a trial, a selection or a budget, one of the three")
         folder, reporter = RunFolder(self.path), ConsoleReporter() if progress else Reporter()
         if budget is not None:
-            selection = with_network(folder, select(folder, Budget.of(budget)), reporter, job=self.job).name
+            selection = _selected_for(folder, Budget.of(budget), reporter, self.job)
         return _result(reporter, *_finish(folder, reporter, self.job, trial=trial, selection=selection, out=out))
 
 
@@ -177,15 +177,29 @@ def _finish(
     return target, run_stages(job, target, reporter, resume=True), job
 
 
+def _selected_for(folder: RunFolder, budget: Budget, reporter: Reporter, job: Job) -> str:
+    """The name of the selection that answers a budget, made by a team's first process."""
+    team, name = Team.here(), None
+    if team.rank == 0:
+        try:
+            name = with_network(folder, select(folder, budget), reporter, job=job).name
+        finally:
+            team.told(name)  # None if it failed
+    elif (name := team.told()) is None:
+        raise SekronError("the selection failed in the first process; its message says why")
+    return str(name)
+
+
 def _result(reporter: Reporter, folder: RunFolder, report: dict[str, Any], job: Job) -> Result:
     say_verdict(report, folder, reporter)
     return Result(load(folder.path, model=job.model if job.factory is None else None), report, folder.path, job)
 
 
 def say_verdict(report: Mapping[str, Any], folder: RunFolder, reporter: Reporter) -> None:
-    """The verdict of a finished run, and where its report is."""
+    """The verdict of a finished run, and where its report is; of a team's processes the first one says it."""
     for line in (headline(report), *summary(report), f"report: {folder.page}"):
-        reporter.say(line)
+        if Team.here().rank == 0:
+            reporter.say(line)
 
 
 @dataclass(frozen=True)

@@ -155,14 +155,15 @@ class Job:
     def fingerprint(self) -> dict[str, Any]:
         """What makes this run another one than the next: a folder is gone on with only by the same."""
         profile = self.settings.latency.profile
+        # How long the search may take is no part of what the run is; one that was ended by it stays ended. Nor is where
+        # files lie, so that a run and its tables can be moved.
+        settings = self.settings.model_dump(
+            mode="json", exclude={"search": {"time_limit_s"}, "tables": True, "out": True}
+        )
+        if not self.source:
+            settings["metric"] = "accuracy"  # of a metric that is given as a function this is the name, for reports
         return {
-            # How long the search may take is no part of what the run is; one that was ended by it stays ended. Nor is
-            # where files lie, so that a run and its tables can be moved; nor what a metric is called that is given as a
-            # function (it is known whether there is one).
-            "settings": self.settings.model_dump(
-                mode="json",
-                exclude={"search": {"time_limit_s"}, "tables": True, "out": True, "metric": not self.source},
-            ),
+            "settings": settings,
             "model": self.model_digest,
             "inputs": digest([self.example_inputs, list(self.calibration), list(self.holdout)]),
             "source": dict(self.source),

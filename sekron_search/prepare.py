@@ -55,7 +55,7 @@ def prepare(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     """The tables for a search: less what the budget never picks, with responses, and latencies where they are budgeted.
 
     Raises:
-        InfeasibleBudgetError: If a latency budget cannot be met with the options that are faster than the original.
+        InfeasibleBudgetError: If nothing that the search space holds meets the budget.
     """
     whole = prepare_whole(job, folder, reporter)
     fitted = tuple(f.pruned(job.settings.bounds.names) for f in whole.fitted)
@@ -67,7 +67,7 @@ def prepare_whole(job: Job, folder: RunFolder, reporter: Reporter) -> Tables:
     """The tables with all their options.
 
     Raises:
-        InfeasibleBudgetError: If a latency budget cannot be met with the options that are faster than the original.
+        InfeasibleBudgetError: If nothing that the search space holds meets the budget.
     """
     tables = fit_tables(job, folder, reporter)
     bounds = job.settings.bounds
@@ -90,20 +90,29 @@ def _faster(
 ) -> list[FittedLayer]:
     """The options that are faster than the original's layers, beyond the noise, if they can meet the budgets.
 
-    What is slower does not make a network faster, whatever its flops. Only a budget that lets the network become slower
-    leaves it in, and clocks that are too noisy to tell: then the latency of the whole network decides.
+    What is slower does not make a network faster, whatever its flops; only a budget that lets the network become slower
+    leaves it in. Where clocks are too noisy to tell, what may be faster stays too: the latency of the whole network
+    decides then.
     """
+
+    def reaches(options: list[FittedLayer]) -> bool:
+        network = dataclasses.replace(tables, fitted=tuple(options)).network
+        try:
+            solve_knapsack(network, bounds, network.values("flops"), relative_gap=1.0)
+        except InfeasibleBudgetError:
+            return False
+        return True
+
     faster = [f.faster() for f in fitted]
-    network = dataclasses.replace(tables, fitted=tuple(faster)).network
-    try:
-        solve_knapsack(network, bounds, network.values("flops"), relative_gap=1.0)
-    except InfeasibleBudgetError:
+    if reaches(faster):
+        return faster
+    perhaps = [f.not_slower() for f in fitted]
+    if reaches(perhaps):
         reporter.say(
-            "the options that are faster than their layers beyond the clock's noise cannot meet the budgets "
-            "alone: slower ones are options too"
+            "options that are surely faster than their layers cannot meet the budgets alone: those that may be, within "
+            "the noise of the clock, are options too"
         )
-        return fitted
-    return faster
+    return perhaps  # the search says what is in reach
 
 
 def measure_profile(job: Job, folder: RunFolder, reporter: Reporter) -> DeviceProfile:

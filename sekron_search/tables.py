@@ -66,6 +66,11 @@ class FittedLayer:
         original = self.table.options[0]
         return self.kept([o.is_faster(original) for o in self.table.options])
 
+    def not_slower(self) -> FittedLayer:
+        """Less the options that are slower than the original, beyond the noise of the measurements."""
+        original = self.table.options[0]
+        return self.kept([not original.is_faster(o) for o in self.table.options])
+
 
 def all_options(info: LayerInfo, space: SearchSpace, bytes_per_sample: int) -> list[Option]:
     """The original and every option of the space, without errors: nothing is fitted."""

@@ -71,6 +71,22 @@ def test_metrics_of_any_number_type_are_taken(tmp_path: Path, value: Callable[[]
     assert found.report["metric_samples"] is None  # nobody knows of how many samples such a number is
 
 
+def sharpness(network: nn.Module) -> float:
+    return 0.5
+
+
+def bluntness(network: nn.Module) -> float:
+    return 0.5
+
+
+def test_metrics_are_called_by_their_functions_or_as_is_said(tmp_path: Path) -> None:
+    found = compress(small_net(), tmp_path / "run", evaluate=bluntness, test=sharpness)
+    assert found.report["metric_name"] == "sharpness"
+    # A name is no part of what a run is.
+    assert compress(small_net(), tmp_path / "run", evaluate=sharpness, test=bluntness, resume=True).path == found.path
+    assert compress(small_net(), tmp_path / "b", test=sharpness, metric="psnr").report["metric_name"] == "psnr"
+
+
 def test_the_report_of_a_network_given_as_an_object_names_what_works_for_it(tmp_path: Path) -> None:
     found = compress(small_net(), tmp_path / "run")
     assert found.report["environment"]["factory"] is not None  # `load` can make it, though commands cannot

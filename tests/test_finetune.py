@@ -47,6 +47,9 @@ def test_training_lowers_the_loss_and_leaves_the_teacher_alone(tmp_path: Path) -
     assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
     assert not model.training
     seen = list(task.data.epoch(1))
+    assert task.loss_of(model, seen) == replace(
+        task, config=task.config.model_copy(update={"layer_weight": 1000.0})
+    ).loss_of(model, seen)
     assert task.loss_of(model, seen) < 0.7 * task.loss_of(compressed(task.teacher), seen)
     assert all(torch.equal(before[name], t) for name, t in task.teacher.state_dict().items())
     assert all(p.is_contiguous() for p in [*model.parameters(), *task.teacher.parameters()])

@@ -207,6 +207,7 @@ def test_networks_given_as_objects_are_finished_from_the_result(tmp_path: Path, 
     assert [(b["name"], b["met"]) for b in smaller.report["budgets"]] == [("params", True)]
     assert smaller.report["compressed"]["params"] <= 0.5 * smaller.report["original"]["params"]
     assert "compress(model, ..., out=RUN, resume=True)" in (first.path / "report.md").read_text()
+    assert "compress(model, ..., out=SOURCE, resume=True)" in (smaller.path / "report.md").read_text()
 
 
 def test_objects_that_are_others_now_are_refused(tmp_path: Path) -> None:

@@ -77,6 +77,15 @@ def test_a_run_among_two_processes(tmp_path: Path) -> None:
     assert len(read_json(out / "finished" / f"trial-{other}" / "report.json")["curve"]) == 2
 
 
+def test_another_budget_of_a_run_of_objects_among_two_processes(tmp_path: Path) -> None:
+    done = torchrun("-m", "tests.team_finishing", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("report: ") == 1
+    report = read_json(tmp_path / "smaller" / "report.json")
+    assert [(b["name"], b["met"]) for b in report["budgets"]] == [("params", True)]
+    assert len(report["curve"]) == 1
+
+
 def test_what_fails_in_the_first_process_ends_all(tmp_path: Path) -> None:
     config = write_config(tmp_path, **{"flops: 0.6x": "flops: 0.0001x"})
     done = torchrun("-m", "sekron_search.cli", "run", str(config), "--out", str(tmp_path / "run"))

@@ -53,7 +53,8 @@ def latency_section(report: Mapping[str, Any]) -> Section | None:
     text = (
         f"{how} in {facts['runtime']} ({facts['version']}), {threads}, {formats}, on networks as they "
         "are deployed: plain modules, batch-norms folded. Unless the budget allows for a slower network, options that "
-        "are not faster than the layer they replace, beyond the noise, were left out. A millisecond that layers save "
+        "are not faster than the layer they replace, beyond the noise, were left out; those that may be stayed only if "
+        "the budgets could not be met without them. A millisecond that layers save "
         f"one by one saves {facts['scale']:.2f} ms in the network, by the networks below, each beside the original; "
         "predictions allow for that."
     )

@@ -36,14 +36,23 @@ def use_section(report: Mapping[str, Any]) -> Section:
         Code(f"import sekron_search\n\n{load}", "python"),
     ]
     if not from_config(report):
-        return Section(TITLE, (*blocks, *_by_python()))
+        return Section(TITLE, (*blocks, *_by_python(report.get("finishes"))))
     return Section(
         TITLE, (*blocks, *(_of_run() if report.get("finishes") is None else _of_finished(report["finishes"])))
     )
 
 
-def _by_python() -> tuple[Block, ...]:
-    """What works where only a program knows network and data."""
+def _by_python(origin: Mapping[str, Any] | None) -> tuple[Block, ...]:
+    """What works where only a program knows network and data; of a run that has searched, or one that finished that."""
+    searched = "RUN" if origin is None else "SOURCE"
+    whole = (
+        "To make the same run again call compress with the settings in config.yaml, which has all of them, and the "
+        "seed; its section calibration is the argument calibration_settings. With resume=True and out=RUN the call "
+        "goes on with this run, or gives its result at once, which finishes other networks of the search:"
+        if origin is None
+        else f"SOURCE is the folder of the run that has searched, {origin['run']}. The call that made it, with "
+        "resume=True, gives its result, which finishes other networks of its search:"
+    )
     export = 'sekron_search.export_network(network, example_inputs, "network.onnx", format="onnx")  # or pt2'
     return (
         Code(export, "python"),
@@ -53,12 +62,9 @@ def _by_python() -> tuple[Block, ...]:
             ("report RUN", "this report again"),
         ),
         "Network and data were given to compress as objects, which no file describes: the commands export, finish, and "
-        "select without --print-only need a run that was started from a config file. To make the same run again call "
-        "compress with the settings in config.yaml, which has all of them, and the seed; its section calibration is "
-        "the argument calibration_settings. With resume=True and out=RUN the call goes on with this run, or gives its "
-        "result at once, which finishes other networks of the search:",
+        f"select without --print-only need a run that was started from a config file. {whole}",
         Code(
-            "result = sekron_search.compress(model, ..., out=RUN, resume=True)\n"
+            f"result = sekron_search.compress(model, ..., out={searched}, resume=True)\n"
             "other = result.finish(trial=N)  # of the front\n"
             'other = result.finish(budget={"flops": "0.4x"})  # another budget, without another search',
             "python",

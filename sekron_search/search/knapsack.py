@@ -135,7 +135,7 @@ def infeasible(network: Network, bounds: Mapping[CostName, float]) -> Infeasible
     ]
     together = "" if any(best[n] > b for n, b in bounds.items()) else " together, though each alone could be met"
     noise = _latency_noise(network) if "latency_ms" in bounds else 0.0
-    noisy = f"; latencies are noisy by {noise:.0%}: on an idle machine, and in a new run folder, more may be in reach"
+    noisy = f"; latencies are uncertain by {noise:.0%}: measured anew, on an idle machine, more may be in reach"
     return InfeasibleBudgetError(
         f"no choice of structures meets the budgets{together}. " + "; ".join(lines) + ". Loosen the budget, or allow a "
         "wider search space (more families, smaller ranks)" + (noisy if noise > NOISY else ""),
