@@ -70,7 +70,7 @@ def compress(
     if "calibration_settings" in settings:
         settings["calibration"] = settings.pop("calibration_settings")
     checked = make_settings(Budget.of(budget), settings)
-    if (own := test or evaluate) is not None and "metric" not in settings:
+    if (own := evaluate if test is None else test) is not None and "metric" not in settings:
         checked = checked.model_copy(update={"metric": f"evaluate:{_name_of(own)}"})
     device = torch.device(checked.device)
     inputs = to_device(as_inputs(example_inputs), device)
