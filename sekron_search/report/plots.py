@@ -211,6 +211,8 @@ def _curve_plot(report: dict[str, Any]) -> Figure:
         axes.semilogx([rate for rate, _ in tried], [loss for _, loss in tried], color=GREY, marker="s")
         axes.axvline(found["learning_rate"], color=GREEN, linestyle="--", linewidth=1.2, label="taken")
         axes.set(xlabel="learning rate", ylabel="loss of short trainings")
+        axes.minorticks_off()  # their labels lie on each other
+        axes.set_xticks([rate for rate, _ in tried], [f"{rate:.1g}" for rate, _ in tried], fontsize=8)
         axes.legend(fontsize=8)
     figure.suptitle("Fine-tuning")
     return figure
