@@ -197,8 +197,8 @@ def _result(reporter: Reporter, folder: RunFolder, report: dict[str, Any], job: 
 
 def say_verdict(report: Mapping[str, Any], folder: RunFolder, reporter: Reporter) -> None:
     """The verdict of a finished run, and where its report is; of a team's processes the first one says it."""
-    for line in (headline(report), *summary(report), f"report: {folder.page}"):
-        if Team.here().rank == 0:
+    if Team.here().rank == 0:
+        for line in (headline(report), *summary(report), f"report: {folder.page}"):
             reporter.say(line)
 
 

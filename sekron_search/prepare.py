@@ -96,9 +96,8 @@ def _faster(
     """
 
     def reaches(options: list[FittedLayer]) -> bool:
-        network = dataclasses.replace(tables, fitted=tuple(options)).network
         try:
-            solve_knapsack(network, bounds, network.values("flops"), relative_gap=1.0)
+            _check_feasible(dataclasses.replace(tables, fitted=tuple(options)).network, bounds)
         except InfeasibleBudgetError:
             return False
         return True
@@ -264,8 +263,13 @@ def cheapest_network(job: Job, known: Tables, space: SearchSpace) -> Network:
     counted: dict[CostName, float] = {name: bound for name, bound in bounds.items() if name != "latency_ms"}
     network = dataclasses.replace(known.network, tables=tuple(tables))
     if counted:
-        solve_knapsack(network, counted, network.values("flops"), relative_gap=1.0)
+        _check_feasible(network, counted)
     return network
+
+
+def _check_feasible(network: Network, bounds: Mapping[CostName, float]) -> None:
+    """Raise an `InfeasibleBudgetError` unless some choice of options meets the bounds together, whatever its error."""
+    solve_knapsack(network, bounds, network.values("flops"), relative_gap=1.0)
 
 
 def _check_reachable(job: Job, folder: RunFolder, reporter: Reporter, known: Tables, space: SearchSpace) -> None:

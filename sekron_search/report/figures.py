@@ -92,14 +92,12 @@ def _bars(title: str, layers: Sequence[Mapping[str, Any]], before: list[float] |
 
 def _additive(report: Mapping[str, Any]) -> Figure:
     facts, budgets = report["optimality"], report["budgets"]
-    cost, every = budgets[0]["name"], [budget["name"] for budget in budgets]
+    cost = budgets[0]["name"]
     styles = iter(zip(("dot", "dash", "dashdot", "longdash"), (ORANGE, GREEN, GREY, BLACK), strict=True))
     data: list[Figure] = []
-    for tightened in [every, *([name] for name in every if len(every) > 1)]:
-        points = [p for p in facts["front"] if p["tightened"] == tightened and p["error"] > 0]
-        points.sort(key=lambda p: p["costs"][cost])
+    for number, (tightened, points) in enumerate(additive_fronts(report)):
         line: Figure = {"width": 2, "color": BLUE}
-        if tightened != every:
+        if number > 0:
             dash, colour = next(styles)
             line = {"width": 1.3, "dash": dash, "color": colour}
         data.append(
@@ -126,6 +124,24 @@ def _additive(report: Mapping[str, Any]) -> Figure:
         shapes=[_vertical(budgets[0]["bound"])],
         annotations=[_above(budgets[0]["bound"], "budget")],
     )
+
+
+def additive_fronts(report: Mapping[str, Any]) -> list[tuple[list[str], list[Mapping[str, Any]]]]:
+    """The proven fronts that are drawn, by which costs are tightened: all together first, then each on its own.
+
+    Their points are in the order of the first budget's cost.
+    """
+    every = [budget["name"] for budget in report["budgets"]]
+    return [
+        (
+            tightened,
+            sorted(
+                (p for p in report["optimality"]["front"] if p["tightened"] == tightened and p["error"] > 0),
+                key=lambda p: p["costs"][every[0]],
+            ),
+        )
+        for tightened in [every, *([name] for name in every if len(every) > 1)]
+    ]
 
 
 def _hypervolume(report: Mapping[str, Any]) -> Figure:

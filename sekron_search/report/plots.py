@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sekron_search.report.audit import best_cheap
-from sekron_search.report.figures import around, other_curves
+from sekron_search.report.figures import additive_fronts, around, other_curves
 from sekron_search.report.style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PALE
 from sekron_search.search.pareto import front
 
@@ -162,12 +162,9 @@ def _optimality_plot(report: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     cost = budgets[0]["name"]
-    every = [budget["name"] for budget in budgets]
-    for tightened in [every, *([name] for name in every if len(every) > 1)]:
-        points = [p for p in facts["front"] if p["tightened"] == tightened and p["error"] > 0]
-        points.sort(key=lambda p: p["costs"][cost])
+    for number, (tightened, points) in enumerate(additive_fronts(report)):
         what = " and ".join(tightened)
-        style = {"color": BLUE, "marker": "."} if tightened == every else {"linestyle": ":", "linewidth": 1.2}
+        style = {"color": BLUE, "marker": "."} if number == 0 else {"linestyle": ":", "linewidth": 1.2}
         left.plot(
             [p["costs"][cost] for p in points], [p["error"] for p in points], label=f"least under {what}", **style
         )
