@@ -54,6 +54,15 @@ def layer_ms(job: Measurement) -> float:
     return MS_PER_FLOP * flops * info.positions_per_sample
 
 
+def measured_as(monkeypatch: pytest.MonkeyPatch, latency: Callable[[Measurement], Latency]) -> None:
+    """Profiles measure what is said instead of a layer's time."""
+
+    def measure(self: DeviceProfile, jobs: Sequence[Measurement], samples: int, runtime: Any, **options: Any) -> None:
+        self.layers |= {layer_key(*job, samples): latency(job) for job in jobs}
+
+    monkeypatch.setattr(DeviceProfile, "measure", measure)
+
+
 @pytest.fixture
 def clocks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Layers take time by their flops; networks too, times a factor if anything in them was replaced."""
@@ -70,14 +79,9 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             return {name: Latency(of(*placed), 0.0, 3) for name, placed in networks.items()}
 
-        def measure(
-            self: DeviceProfile, jobs: Sequence[Measurement], samples: int, runtime: Any, **options: Any
-        ) -> None:
-            self.layers.update({layer_key(*job, samples): Latency(layer_ms(job), 0.0, 3) for job in jobs})
-
         for module in (sekron_search.timing, sekron_search.candidates):
             monkeypatch.setattr(module, "network_latencies", latencies)
-        monkeypatch.setattr(DeviceProfile, "measure", measure)
+        measured_as(monkeypatch, lambda job: Latency(layer_ms(job), 0.0, 3))
         monkeypatch.setattr(sekron_search.timing, "granularity_of", lambda runtime: 4)
 
     return install
@@ -158,12 +162,10 @@ def test_options_that_are_not_faster_are_left_out(
 ) -> None:
     clocks()
 
-    def measure(self: DeviceProfile, jobs: Sequence[Measurement], samples: int, runtime: Any, **options: Any) -> None:
-        for job in jobs:
-            slow = job[0].name == "conv2" and not job[1].is_dense
-            self.layers[layer_key(*job, samples)] = Latency(layer_ms(job) * (100 if slow else 1), 0.0, 3)
+    def slow(job: Measurement) -> bool:
+        return job[0].name == "conv2" and not job[1].is_dense
 
-    monkeypatch.setattr(DeviceProfile, "measure", measure)
+    measured_as(monkeypatch, lambda job: Latency(layer_ms(job) * (100 if slow(job) else 1), 0.0, 3))
     found = {table.name: table.options for table in finder_in(tmp_path).network.tables}
     assert len(found["conv2"]) == 1
     assert len(found["conv3"]) > 1
@@ -206,11 +208,7 @@ def test_options_that_are_surely_slower_are_none_even_where_budgets_need_them(
 ) -> None:
     clocks()
 
-    def measure(self: DeviceProfile, jobs: Sequence[Measurement], samples: int, runtime: Any, **options: Any) -> None:
-        for job in jobs:
-            self.layers[layer_key(*job, samples)] = Latency(layer_ms(job) * (1 if job[1].is_dense else 100), 0.0, 3)
-
-    monkeypatch.setattr(DeviceProfile, "measure", measure)
+    measured_as(monkeypatch, lambda job: Latency(layer_ms(job) * (1 if job[1].is_dense else 100), 0.0, 3))
     monkeypatch.setattr(sekron_search.prepare, "LATENCY_DOUBT", 1000)
     text = CONFIG.replace("params: 0.8x", "flops: 0.5x, latency_ms: 1x")
     job = job_from_config(Config.load(write_config(tmp_path, text)))
@@ -223,11 +221,7 @@ def test_where_clocks_are_too_noisy_to_tell_what_is_faster_the_budget_decides(
 ) -> None:
     clocks()
 
-    def measure(self: DeviceProfile, jobs: Sequence[Measurement], samples: int, runtime: Any, **options: Any) -> None:
-        for job in jobs:
-            self.layers[layer_key(*job, samples)] = Latency(layer_ms(job), 10 * layer_ms(job), 3)
-
-    monkeypatch.setattr(DeviceProfile, "measure", measure)
+    measured_as(monkeypatch, lambda job: Latency(layer_ms(job), 10 * layer_ms(job), 3))
     text = CONFIG.replace("params: 0.8x", "flops: 0.5x, latency_ms: 1x")
     job, folder = job_from_config(Config.load(write_config(tmp_path, text))), RunFolder(tmp_path / "out")
     told: list[str] = []
