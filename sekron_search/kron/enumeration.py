@@ -10,7 +10,16 @@ from math import log2, prod
 from typing import Literal
 
 from sekron_search.errors import StructureError
-from sekron_search.kron.families import GRAPHS, Graph, GraphName, channel_svd, mode_shapes, spatial_svd, tucker2
+from sekron_search.kron.families import (
+    GRAPHS,
+    Graph,
+    GraphName,
+    channel_svd,
+    depthwise_cp,
+    mode_shapes,
+    spatial_svd,
+    tucker2,
+)
 from sekron_search.kron.structure import Shape, Structure
 from sekron_search.references import import_reference
 
@@ -19,6 +28,7 @@ FamilyName = Literal[
     "channel_svd",
     "spatial_svd",
     "cp",
+    "depthwise_cp",
     "tucker",
     "tucker2",
     "tt",
@@ -130,6 +140,7 @@ def _spatial_svd(weight_shape: Shape, max_factors: int) -> Iterator[Skeleton]:
 FAMILIES: dict[FamilyName, Callable[[Shape, int], Iterator[Skeleton]]] = {
     "sekron": _by_shapes("sekron", 2),
     "cp": _by_modes("cp"),
+    "depthwise_cp": _always(lambda shape: depthwise_cp(shape, 1)),
     "tucker": _by_modes("tucker"),
     "tucker2": _always(lambda shape: tucker2(shape, (1, 1))),
     "channel_svd": _always(lambda shape: channel_svd(shape, 1)),

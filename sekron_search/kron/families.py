@@ -98,6 +98,15 @@ def cp(weight_shape: Sequence[int], rank: int) -> Structure:
     return kronecker(mode_shapes(weight_shape), "cp", [rank])
 
 
+def depthwise_cp(weight_shape: Sequence[int], rank: int) -> Structure:
+    """CP over out-channels, in-channels and the whole kernel: a pointwise, a depthwise and a pointwise convolution.
+
+    Source: Astrid and Lee 2017, CP-decomposition with tensor power method for convolutional neural networks
+    compression; Phan et al. 2020, Stable low-rank tensor decomposition for compression of convolutional neural network.
+    """
+    return kronecker(_tucker2_shapes(weight_shape), "cp", [rank])
+
+
 def tensor_train(weight_shape: Sequence[int], ranks: Sequence[int]) -> Structure:
     """Tensor-Train over the modes larger than 1, in the order F, C, *kernel (Oseledets 2011)."""
     return kronecker(mode_shapes(weight_shape), "tt", ranks)
@@ -155,8 +164,11 @@ def family(structure: Structure) -> str:
     single = all(sum(n > 1 for n in shape) <= 1 for shape in structure.shapes)
     if count == 2:
         return _pair_family(structure)
-    if structure.shapes == _tucker2_shapes(structure.weight_shape) and structure.carries == tt_graph(3):
-        return "Tucker-2"
+    if structure.shapes == _tucker2_shapes(structure.weight_shape):
+        if structure.carries == tt_graph(3):
+            return "Tucker-2"
+        if structure.carries == _renamed(structure, cp_graph(3)):
+            return "depthwise CP"
     names: dict[GraphName, str] = {
         "cp": "CP",
         "tt": "Tensor-Train",

@@ -40,7 +40,7 @@ class SearchSpace(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = "default"
-    families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("sekron", "tucker2")
+    families: Annotated[tuple[Family, ...], Field(min_length=1)] = ("sekron", "tucker2", "depthwise_cp")
     max_factors: Annotated[int, Field(ge=2, le=5)] = 2
     rank_levels: Annotated[int, Field(ge=1, le=64)] = 12
     rank_multiple: Annotated[int, Field(ge=1)] = 1
