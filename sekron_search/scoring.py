@@ -24,6 +24,10 @@ from sekron_search.search.space import SearchSpace
 #: Least-squares sweeps of a fit that is only there to be scored, or refined on data afterwards.
 SCORING_SWEEPS = 10
 
+#: A sweep of more products, entries of the weight times rank, is dear: then so few have to do to be scored, and what
+#: takes more than the second number is left out. At the largest layers these are the ranks that save least.
+DEAR_PRODUCTS, MOST_PRODUCTS, DEAR_SCORING_SWEEPS = 3e8, 3e9, 3
+
 #: Spectra of unfoldings whose smaller side has at least this size are computed only where a bound leaves them a chance.
 LARGE = 256
 
@@ -86,11 +90,13 @@ def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) ->
     scored.nested()
     cheapest = set(_cheapest(pool))
     unknown = [i for i in range(len(pool)) if np.isnan(scored.errors[i])]
-    hopeful = [i for i in unknown if i in cheapest or not scored.beaten(i, scored.bound(i))]
+    products = {i: weight.numel() * max(_ranks(pool[i].structure), default=1) for i in unknown}
+    affordable = [i for i in unknown if products[i] <= MOST_PRODUCTS]
+    hopeful = [i for i in affordable if i in cheapest or not scored.beaten(i, scored.bound(i))]
     fitted = {hopeful[i] for i in _spread(len(hopeful), max_fits)} | (cheapest & set(unknown))
     for i in unknown:
-        structure = pool[i].structure
-        scored.errors[i] = project(weight, structure, sweeps=SCORING_SWEEPS).rel_error if i in fitted else np.inf
+        sweeps = SCORING_SWEEPS if products[i] <= DEAR_PRODUCTS else DEAR_SCORING_SWEEPS
+        scored.errors[i] = project(weight, pool[i].structure, sweeps=sweeps).rel_error if i in fitted else np.inf
     return [float(error) for error in scored.errors]
 
 
