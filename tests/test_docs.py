@@ -92,7 +92,7 @@ def test_structures_page_runs() -> None:
 
 def test_the_table_of_structures_is_true() -> None:
     table = rows("structures", "| family | text form | parameters |")
-    assert len(table) == 12
+    assert len(table) == 13
     for name, text, params in table:
         structure = Structure.parse(text)
         assert str(structure) == text
