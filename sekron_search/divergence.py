@@ -25,7 +25,8 @@ def kl_divergence(output: Tensor, reference: Tensor) -> Tensor:
     """
     log_p, log_q = (F.log_softmax(logits.float() / TEMPERATURE, 1) for logits in (reference, output))
     share = TEMPERATURE**2 * reference.shape[1] / reference.numel()
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum") * share
+    # Of outputs that hardly differ the sum may round to less than nothing.
+    return F.kl_div(log_q, log_p, log_target=True, reduction="sum").clamp_min(0) * share
 
 
 def relative_mse(output: Tensor, reference: Tensor) -> Tensor:

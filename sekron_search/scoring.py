@@ -82,7 +82,7 @@ def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) ->
     """Relative weight error of every candidate, infinity for those that cannot be worth it.
 
     Two factors, nested ones, and those with a core: from spectra, without a fit. Other rank graphs: from quick fits, at
-    most `max_fits`, spread evenly over those whose bound on the error leaves them a chance.
+    most `max_fits`, spread evenly over those whose bound on the error leaves them a chance and whose fit is affordable.
     """
     scored = _Scored(pool, weight)
     scored.cores()

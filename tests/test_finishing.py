@@ -180,7 +180,7 @@ def compressed_object(out: Path, *, seed: int = 0, resume: bool = False) -> sekr
         budget={"params": "0.7x"},
         calibration=images,
         train=blobs(64),
-        search={"trials": 4},
+        search={"trials": 8},
         calibration_settings={"refine_steps": 2, "sequential_steps": 2, "batch_size": 32},
         latency={"rounds": 2},
         finetune={"epochs": 1, "batch_size": 32},
