@@ -67,8 +67,11 @@ class Trial:
 
 
 def pareto_trials(trials: Sequence[Trial], costs: Sequence[CostName]) -> list[Trial]:
-    """The trials that no other one dominates on divergence and these costs, feasible or not; distinct assignments."""
-    trials = [t for t in trials if not t.pruned]
+    """The trials that no other one dominates on divergence and these costs, feasible or not; distinct assignments.
+
+    Of equal ones the first by number, in whatever order they come.
+    """
+    trials = sorted((t for t in trials if not t.pruned), key=lambda t: t.index)
     return [trials[i] for i in front([[t.divergence, *(t.costs[c] for c in costs)] for t in trials])]
 
 
