@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from sekron_search.costs.analytic import LayerCost, layer_cost
-from sekron_search.kron.enumeration import Skeleton, rank_choices, skeletons
-from sekron_search.kron.families import dense, nested_graph
+from sekron_search.kron.enumeration import Skeleton, largest_where, rank_choices, skeletons
+from sekron_search.kron.families import Graph, dense, nested_graph
 from sekron_search.kron.projection import pad_channels, project
 from sekron_search.kron.spectra import PairSpectra, core_tails, error_bound, nested_tails
 from sekron_search.kron.structure import Shape, Structure
@@ -24,9 +24,9 @@ from sekron_search.search.space import SearchSpace
 #: Least-squares sweeps of a fit that is only there to be scored, or refined on data afterwards.
 SCORING_SWEEPS = 10
 
-#: A sweep of more products, entries of the weight times rank, is dear: then so few have to do to be scored, and what
-#: takes more than the second number is left out. At the largest layers these are the ranks that save least.
-DEAR_PRODUCTS, MOST_PRODUCTS, DEAR_SCORING_SWEEPS = 3e8, 3e9, 3
+#: A least-squares sweep of CP of more products, entries of the weight times rank, would make a fit take minutes: such
+#: ranks, at the largest layers those that save least, are left out.
+MOST_PRODUCTS = 3e9
 
 #: Spectra of unfoldings whose smaller side has at least this size are computed only where a bound leaves them a chance.
 LARGE = 256
@@ -79,10 +79,11 @@ def _skeletons(name: str, info: LayerInfo, space: SearchSpace) -> Iterator[Skele
 
 
 def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) -> list[float]:
-    """Relative weight error of every candidate, infinity for those that cannot be worth it.
+    """Relative weight error of every candidate, infinity for those that cannot be worth it, NaN where none is needed.
 
-    Two factors, nested ones, and those with a core: from spectra, without a fit. Other rank graphs: from quick fits, at
-    most `max_fits`, spread evenly over those whose bound on the error leaves them a chance and whose fit is affordable.
+    Two factors, nested ones, and those with a core: from spectra, without a fit. CP of one sequence of shapes has an
+    option per rank, and each is worth refining if its fit is affordable: NaN. Other rank graphs: from quick fits, at
+    most `max_fits`, spread evenly over those whose bound on the error leaves them a chance.
     """
     scored = _Scored(pool, weight)
     scored.cores()
@@ -90,14 +91,24 @@ def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) ->
     scored.nested()
     cheapest = set(_cheapest(pool))
     unknown = [i for i in range(len(pool)) if np.isnan(scored.errors[i])]
-    products = {i: weight.numel() * max(_ranks(pool[i].structure), default=1) for i in unknown}
-    affordable = [i for i in unknown if products[i] <= MOST_PRODUCTS]
-    hopeful = [i for i in affordable if i in cheapest or not scored.beaten(i, scored.bound(i))]
+    ladders = _ladders(pool, unknown)
+    hopeful = [i for i in unknown if i not in ladders and (i in cheapest or not scored.beaten(i, scored.bound(i)))]
     fitted = {hopeful[i] for i in _spread(len(hopeful), max_fits)} | (cheapest & set(unknown))
     for i in unknown:
-        sweeps = SCORING_SWEEPS if products[i] <= DEAR_PRODUCTS else DEAR_SCORING_SWEEPS
-        scored.errors[i] = project(weight, pool[i].structure, sweeps=sweeps).rel_error if i in fitted else np.inf
+        if i not in ladders:
+            sweeps = SCORING_SWEEPS
+            scored.errors[i] = project(weight, pool[i].structure, sweeps=sweeps).rel_error if i in fitted else np.inf
+        elif i not in cheapest and weight.numel() * _rank(pool[i].structure) > MOST_PRODUCTS:
+            scored.errors[i] = np.inf
     return [float(error) for error in scored.errors]
+
+
+def _ladders(pool: Sequence[CandidateStructure], indices: Sequence[int]) -> set[int]:
+    """Those of the candidates that differ from all others of their rank graph by the size of their one index only."""
+    shapes: dict[Graph, set[tuple[Shape, ...]]] = {}
+    for i in indices:
+        shapes.setdefault(pool[i].structure.carries, set()).add(pool[i].structure.shapes)
+    return {i for i in indices if len(pool[i].structure.ranks) == 1 and len(shapes[pool[i].structure.carries]) == 1}
 
 
 class _Scored:
@@ -198,20 +209,24 @@ def _rank(structure: Structure) -> int:
 
 
 def shortlist(pool: Sequence[CandidateStructure], scores: Sequence[float], most: int) -> list[int]:
-    """Indices of the candidates to refine: the non-dominated ones, at most `most`, spread over their flops.
+    """Indices of the candidates to refine: the non-dominated ones of every rank graph, and those without a score.
 
-    Structures of three factors and more compete among themselves as well, for refinement gains them more.
+    Rank graphs do not compete with one another yet: refinement gains them differently much, and they take different
+    memory and time. If there are more than `most`, the largest graphs give up options, evenly over their flops.
     """
-    finite = [i for i in range(len(pool)) if np.isfinite(scores[i])]
-
-    def pareto(indices: list[int]) -> list[int]:
+    groups: dict[Graph, list[int]] = {}
+    for i, score in enumerate(scores):
+        if not np.isinf(score):
+            groups.setdefault(pool[i].structure.carries, []).append(i)
+    fronts = []
+    for indices in groups.values():
         points = [[pool[i].cost.flops, pool[i].cost.params, scores[i]] for i in indices]
-        return [i for i, keep in zip(indices, non_dominated(points), strict=True) if keep] if indices else []
-
-    groups = [[i for i in finite if (pool[i].structure.num_factors == 2) == two] for two in (True, False)]
-    chosen = sorted({i for group in groups for i in pareto(group)}, key=lambda i: pool[i].cost.flops)
-    if len(chosen) > most:
-        chosen = [chosen[i] for i in _spread(len(chosen), most)]
+        keep = non_dominated(points) | np.isnan([scores[i] for i in indices])
+        own = [i for i, kept in zip(indices, keep, strict=True) if kept]
+        fronts.append(sorted(own, key=lambda i: pool[i].cost.flops))
+    longest = max(map(len, fronts), default=0)
+    share = largest_where(lambda share: sum(min(len(front), share) for front in fronts) <= most, longest)
+    chosen = {front[i] for front in fronts for i in _spread(len(front), share)}
     return sorted({*chosen, *_cheapest(pool)}, key=lambda i: pool[i].cost.flops)
 
 

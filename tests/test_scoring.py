@@ -9,8 +9,6 @@ from sekron_search import scoring
 from sekron_search.inspection import inspect_model
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.families import depthwise_cp, family
-from sekron_search.kron.projection import Fit, project
-from sekron_search.kron.structure import Structure
 from sekron_search.search.space import SearchSpace
 
 
@@ -36,7 +34,7 @@ def test_the_default_space_has_a_pointwise_a_depthwise_and_a_pointwise_convoluti
 def test_depthwise_cp_runs_as_two_pointwise_convolutions_around_a_depthwise_one() -> None:
     conv = nn.Conv2d(16, 24, 3, padding=1)
     layer = KroneckerConv.from_conv(conv, depthwise_cp((24, 16, 3, 3), 10))
-    out, kernel, into = (a[0] for a in layer.factors())
+    out, into, kernel = (a[0] for a in layer.factors())
     x = torch.randn(2, 16, 8, 8)
     hidden = nn.functional.conv2d(x, into.reshape(10, 16, 1, 1))
     hidden = nn.functional.conv2d(hidden, kernel.reshape(10, 1, 3, 3), padding=1, groups=10)
@@ -44,32 +42,43 @@ def test_depthwise_cp_runs_as_two_pointwise_convolutions_around_a_depthwise_one(
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_every_rank_of_depthwise_cp_is_refined_unscored() -> None:
+    pool, weight = _pool(SearchSpace().families), _weight()
+    errors = scoring.scores(pool, weight, max_fits=64)
+    own = [i for i, c in enumerate(pool) if family(c.structure) == "depthwise CP"]
+    assert [i for i, error in enumerate(errors) if np.isnan(error)] == own
+    assert set(own) <= set(scoring.shortlist(pool, errors, most=64))
+
+
 def test_ranks_that_would_take_too_long_are_left_out_but_not_the_cheapest(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, weight = _pool(("depthwise_cp",)), _weight()
-    every = scoring.scores(pool, weight, max_fits=64)
-    assert np.isfinite(every).all()
+    assert scoring.shortlist(pool, scoring.scores(pool, weight, max_fits=64), most=64) == list(range(len(pool)))
     ranks = [c.structure.rank_sizes["a"] for c in pool]
     limit = sorted(ranks)[len(ranks) // 2]
     monkeypatch.setattr(scoring, "MOST_PRODUCTS", weight.numel() * limit)
     some = scoring.scores(pool, weight, max_fits=64)
-    assert [np.isfinite(e) for e in some] == [rank <= limit for rank in ranks]
+    assert [np.isinf(e) for e in some] == [rank > limit for rank in ranks]
     monkeypatch.setattr(scoring, "MOST_PRODUCTS", 0)
     least = scoring.scores(pool, weight, max_fits=64)
-    assert [np.isfinite(e) for e in least] == [rank == min(ranks) for rank in ranks]
+    assert [np.isinf(e) for e in least] == [rank > min(ranks) for rank in ranks]
+    chosen = scoring.shortlist(pool, least, most=64)
+    assert [ranks[i] for i in chosen] == [min(ranks)]
 
 
-def test_dear_fits_are_scored_by_fewer_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool, weight = _pool(("depthwise_cp",)), _weight()
-    seen: dict[Structure, int] = {}
-
-    def noted(weight: torch.Tensor, structure: Structure, *, sweeps: int) -> Fit:
-        seen[structure] = sweeps
-        return project(weight, structure, sweeps=sweeps)
-
-    monkeypatch.setattr(scoring, "project", noted)
-    ranks = {c.structure: c.structure.rank_sizes["a"] for c in pool}
-    limit = sorted(ranks.values())[len(ranks) // 2]
-    monkeypatch.setattr(scoring, "DEAR_PRODUCTS", weight.numel() * limit)
-    scoring.scores(pool, weight, max_fits=64)
-    few, many = scoring.DEAR_SCORING_SWEEPS, scoring.SCORING_SWEEPS
-    assert seen == {structure: many if rank <= limit else few for structure, rank in ranks.items()}
+def test_rank_graphs_do_not_compete_and_the_largest_gives_up_options() -> None:
+    pool, weight = _pool(SearchSpace().families), _weight()
+    errors = scoring.scores(pool, weight, max_fits=64)
+    together = set(scoring.shortlist(pool, errors, most=1000))
+    graphs = {c.structure.carries for c in pool}
+    assert len(graphs) == 3
+    sizes = {}
+    for graph in graphs:
+        own = [i for i, c in enumerate(pool) if c.structure.carries == graph]
+        chosen = scoring.shortlist([pool[i] for i in own], [errors[i] for i in own], most=1000)
+        cheapest = scoring._cheapest([pool[i] for i in own])
+        assert {own[j] for j in chosen if j not in cheapest} <= together
+        sizes[graph] = len([i for i in together if pool[i].structure.carries == graph])
+    few = scoring.shortlist(pool, errors, most=3 * min(sizes.values()))
+    kept = {graph: len([i for i in few if pool[i].structure.carries == graph]) for graph in graphs}
+    assert all(count >= min(sizes.values()) for count in kept.values())
+    assert sum(kept.values()) <= 3 * min(sizes.values()) + 3

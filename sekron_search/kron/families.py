@@ -101,10 +101,12 @@ def cp(weight_shape: Sequence[int], rank: int) -> Structure:
 def depthwise_cp(weight_shape: Sequence[int], rank: int) -> Structure:
     """CP over out-channels, in-channels and the whole kernel: a pointwise, a depthwise and a pointwise convolution.
 
+    For kernels with one axis it is CP.
+
     Source: Astrid and Lee 2017, CP-decomposition with tensor power method for convolutional neural networks
     compression; Phan et al. 2020, Stable low-rank tensor decomposition for compression of convolutional neural network.
     """
-    return kronecker(_tucker2_shapes(weight_shape), "cp", [rank])
+    return kronecker(_depthwise_cp_shapes(weight_shape), "cp", [rank])
 
 
 def tensor_train(weight_shape: Sequence[int], ranks: Sequence[int]) -> Structure:
@@ -141,6 +143,11 @@ def _tucker2_shapes(weight_shape: Sequence[int]) -> tuple[Shape, Shape, Shape]:
     return (f, 1, *ones), (1, 1, *kernel), (1, c, *ones)
 
 
+def _depthwise_cp_shapes(weight_shape: Sequence[int]) -> tuple[Shape, Shape, Shape]:
+    left, kernel, right = _tucker2_shapes(weight_shape)
+    return left, right, kernel
+
+
 def channel_svd(weight_shape: Sequence[int], rank: int) -> Structure:
     """(F,1,1,1)[a] * (1,C,Kh,Kw)[a]: a full convolution to `rank` channels, then a pointwise one."""
     f, c, *kernel = weight_shape
@@ -164,11 +171,11 @@ def family(structure: Structure) -> str:
     single = all(sum(n > 1 for n in shape) <= 1 for shape in structure.shapes)
     if count == 2:
         return _pair_family(structure)
-    if structure.shapes == _tucker2_shapes(structure.weight_shape):
-        if structure.carries == tt_graph(3):
-            return "Tucker-2"
-        if structure.carries == _renamed(structure, cp_graph(3)):
-            return "depthwise CP"
+    if structure.shapes == _tucker2_shapes(structure.weight_shape) and structure.carries == tt_graph(3):
+        return "Tucker-2"
+    if structure.carries == _renamed(structure, cp_graph(3)):
+        apart = structure.shapes == _depthwise_cp_shapes(structure.weight_shape)
+        return "CP" if single else "depthwise CP" if apart else "Kronecker-CP"
     names: dict[GraphName, str] = {
         "cp": "CP",
         "tt": "Tensor-Train",

@@ -20,6 +20,10 @@ RIDGE = 1e-5
 #: At most so many sweeps follow without it: exact weights are exactly recovered, and terms have no time to grow.
 LAST_SWEEPS = 100
 
+#: Size of the terms that a start has beyond the rank of what the recursion splits: small, for the others stay what they
+#: are, yet alive. Trees have no use for such terms.
+SURPLUS = 1e-2
+
 #: Of the sweeps of a structure with a core the first ones are passes of orthogonal iteration, which gain more each.
 CORE_ITERATIONS = 12
 
@@ -116,7 +120,7 @@ def _best_of_starts(
     """The least-squares fit of every tensor from the start that served it best; all starts run side by side."""
     core = core_of(structure)
     if core is None:
-        first = recursive_svd(structure, modes)
+        first = recursive_svd(structure, modes, 0.0 if structure.is_tree else SURPLUS)
     else:
         passes = min(sweeps, CORE_ITERATIONS)
         first, sweeps = orthogonal_iteration(structure, core, modes, passes), sweeps - passes

@@ -12,7 +12,7 @@ from torch import Tensor
 from sekron_search.kron.structure import Structure
 
 
-def recursive_svd(structure: Structure, modes: Tensor) -> list[Tensor]:
+def recursive_svd(structure: Structure, modes: Tensor, surplus: float = 0.0) -> list[Tensor]:
     """Factors by truncated SVDs that split off one factor after the other.
 
     For two factors this is optimal. For the nested graph it is the recursion of SeKron, for the Tensor-Train graph
@@ -23,6 +23,10 @@ def recursive_svd(structure: Structure, modes: Tensor) -> list[Tensor]:
     Args:
         structure: The structure to fit.
         modes: (B, m_1, ..., m_S), a batch of unfolded weights.
+        surplus: Size, relative to the weight, of random terms where a rank exceeds that of what is split (CP and rings
+            can use more terms than their first factor has rows). With 0 these terms vanish and the fit is the best of
+            the recursion, but sweeps of least squares would find them where they are: a factor that is zero keeps the
+            others from moving.
 
     Returns:
         Factors of shapes (B, rank indices, m_k). The remainder holds the scale; those before it are orthonormal.
@@ -48,7 +52,7 @@ def recursive_svd(structure: Structure, modes: Tensor) -> list[Tensor]:
         row_sizes = [sizes[n] for n in closed] + [rest.shape[mode_axis]]
         column_sizes = list(arranged.shape[len(batch) + len(row_sizes) :])
         rank = prod(sizes[n] for n in new)
-        left, right = _truncated_svd(arranged.reshape(*batch, prod(row_sizes), prod(column_sizes)), rank)
+        left, right = _truncated_svd(arranged.reshape(*batch, prod(row_sizes), prod(column_sizes)), rank, surplus)
         left = left.reshape(*batch, *row_sizes, *(sizes[n] for n in new))
         names = ["", *shared, *closed, "m", *new]
         factors.append(left.permute([names.index(n) for n in ("", *carried, "m")]))
@@ -59,19 +63,21 @@ def recursive_svd(structure: Structure, modes: Tensor) -> list[Tensor]:
     return [factor.contiguous() for factor in factors]
 
 
-def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncated_svd(matrix: Tensor, rank: int, surplus: float) -> tuple[Tensor, Tensor]:
     """Orthonormal U (..., rows, rank) and S V (..., rank, columns) of the best approximation of that rank.
 
     From the eigenvectors of the smaller Gram matrix: several times faster than an SVD, and the product is a true
     projection of the matrix, so that its error is the best one to about the square of the eigenvectors' error.
     Where the rank exceeds what the matrix can have, U is filled with a deterministic orthonormal-scale pattern and
-    S V with zeros: the fit stays exact and later least-squares steps can use the free columns.
+    S V with another one of norm `surplus`, relative to the matrix, per row.
     """
     left = left_basis(matrix, rank)
     right = left.mT @ matrix
     missing = rank - left.shape[-1]
     if missing > 0:
-        right = torch.cat([right, right.new_zeros(*right.shape[:-2], missing, right.shape[-1])], -2)
+        fill = _pattern(missing, right.shape[-1]).to(right).expand(*right.shape[:-2], missing, right.shape[-1])
+        size = surplus * torch.linalg.matrix_norm(matrix)[..., None, None]
+        right = torch.cat([right, fill * size], -2)
     return filled(left, rank), right
 
 
@@ -80,9 +86,15 @@ def filled(basis: Tensor, count: int) -> Tensor:
     rows, missing = basis.shape[-2], count - basis.shape[-1]
     if missing <= 0:
         return basis
-    generator = torch.Generator().manual_seed(rows * 1009 + missing)
-    fill = torch.randn(rows, missing, generator=generator, dtype=torch.float64) / rows**0.5
+    fill = _pattern(missing, rows).mT
     return torch.cat([basis, fill.to(basis).expand(*basis.shape[:-2], rows, missing)], -1)
+
+
+def _pattern(count: int, size: int) -> Tensor:
+    """(count, size): random rows of norm about one, always the same."""
+    generator = torch.Generator().manual_seed(size * 1009 + count)
+    rows: Tensor = torch.randn(count, size, generator=generator, dtype=torch.float64) / size**0.5
+    return rows
 
 
 def left_basis(matrix: Tensor, count: int) -> Tensor:

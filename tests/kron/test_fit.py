@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -204,6 +205,27 @@ def test_ranks_beyond_what_the_matrix_has_are_filled() -> None:
     fit = project(gaussian(1, 4, 6, 1, 1), structure)
     assert fit.rel_error < 1e-12
     assert fit.factors[0].shape == (1, 6, 4, 1, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 3, 3), (16, 8, 3, 3)])
+@pytest.mark.parametrize("make", [fam.cp, fam.depthwise_cp])
+def test_cp_has_use_for_more_terms_than_its_first_factor_has_rows(
+    make: Callable[[Sequence[int], int], Structure], shape: tuple[int, ...]
+) -> None:
+    weight, rows = gaussian(1, *shape), shape[0]
+    fits = [project(weight, make(shape, rank), sweeps=10) for rank in (rows, rows + 2, 2 * rows)]
+    errors = [fit.rel_error for fit in fits]
+    assert errors[1] < 0.98 * errors[0]
+    assert errors[2] < 0.85 * errors[1]
+    for factor in fits[2].factors:
+        sizes = factor.flatten(2).norm(dim=2)
+        assert float(sizes.min()) > 0.05 * float(sizes.max())
+
+
+def test_the_recursion_alone_leaves_terms_beyond_its_rank_out() -> None:
+    structure, weight = fam.depthwise_cp((6, 6, 3, 3), 9), gaussian(1, 6, 6, 3, 3)
+    whole = project(weight, structure, sweeps=0)
+    assert whole.rel_error == pytest.approx(project(weight, fam.depthwise_cp((6, 6, 3, 3), 6), sweeps=0).rel_error)
 
 
 def test_nan_is_refused() -> None:

@@ -94,6 +94,17 @@ def test_ranks_beyond_a_mode_are_fitted_where_evaluations_are_dear(monkeypatch: 
     assert found.rel_error < 1e-3
 
 
+def test_cp_of_many_terms_is_fitted_where_evaluations_are_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its one start there, too, terms beyond the rows of the first factor are of use."""
+    shape = (8, 16, 3, 3)
+    weight, inputs = gaussian(1, *shape, seed=4), gaussian(1, 400, 16 * 9, seed=1)
+    metric = InputMetric(inputs.mT @ inputs / 400, torch.zeros(1, 16 * 9))
+    monkeypatch.setattr(refine, "CHEAP_PRODUCTS", 0)
+    refiner = refine.Refiner(weight, metric)
+    errors = [refiner.fit(fam.depthwise_cp(shape, rank), steps=0).rel_error for rank in (8, 10, 16)]
+    assert errors[2] < 0.85 * errors[1] < 0.85 * 0.98 * errors[0]
+
+
 def test_a_refinement_takes_all_the_steps_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only options of tables have few steps at large layers; a layer of a chosen network is worth them all."""
     weight, metric, structure = gaussian(1, *SHAPE, seed=4), metric_of(1, curvature=True), STRUCTURES[4]
