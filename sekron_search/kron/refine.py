@@ -228,7 +228,10 @@ class Refiner:
             return shared.whitening.undo(_shaped(structure, found))
         starts = 1 if structure.is_tree or self._is_dear else FIT_STARTS  # more starts gain trees little
         sweeps = DEAR_SWEEPS if self._is_dear else FIT_SWEEPS
-        return shared.whitening.undo(project(shared.white, structure, sweeps=sweeps, starts=starts).factors)
+        single = self._is_dear and not structure.is_tree
+        dtype = torch.float32 if single else torch.float64
+        found = project(shared.white, structure, sweeps=sweeps, starts=starts, dtype=dtype)
+        return shared.whitening.undo(found.factors)
 
     def _shared_by(self, structure: Structure) -> _Shared:
         if self._shared is None or self._shared.shapes != structure.shapes:

@@ -222,6 +222,17 @@ def test_cp_has_use_for_more_terms_than_its_first_factor_has_rows(
         assert float(sizes.min()) > 0.05 * float(sizes.max())
 
 
+@pytest.mark.parametrize("name", ["CP", "depthwise CP", "Tensor-Ring"])
+def test_single_precision_fits_as_well(name: str) -> None:
+    structure, weight = STRUCTURES[name], gaussian(2, *SHAPE)
+    exact = project(weight, structure, sweeps=10)
+    single = project(weight, structure, sweeps=10, dtype=torch.float32)
+    assert single.factors[0].dtype == weight.dtype
+    assert single.rel_error == pytest.approx(exact.rel_error, rel=0.01)
+    whole = float((reconstruct_batch(structure, single.factors) - weight).norm() / weight.norm())
+    assert single.rel_error == pytest.approx(whole, rel=1e-3)
+
+
 def test_the_recursion_alone_leaves_terms_beyond_its_rank_out() -> None:
     structure, weight = fam.depthwise_cp((6, 6, 3, 3), 9), gaussian(1, 6, 6, 3, 3)
     whole = project(weight, structure, sweeps=0)
