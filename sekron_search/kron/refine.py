@@ -230,8 +230,8 @@ class Refiner:
         sweeps = DEAR_SWEEPS if self._is_dear else FIT_SWEEPS
         single = self._is_dear and not structure.is_tree
         dtype = torch.float32 if single else torch.float64
-        found = project(shared.white, structure, sweeps=sweeps, starts=starts, dtype=dtype)
-        return shared.whitening.undo(found.factors)
+        fit = project(shared.white, structure, sweeps=sweeps, starts=starts, dtype=dtype)
+        return shared.whitening.undo(fit.factors)
 
     def _shared_by(self, structure: Structure) -> _Shared:
         if self._shared is None or self._shared.shapes != structure.shapes:
