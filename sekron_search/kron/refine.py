@@ -20,8 +20,9 @@ from sekron_search.kron.sweep import scaled_by_others
 #: as the error.
 WHITENED_UP_TO = 512
 
-#: Passes of a fit that has no closed form in whitened coordinates, and its starts where it is no tree.
-FIT_SWEEPS, FIT_STARTS = 30, 3
+#: Sweeps of a fit that has no closed form in whitened coordinates, as many as may be had for so many products, entries
+#: of the weight times rank; one start and many sweeps gain CP and rings more than three starts.
+LEAST_SWEEPS, MOST_SWEEPS, SWEEP_PRODUCTS = 10, 200, 4e9
 
 #: Some steps that lower the squared error by less than this part of it are the last.
 TOLERANCE = 1e-6
@@ -30,10 +31,9 @@ TOLERANCE = 1e-6
 #: to do. They gain most.
 PRODUCTS, LEAST_STEPS = 5e9, 2
 
-#: An evaluation of more products is dear: then the passes of a start, with a core and without, and the decrease that
-#: ends a descent.
+#: An evaluation of more products is dear: then the passes of a start with a core, and the decrease that ends a descent.
 CHEAP_PRODUCTS = 10**8
-DEAR_PASSES, DEAR_SWEEPS, DEAR_TOLERANCE = 1, 10, 2e-3
+DEAR_PASSES, DEAR_TOLERANCE = 1, 2e-3
 
 #: Added to the curvature that the other factors give a factor, relative to its mean: they will change.
 LIFT = 1e-2
@@ -226,12 +226,11 @@ class Refiner:
             bases = {k: shared.basis(k) for k in range(structure.num_factors) if k != core}
             found = orthogonal_iteration(structure, core, shared.modes, DEAR_PASSES, bases)
             return shared.whitening.undo(_shaped(structure, found))
-        starts = 1 if structure.is_tree or self._is_dear else FIT_STARTS  # more starts gain trees little
-        sweeps = DEAR_SWEEPS if self._is_dear else FIT_SWEEPS
-        single = self._is_dear and not structure.is_tree
-        dtype = torch.float32 if single else torch.float64
-        fit = project(shared.white, structure, sweeps=sweeps, starts=starts, dtype=dtype)
-        return shared.whitening.undo(fit.factors)
+        products = self.unit.numel() * max((size for _, size in structure.ranks), default=1)
+        sweeps = int(min(max(SWEEP_PRODUCTS / products, LEAST_SWEEPS), MOST_SWEEPS))
+        # The descent is in single precision anyway; a tree's sweeps, which have no ridge, need more.
+        dtype = torch.float32 if self._is_dear and not structure.is_tree else torch.float64
+        return shared.whitening.undo(project(shared.white, structure, sweeps=sweeps, dtype=dtype).factors)
 
     def _shared_by(self, structure: Structure) -> _Shared:
         if self._shared is None or self._shared.shapes != structure.shapes:
