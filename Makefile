@@ -24,7 +24,7 @@ demo: $(STAMP)  ## Train a small network on handwritten digits and compress it (
 	$(BIN)/sekron-search demo --out runs/demo
 
 test: $(STAMP)  ## Run the tests (but the slow ones)
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --durations 25
 
 test-slow: $(STAMP)  ## Run the slow tests too: kills and resumes, the whole demonstration
 	$(BIN)/python -m pytest -q -m 'not gpu'

@@ -64,7 +64,7 @@ class LayerPlan:
 
     Args:
         name: The layer.
-        structures: Structures of the search space, which are scored.
+        structures: Structures of the search space.
         options: Those of them that are fitted on calibration data.
     """
 
@@ -106,7 +106,7 @@ class _Kind:
     """Layers of equal shape and geometry, of which one was measured.
 
     Args:
-        structures: That are scored.
+        structures: Of the search space.
         shortlist: That are fitted.
         score_s, fit_s: Seconds of the scoring, and of fitting one of the shortlist.
     """

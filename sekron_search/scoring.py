@@ -21,12 +21,15 @@ from sekron_search.model import LayerInfo
 from sekron_search.search.pareto import non_dominated
 from sekron_search.search.space import SearchSpace
 
-#: Least-squares sweeps of a fit that is only there to be scored, or refined on data afterwards.
+#: Least-squares sweeps of a fit that is only there to be scored.
 SCORING_SWEEPS = 10
 
-#: A least-squares sweep of CP of more products, entries of the weight times rank, would make a fit take minutes: such
-#: ranks, at the largest layers those that save least, are left out.
+#: With sweeps of more products, entries of the weight times rank, a fit would take minutes: such ranks, at the largest
+#: layers those that save least, are left out.
 MOST_PRODUCTS = 3e9
+
+#: Fewer options than this of a rank graph would be no choice.
+LEAST_SHARE = 3
 
 #: Spectra of unfoldings whose smaller side has at least this size are computed only where a bound leaves them a chance.
 LARGE = 256
@@ -81,9 +84,10 @@ def _skeletons(name: str, info: LayerInfo, space: SearchSpace) -> Iterator[Skele
 def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) -> list[float]:
     """Relative weight error of every candidate, infinity for those that cannot be worth it, NaN where none is needed.
 
-    Two factors, nested ones, and those with a core: from spectra, without a fit. CP of one sequence of shapes has an
-    option per rank, and each is worth refining if its fit is affordable: NaN. Other rank graphs: from quick fits, at
-    most `max_fits`, spread evenly over those whose bound on the error leaves them a chance.
+    Two factors, nested ones, and those with a core: from spectra, without a fit. Where the structures of a rank graph
+    differ by the size of one index only, as CP over the modes does, each is worth refining: NaN. Others: from quick
+    fits, at most `max_fits`, spread evenly over those whose bound on the error leaves them a chance. What would take
+    minutes to fit is left out, but for the cheapest.
     """
     scored = _Scored(pool, weight)
     scored.cores()
@@ -91,14 +95,18 @@ def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) ->
     scored.nested()
     cheapest = set(_cheapest(pool))
     unknown = [i for i in range(len(pool)) if np.isnan(scored.errors[i])]
+    affordable = [
+        i
+        for i in unknown
+        if i in cheapest or weight.numel() * max(_ranks(pool[i].structure), default=1) <= MOST_PRODUCTS
+    ]
     ladders = _ladders(pool, unknown)
-    hopeful = [i for i in unknown if i not in ladders and (i in cheapest or not scored.beaten(i, scored.bound(i)))]
-    fitted = {hopeful[i] for i in _spread(len(hopeful), max_fits)} | (cheapest & set(unknown))
+    hopeful = [i for i in affordable if i not in ladders and (i in cheapest or not scored.beaten(i, scored.bound(i)))]
+    fitted = {hopeful[i] for i in _spread(len(hopeful), max_fits)} | (cheapest & set(hopeful))
     for i in unknown:
-        if i not in ladders:
-            sweeps = SCORING_SWEEPS
-            scored.errors[i] = project(weight, pool[i].structure, sweeps=sweeps).rel_error if i in fitted else np.inf
-        elif i not in cheapest and weight.numel() * _rank(pool[i].structure) > MOST_PRODUCTS:
+        if i in fitted:
+            scored.errors[i] = project(weight, pool[i].structure, sweeps=SCORING_SWEEPS).rel_error
+        elif i not in ladders or i not in affordable:
             scored.errors[i] = np.inf
     return [float(error) for error in scored.errors]
 
@@ -107,8 +115,15 @@ def _ladders(pool: Sequence[CandidateStructure], indices: Sequence[int]) -> set[
     """Those of the candidates that differ from all others of their rank graph by the size of their one index only."""
     shapes: dict[Graph, set[tuple[Shape, ...]]] = {}
     for i in indices:
-        shapes.setdefault(pool[i].structure.carries, set()).add(pool[i].structure.shapes)
-    return {i for i in indices if len(pool[i].structure.ranks) == 1 and len(shapes[pool[i].structure.carries]) == 1}
+        shapes.setdefault(_graph(pool[i]), set()).add(pool[i].structure.shapes)
+    return {i for i in indices if len(pool[i].structure.ranks) == 1 and len(shapes[_graph(pool[i])]) == 1}
+
+
+def _graph(candidate: CandidateStructure) -> Graph:
+    """The rank graph, its indices numbered in the order in which they come."""
+    carries = candidate.structure.carries
+    numbers = {name: str(i) for i, name in enumerate(dict.fromkeys(name for carried in carries for name in carried))}
+    return tuple(tuple(numbers[name] for name in carried) for carried in carries)
 
 
 class _Scored:
@@ -217,17 +232,30 @@ def shortlist(pool: Sequence[CandidateStructure], scores: Sequence[float], most:
     groups: dict[Graph, list[int]] = {}
     for i, score in enumerate(scores):
         if not np.isinf(score):
-            groups.setdefault(pool[i].structure.carries, []).append(i)
+            groups.setdefault(_graph(pool[i]), []).append(i)
     fronts = []
     for indices in groups.values():
         points = [[pool[i].cost.flops, pool[i].cost.params, scores[i]] for i in indices]
         keep = non_dominated(points) | np.isnan([scores[i] for i in indices])
-        own = [i for i, kept in zip(indices, keep, strict=True) if kept]
-        fronts.append(sorted(own, key=lambda i: pool[i].cost.flops))
+        fronts.append([i for i, kept in zip(indices, keep, strict=True) if kept])
+    chosen = set()
+    for front, count in _shared_out(fronts, most):
+        ordered = sorted(front, key=lambda i: pool[i].cost.flops)
+        chosen |= {ordered[at] for at in _spread(len(ordered), count)}
+    return sorted({*chosen, *_cheapest(pool)}, key=lambda i: pool[i].cost.flops)
+
+
+def _shared_out(fronts: Sequence[list[int]], most: int) -> list[tuple[list[int], int]]:
+    """How many of every front to take: all, or the same number of the longer ones; of all as one if that is too few."""
     longest = max(map(len, fronts), default=0)
     share = largest_where(lambda share: sum(min(len(front), share) for front in fronts) <= most, longest)
-    chosen = {front[i] for front in fronts for i in _spread(len(front), share)}
-    return sorted({*chosen, *_cheapest(pool)}, key=lambda i: pool[i].cost.flops)
+    if share < min(longest, LEAST_SHARE):
+        return [([i for front in fronts for i in front], most)]
+    counts = [min(len(front), share) for front in fronts]
+    for k, front in enumerate(fronts):
+        if len(front) > share and sum(counts) < most:
+            counts[k] += 1
+    return list(zip(fronts, counts, strict=True))
 
 
 def _cheapest(pool: Sequence[CandidateStructure]) -> list[int]:

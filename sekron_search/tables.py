@@ -30,7 +30,7 @@ from sekron_search.search.space import SearchSpace
 from sekron_search.tensor_files import read_tensors, write_tensors
 
 #: Raised whenever a change makes earlier tables wrong.
-TABLE_VERSION = 12
+TABLE_VERSION = 13
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def cheapest_table(info: LayerInfo, space: SearchSpace, bytes_per_sample: int) -
 def build_layer_table(
     info: LayerInfo, weight: Tensor, metric: InputMetric, space: SearchSpace, *, bytes_per_sample: int, steps: int
 ) -> FittedLayer:
-    """Score all structures of the space on the weight, refine the best on calibration data, keep the non-dominated.
+    """Score the structures of the space on the weight, refine the best on calibration data, keep the non-dominated.
 
     Args:
         info: The layer.

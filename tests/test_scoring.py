@@ -9,6 +9,7 @@ from sekron_search import scoring
 from sekron_search.inspection import inspect_model
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.families import depthwise_cp, family
+from sekron_search.kron.structure import Structure
 from sekron_search.search.space import SearchSpace
 
 
@@ -81,4 +82,40 @@ def test_rank_graphs_do_not_compete_and_the_largest_gives_up_options() -> None:
     few = scoring.shortlist(pool, errors, most=3 * min(sizes.values()))
     kept = {graph: len([i for i in few if pool[i].structure.carries == graph]) for graph in graphs}
     assert all(count >= min(sizes.values()) for count in kept.values())
-    assert sum(kept.values()) <= 3 * min(sizes.values()) + 3
+    assert 3 * min(sizes.values()) <= sum(kept.values()) <= 3 * min(sizes.values()) + 3
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 8, 10, 20])
+def test_short_shortlists_reach_from_the_cheapest_to_the_dearest(most: int) -> None:
+    pool, weight = _pool(SearchSpace().families), _weight()
+    errors = scoring.scores(pool, weight, max_fits=64)
+    every, few = (scoring.shortlist(pool, errors, number) for number in (1000, most))
+    assert most <= len(few) <= most + 3
+    flops = [pool[i].cost.flops for i in few]
+    assert min(flops) == min(c.cost.flops for c in pool)
+    if most > 1:
+        assert max(flops) > 0.8 * max(pool[i].cost.flops for i in every)
+
+
+def test_no_fit_takes_minutes_whatever_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, weight = _pool(("depthwise_cp", "kronecker_cp")), _weight()
+    monkeypatch.setattr(scoring, "MOST_PRODUCTS", weight.numel() * 5)
+    errors = scoring.scores(pool, weight, max_fits=64)
+    least = min(c.cost.flops for c in pool), min(c.cost.params for c in pool)
+    for candidate, error in zip(pool, errors, strict=True):
+        if candidate.structure.num_factors > 2 and np.isfinite(error):
+            cheapest = candidate.cost.flops == least[0] or candidate.cost.params == least[1]
+            assert cheapest or candidate.structure.rank_sizes["a"] <= 5
+
+
+def test_names_of_rank_indices_make_no_rank_graph() -> None:
+    pool = _pool(("depthwise_cp",))
+    renamed = [
+        scoring.CandidateStructure(
+            Structure.build(c.structure.shapes, [("r",)] * 3, {"r": c.structure.rank_sizes["a"]}), c.cost
+        )
+        for c in pool
+    ]
+    both = [*pool, *renamed]
+    assert len(scoring._ladders(both, range(len(both)))) == len(both)
+    assert len({scoring._graph(c) for c in both}) == 1

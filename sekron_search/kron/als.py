@@ -34,8 +34,8 @@ def alternating_least_squares(
 
     Args:
         structure: The structure that the factors follow.
-        modes: (B, m_1, ..., m_S), a batch of unfolded weights of norm 1 (or 0); computed in this dtype, float64 is
-            meant.
+        modes: (B, m_1, ..., m_S), a batch of unfolded weights of norm 1 (or 0); computed in this dtype; without a ridge
+            float64 is meant.
         factors: Start, of shapes (B, rank indices, m_k).
         max_sweeps: At most so many passes over all factors.
         tolerance: Stop when five sweeps lowered the objective of no batch entry by more than this part of it.

@@ -101,7 +101,7 @@ def cp(weight_shape: Sequence[int], rank: int) -> Structure:
 def depthwise_cp(weight_shape: Sequence[int], rank: int) -> Structure:
     """CP over out-channels, in-channels and the whole kernel: a pointwise, a depthwise and a pointwise convolution.
 
-    For kernels with one axis it is CP.
+    For kernels of one axis larger than 1 it is CP.
 
     Source: Astrid and Lee 2017, CP-decomposition with tensor power method for convolutional neural networks
     compression; Phan et al. 2020, Stable low-rank tensor decomposition for compression of convolutional neural network.
@@ -174,7 +174,7 @@ def family(structure: Structure) -> str:
     if structure.shapes == _tucker2_shapes(structure.weight_shape) and structure.carries == tt_graph(3):
         return "Tucker-2"
     if structure.carries == _renamed(structure, cp_graph(3)):
-        apart = structure.shapes == _depthwise_cp_shapes(structure.weight_shape)
+        apart = sorted(structure.shapes) == sorted(_depthwise_cp_shapes(structure.weight_shape))  # the order is free
         return "CP" if single else "depthwise CP" if apart else "Kronecker-CP"
     names: dict[GraphName, str] = {
         "cp": "CP",

@@ -98,7 +98,8 @@ def fit_batch(
         StructureError: If the weights do not fit into the structure's shape, or hold NaN or infinity.
     """
     check_weight(weights, structure)
-    unit, scale = _unit_norm(weights.detach().to(dtype))
+    unit, scale = _unit_norm(weights.detach().double())
+    unit = unit.to(dtype)
     modes = structure.unfold(pad_channels(unit, structure))
     if structure.is_dense:
         factors = [modes]
@@ -110,7 +111,7 @@ def fit_batch(
     share = scale ** (1 / structure.num_factors)
     factors = balance(structure, [a * share.reshape(-1, *[1] * (a.dim() - 1)) for a in factors])
     shaped = tuple(a.reshape(-1, *s).to(weights.dtype) for a, s in zip(factors, structure.factor_shapes, strict=True))
-    return shaped, errors
+    return shaped, errors.double()
 
 
 def _unit_norm(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,12 +146,20 @@ def _best_of_starts(
         found.append([torch.randn(a.shape, generator=generator, dtype=a.dtype).to(a) for a in first])
     factors = [torch.cat(parts) for parts in zip(*found, strict=True)]
     repeated = modes if starts == 1 else modes.repeat(starts, *[1] * (modes.dim() - 1))
+    held = None
     if not structure.is_tree:
-        factors, _ = alternating_least_squares(
+        held = alternating_least_squares(
             structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance, ridge=RIDGE
         )
-        sweeps = min(1 + sweeps // 10, LAST_SWEEPS)
+        factors, sweeps = held[0], min(1 + sweeps // 10, LAST_SWEEPS)
     factors, errors = alternating_least_squares(structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance)
+    if held is not None:
+        # Without the ridge the first sweep may be worse, where normal matrices are singular.
+        lower = errors < held[1]
+        factors = [
+            torch.where(lower.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(factors, held[0], strict=True)
+        ]
+        errors = torch.where(lower, errors, held[1])
     best = errors.reshape(starts, -1).argmin(0) * len(modes) + torch.arange(len(modes), device=modes.device)
     return [a[best] for a in factors]
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from sekron_search.kron.structure import Structure
 
+#: Terms of less than this part of the size of surplus ones count as none.
+DEAD_SHARE = 0.1
+
 
 def recursive_svd(structure: Structure, modes: Tensor, surplus: float = 0.0) -> list[Tensor]:
     """Factors by truncated SVDs that split off one factor after the other.
@@ -24,9 +27,9 @@ def recursive_svd(structure: Structure, modes: Tensor, surplus: float = 0.0) -> 
         structure: The structure to fit.
         modes: (B, m_1, ..., m_S), a batch of unfolded weights.
         surplus: Size, relative to the weight, of random terms where a rank exceeds that of what is split (CP and rings
-            can use more terms than their first factor has rows). With 0 these terms vanish and the fit is the best of
-            the recursion, but sweeps of least squares would find them where they are: a factor that is zero keeps the
-            others from moving.
+            can use more terms than their first factor has rows that are not zero). With 0 these terms vanish and the
+            fit is the best of the recursion, but sweeps of least squares would leave them where they are: a factor that
+            is zero keeps the others from moving.
 
     Returns:
         Factors of shapes (B, rank indices, m_k). The remainder holds the scale; those before it are orthonormal.
@@ -68,16 +71,18 @@ def _truncated_svd(matrix: Tensor, rank: int, surplus: float) -> tuple[Tensor, T
 
     From the eigenvectors of the smaller Gram matrix: several times faster than an SVD, and the product is a true
     projection of the matrix, so that its error is the best one to about the square of the eigenvectors' error.
-    Where the rank exceeds what the matrix can have, U is filled with a deterministic orthonormal-scale pattern and
-    S V with another one of norm `surplus`, relative to the matrix, per row.
+    Where the rank exceeds that of the matrix, U is filled with a deterministic orthonormal-scale pattern and S V with
+    another one of norm `surplus` per row, relative to the matrix.
     """
     left = left_basis(matrix, rank)
     right = left.mT @ matrix
     missing = rank - left.shape[-1]
     if missing > 0:
-        fill = _pattern(missing, right.shape[-1]).to(right).expand(*right.shape[:-2], missing, right.shape[-1])
-        size = surplus * torch.linalg.matrix_norm(matrix)[..., None, None]
-        right = torch.cat([right, fill * size], -2)
+        right = torch.cat([right, right.new_zeros(*right.shape[:-2], missing, right.shape[-1])], -2)
+    if surplus > 0:
+        least = surplus * torch.linalg.matrix_norm(matrix)[..., None, None]
+        dead = torch.linalg.vector_norm(right, dim=-1, keepdim=True) < DEAD_SHARE * least
+        right = torch.where(dead, _pattern(rank, right.shape[-1]).to(right) * least, right)
     return filled(left, rank), right
 
 

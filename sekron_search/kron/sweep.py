@@ -17,8 +17,8 @@ from sekron_search.kron.contraction import Contraction, contraction
 from sekron_search.kron.structure import Structure
 
 #: Added to the normal matrix, relative to its mean diagonal. A larger Hessian keeps singular systems solvable and
-#: every step monotone.
-PROXIMAL = 1e-9
+#: every step monotone. In single precision it is larger: so many times the resolution of numbers.
+PROXIMAL, PROXIMAL_EPS = 1e-9, 10.0
 
 #: Least mean diagonal, for factors that vanish; weights come scaled to unit norm.
 TINY = 1e-20
@@ -268,7 +268,8 @@ def _solve(
     One part: the least-squares solution, held back a little by its predecessor where the matrix may be singular.
     Several: a Newton step whose Hessian, the Kronecker product of the parts' matrices, is a little too large.
     """
-    lifts = [PROXIMAL * n.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(TINY) for n in normals]
+    proximal = max(PROXIMAL, PROXIMAL_EPS * torch.finfo(target.dtype).eps)
+    lifts = [proximal * n.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(TINY) for n in normals]
     if len(parts) == 1:
         lift, old = _broadcast(lifts[0], factor), factor
         root = _lifted_root(normals[0], lifts[0] + ridge)

@@ -30,8 +30,8 @@ class SearchSpace(BaseModel):
             at which the device's time steps, if that is larger.
         channel_multiple: The families with free factor shapes also see the channels padded with zeros to multiples of
             this, where that adds a quarter at most: prime numbers of channels have no divisors. 1: never.
-        max_fits: At most so many structures of three factors and more are fitted per layer, spread over the
-            enumeration, less those that would take minutes; two factors are scored all, by their spectra.
+        max_fits: At most so many structures of three factors and more are fitted per layer only to be scored, spread
+            over the enumeration, less those that would take minutes; two factors are scored all, by their spectra.
         max_options: At most so many options per layer are refined on calibration data.
         dense_execution: Also offer every structure with its weight rebuilt at load: fewer parameters, dense speed.
         include, exclude: Names of layers, or of modules that hold them, with `*` wildcards.

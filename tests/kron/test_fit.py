@@ -233,6 +233,53 @@ def test_single_precision_fits_as_well(name: str) -> None:
     assert single.rel_error == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.parametrize("make", [fam.cp, fam.depthwise_cp])
+def test_cp_has_use_for_more_terms_than_there_are_living_rows(
+    make: Callable[[Sequence[int], int], Structure],
+) -> None:
+    weight = gaussian(1, 16, 16, 3, 3)
+    weight[:, 4:] = 0
+    alone = project(weight[:, :4], make((4, 16, 3, 3), 12), sweeps=20)
+    whole = project(weight, make((16, 16, 3, 3), 12), sweeps=20)
+    assert whole.rel_error == pytest.approx(alone.rel_error, rel=0.1)
+
+
+def deficient(kind: str) -> Tensor:
+    """Weights that need far fewer terms than ranks go up to."""
+    weight = gaussian(1, 16, 16, 3, 3)
+    if kind == "rank 3":
+        factors = [gaussian(1, 3, size, seed=k) for k, size in enumerate((16, 16, 9))]
+        weight = torch.einsum("gra,grb,grc->gabc", *factors).reshape(1, 16, 16, 3, 3)
+    elif kind == "no in-channels":
+        weight[:, :, 4:] = 0
+    elif kind == "small filters":
+        weight[:, 4:] *= 1e-5
+    else:
+        weight = weight[:, :4].repeat(1, 4, 1, 1, 1)
+    return weight
+
+
+@pytest.mark.parametrize("kind", ["rank 3", "no in-channels", "small filters", "repeated filters"])
+@pytest.mark.parametrize("rank", [20, 60])
+def test_single_precision_bears_more_terms_than_the_weight_needs(kind: str, rank: int) -> None:
+    weight, structure = deficient(kind), fam.depthwise_cp((16, 16, 3, 3), rank)
+    exact = project(weight, structure, sweeps=40).rel_error
+    single = project(weight, structure, sweeps=40, dtype=torch.float32)
+    assert single.rel_error < 2 * exact + 1e-3
+    assert all(bool(torch.isfinite(a).all()) for a in single.factors)
+
+
+@pytest.mark.parametrize("scale", [1e-50, 1e39])
+def test_single_precision_holds_weights_of_any_scale(scale: float) -> None:
+    structure, weight = STRUCTURES["depthwise CP"], gaussian(1, *SHAPE)
+    plain = project(weight, structure, sweeps=5, dtype=torch.float32)
+    scaled = project(scale * weight, structure, sweeps=5, dtype=torch.float32)
+    assert scaled.rel_error == pytest.approx(plain.rel_error, rel=1e-3)
+    whole = reconstruct_batch(structure, scaled.factors) / scale
+    assert float((whole - weight).norm() / weight.norm()) == pytest.approx(plain.rel_error, rel=1e-3)
+    assert fit_batch(weight, structure, sweeps=2, dtype=torch.float32)[1].dtype == torch.float64
+
+
 def test_the_recursion_alone_leaves_terms_beyond_its_rank_out() -> None:
     structure, weight = fam.depthwise_cp((6, 6, 3, 3), 9), gaussian(1, 6, 6, 3, 3)
     whole = project(weight, structure, sweeps=0)

@@ -10,7 +10,7 @@ from sekron_search.kron import families as fam
 from sekron_search.kron import refine
 from sekron_search.kron.metric import InputMetric
 from sekron_search.kron.products import MetricProduct
-from sekron_search.kron.projection import project, reconstruct_batch
+from sekron_search.kron.projection import Fit, project, reconstruct_batch
 from sekron_search.kron.structure import Structure
 
 SHAPE = (8, 6, 3, 3)
@@ -103,6 +103,35 @@ def test_cp_of_many_terms_is_fitted_where_evaluations_are_dear(monkeypatch: pyte
     refiner = refine.Refiner(weight, metric)
     errors = [refiner.fit(fam.depthwise_cp(shape, rank), steps=0).rel_error for rank in (8, 10, 16)]
     assert errors[2] < 0.85 * errors[1] < 0.85 * 0.98 * errors[0]
+
+
+@pytest.mark.parametrize("dear", [False, True])
+def test_sweeps_are_as_many_and_numbers_as_long_as_a_layer_can_afford(
+    dear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, metric = gaussian(1, *SHAPE, seed=4), metric_of(1, curvature=False)
+    seen: list[tuple[int, torch.dtype]] = []
+
+    def noted(weight: Tensor, structure: Structure, *, sweeps: int, dtype: torch.dtype) -> Fit:
+        seen.append((sweeps, dtype))
+        return project(weight, structure, sweeps=1)
+
+    monkeypatch.setattr(refine, "project", noted)
+    monkeypatch.setattr(refine, "CHEAP_PRODUCTS", 0 if dear else 10**12)
+    monkeypatch.setattr(refine, "SWEEP_PRODUCTS", weight.numel() * 6 * 50)
+    for structure in (fam.cp(SHAPE, 6), fam.cp(SHAPE, 1), fam.cp(SHAPE, 60), fam.tensor_train(SHAPE, [6, 6, 3])):
+        refine.Refiner(weight, metric).start(structure)
+    single = torch.float32 if dear else torch.float64
+    assert seen == [(50, single), (refine.MOST_SWEEPS, single), (refine.LEAST_SWEEPS, single), (50, torch.float64)]
+
+
+def test_dear_fits_bear_more_terms_than_the_weight_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (16, 16, 3, 3)
+    weight, inputs = gaussian(1, *shape, seed=4), gaussian(1, 400, 16 * 9, seed=1)
+    weight[:, 4:] = 0
+    metric = InputMetric(inputs.mT @ inputs / 400, torch.zeros(1, 16 * 9))
+    monkeypatch.setattr(refine, "CHEAP_PRODUCTS", 0)
+    assert refine.Refiner(weight, metric).fit(fam.depthwise_cp(shape, 60), steps=40).rel_error < 1e-2
 
 
 def test_a_refinement_takes_all_the_steps_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
