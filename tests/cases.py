@@ -224,14 +224,19 @@ def nan_net() -> nn.Module:
     return model
 
 
-CONFIG = """
-model: {factory: "tests.cases:small_net"}
-data: {source: factory, factory: "tests.cases:small_data"}
-budget: {flops: 0.6x, params: 0.8x}
-calibration: {samples: 64, holdout: 128, batch_size: 32, refine_steps: 5, sequential_steps: 5}
-search: {trials: 8}
-latency: {batch_size: 4, rounds: 3}
-finetune: {epochs: 2, batch_size: 32, candidates: 2}
+#: Of configurations: few options, for most tests take the time of their fits. Without it there are enough for a search
+#: to come to many networks.
+SPACE = "space: {rank_levels: 4, max_options: 24}"
+
+CONFIG = f"""
+model: {{factory: "tests.cases:small_net"}}
+data: {{source: factory, factory: "tests.cases:small_data"}}
+budget: {{flops: 0.6x, params: 0.8x}}
+{SPACE}
+calibration: {{samples: 64, holdout: 128, batch_size: 32, refine_steps: 5, sequential_steps: 5}}
+search: {{trials: 8}}
+latency: {{batch_size: 4, rounds: 3}}
+finetune: {{epochs: 2, batch_size: 32, candidates: 2}}
 """
 
 

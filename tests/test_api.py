@@ -29,6 +29,7 @@ def compress(model: nn.Module, out: Path, **options: Any) -> sekron_search.Resul
     defaults: dict[str, Any] = {
         "example_inputs": IMAGES[:2],
         "budget": {"flops": "0.8x"},
+        "space": {"rank_levels": 4, "max_options": 24},
         "calibration": IMAGES,
         "progress": False,
         "search": {"trials": 1},

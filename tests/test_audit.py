@@ -22,14 +22,14 @@ from sekron_search.ranking import kendall
 from sekron_search.report.audit import audit_section
 from sekron_search.report.plots import audit_plot
 from sekron_search.rundir import RunFolder
-from tests.cases import CONFIG, write_config
+from tests.cases import CONFIG, SPACE, write_config
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
 )
 
 AUDIT = (
-    CONFIG.replace("epochs: 2,", "epochs: 2, learning_rate: 1.0e-3,")
+    CONFIG.replace(SPACE, "").replace("epochs: 2,", "epochs: 2, learning_rate: 1.0e-3,")
     + "audit: {candidates: 6, budgets: [{flops: 0.7x}, {flops: 0.5x}, {flops: 0.35x}]}\n"
 )
 

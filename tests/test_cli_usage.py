@@ -21,7 +21,7 @@ from sekron_search.cli.output import json_alone, print_json, print_table
 from sekron_search.errors import ConfigError
 from sekron_search.report.document import Code
 from sekron_search.report.usage import use_section
-from tests.cases import CONFIG, write_config
+from tests.cases import CONFIG, SPACE, write_config
 from tests.pages import sample
 from tests.test_run import ROOT
 
@@ -240,7 +240,7 @@ def test_options_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     home.mkdir()
     elsewhere.mkdir()
     (home / "space.yaml").write_text("max_factors: 3\nrank_levels: 5\n")
-    path = write_config(home, CONFIG + "space: space.yaml\n")
+    path = write_config(home, **{SPACE: "space: space.yaml"})
     monkeypatch.chdir(elsewhere)
     config = Given(
         config=path, budget=["flops=0.3x"], epochs=0, set=["space.rank_levels=4", "tables=kept", "search.trials=2"]

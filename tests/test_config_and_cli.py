@@ -27,7 +27,7 @@ from sekron_search.kron.plan import best_plan
 from sekron_search.references import import_reference
 from sekron_search.scoring import candidates
 from sekron_search.search.space import SearchSpace
-from tests.cases import CONFIG, blobs, net_of_odd_layers, small_net, write_config
+from tests.cases import CONFIG, SPACE, blobs, net_of_odd_layers, small_net, write_config
 from tests.test_run import ROOT
 
 pytestmark = pytest.mark.filterwarnings(
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings(
         ("source: factory,", "source: web,", "key 'data.source'"),
         ('source: factory, factory: "tests.cases:small_data"', "source: folder", "needs the key 'path'"),
         ("model: {", "model: {weights: nothing.pt, ", "config key 'model.weights': no such file"),
-        ("budget:", "space: nothing.yaml\nbudget:", "nothing.yaml: cannot be read"),
+        (SPACE, "space: nothing.yaml", "nothing.yaml: cannot be read"),
         ("budget:", "budget: [", "not YAML"),
         ("flops: 0.6x", "flops: true", "budget.flops: expected a positive number"),
         ("budget:", "device: abacus\nbudget:", "key 'device': expected a torch device such as 'cpu'"),
@@ -99,7 +99,7 @@ def test_inspect_says_what_is_not_worth_it(tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     tiny = "left alone: scale (Conv2d): no structure of the search space 'default' is cheaper than the dense layer"
     assert tiny in found.output
-    excluded = write_config(tmp_path, CONFIG + 'space: {exclude: ["spatial"]}\n', **replaced)
+    excluded = write_config(tmp_path, CONFIG, **replaced, **{SPACE: 'space: {exclude: ["spatial"]}'})
     found = CliRunner().invoke(app, ["inspect", str(excluded)], env={"COLUMNS": "140"})
     assert "left alone: spatial (Conv2d): the search space leaves it out" in found.output
 

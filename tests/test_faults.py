@@ -36,7 +36,7 @@ from sekron_search.rundir import RunFolder
 from sekron_search.search.options import Assignment
 from sekron_search.search.trial import Evaluation
 from sekron_search.training_data import TrainingData
-from tests.cases import CONFIG, SmallNet, blobs, small_net, write_config
+from tests.cases import CONFIG, SPACE, SmallNet, blobs, small_net, write_config
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings(
@@ -48,7 +48,8 @@ TOO_MANY = 2**44
 
 
 def test_a_trial_without_memory_counts_as_the_worst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "candidates: 2": "candidates: 1"})
+    replaced = {"epochs: 2": "epochs: 0", "candidates: 2": "candidates: 1", SPACE: ""}
+    config = write_config(tmp_path, CONFIG, **replaced)
     assemble, tried, failed, alone = Assembler.with_factors, list[Assignment](), set[Assignment](), list[Assignment]()
 
     def hungry(self: Assembler, assignment: Assignment) -> nn.Module:

@@ -26,7 +26,7 @@ from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget
 from sekron_search.select import select, with_network
-from tests.cases import CONFIG, blobs, small_data, small_net, write_config
+from tests.cases import CONFIG, SPACE, blobs, small_data, small_net, write_config
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("run")
-    path = write_config(folder, CONFIG, **{"trials: 8": "trials: 6"})
+    path = write_config(folder, CONFIG, **{"trials: 8": "trials: 6", SPACE: ""})
     run(job_from_config(Config.load(path)), RunFolder(folder / "out"), Reporter(), resume=False)
     return RunFolder(folder / "out")
 

@@ -36,13 +36,17 @@ from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.registry import make_runtime
 from sekron_search.search.knapsack import solve_knapsack
 from sekron_search.timing import Placed
-from tests.cases import CONFIG, write_config
+from tests.cases import CONFIG, SPACE, write_config
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
 )
 
-LATENCY = CONFIG.replace("{flops: 0.6x, params: 0.8x}", "{latency_ms: 0.7x}").replace("trials: 8", "trials: 4")
+LATENCY = (
+    CONFIG.replace(SPACE, "")
+    .replace("{flops: 0.6x, params: 0.8x}", "{latency_ms: 0.7x}")
+    .replace("trials: 8", "trials: 4")
+)
 
 #: Milliseconds of a network for each of its multiply-adds per sample.
 MS_PER_FLOP = 1e-5
