@@ -174,7 +174,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("limit", [100, 30_000])
+@pytest.mark.parametrize("limit", [pytest.param(100, marks=pytest.mark.slow), 30_000])
 def test_a_full_disk_is_told_and_gone_on_from(tmp_path: Path, limit: int) -> None:
     """Files cannot grow beyond a limit, as on a full disk; what lies there is whole, and more room finishes the run."""
     config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "trials: 8": "trials: 2"})

@@ -77,6 +77,7 @@ def test_a_run_among_two_processes(tmp_path: Path) -> None:
     assert len(read_json(out / "finished" / f"trial-{other}" / "report.json")["curve"]) == 2
 
 
+@pytest.mark.slow
 def test_another_budget_of_a_run_of_objects_among_two_processes(tmp_path: Path) -> None:
     done = torchrun("-m", "tests.team_finishing", str(tmp_path))
     assert done.returncode == 0, done.stderr
