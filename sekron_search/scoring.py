@@ -95,18 +95,16 @@ def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) ->
     scored.nested()
     cheapest = set(_cheapest(pool))
     unknown = [i for i in range(len(pool)) if np.isnan(scored.errors[i])]
-    affordable = [
-        i
-        for i in unknown
-        if i in cheapest or weight.numel() * max(_ranks(pool[i].structure), default=1) <= MOST_PRODUCTS
-    ]
-    ladders = _ladders(pool, unknown)
-    hopeful = [i for i in affordable if i not in ladders and (i in cheapest or not scored.beaten(i, scored.bound(i)))]
+    products = {i: weight.numel() * max(_ranks(pool[i].structure), default=1) for i in unknown}
+    dear = {i for i in unknown if i not in cheapest and products[i] > MOST_PRODUCTS}
+    ladders = _ladders(pool, unknown) - dear
+    others = [i for i in unknown if i not in ladders and i not in dear]
+    hopeful = [i for i in others if i in cheapest or not scored.beaten(i, scored.bound(i))]
     fitted = {hopeful[i] for i in _spread(len(hopeful), max_fits)} | (cheapest & set(hopeful))
     for i in unknown:
         if i in fitted:
             scored.errors[i] = project(weight, pool[i].structure, sweeps=SCORING_SWEEPS).rel_error
-        elif i not in ladders or i not in affordable:
+        elif i not in ladders:
             scored.errors[i] = np.inf
     return [float(error) for error in scored.errors]
 
