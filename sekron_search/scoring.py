@@ -95,8 +95,8 @@ def scores(pool: Sequence[CandidateStructure], weight: Tensor, max_fits: int) ->
     scored.nested()
     cheapest = set(_cheapest(pool))
     unknown = [i for i in range(len(pool)) if np.isnan(scored.errors[i])]
-    products = {i: weight.numel() * max(_ranks(pool[i].structure), default=1) for i in unknown}
-    dear = {i for i in unknown if i not in cheapest and products[i] > MOST_PRODUCTS}
+    most = MOST_PRODUCTS / weight.numel()
+    dear = {i for i in unknown if i not in cheapest and pool[i].structure.largest_rank > most}
     ladders = _ladders(pool, unknown) - dear
     others = [i for i in unknown if i not in ladders and i not in dear]
     hopeful = [i for i in others if i in cheapest or not scored.beaten(i, scored.bound(i))]
@@ -113,15 +113,8 @@ def _ladders(pool: Sequence[CandidateStructure], indices: Sequence[int]) -> set[
     """Those of the candidates that differ from all others of their rank graph by the size of their one index only."""
     shapes: dict[Graph, set[tuple[Shape, ...]]] = {}
     for i in indices:
-        shapes.setdefault(_graph(pool[i]), set()).add(pool[i].structure.shapes)
-    return {i for i in indices if len(pool[i].structure.ranks) == 1 and len(shapes[_graph(pool[i])]) == 1}
-
-
-def _graph(candidate: CandidateStructure) -> Graph:
-    """The rank graph, its indices numbered in the order in which they come."""
-    carries = candidate.structure.carries
-    numbers = {name: str(i) for i, name in enumerate(dict.fromkeys(name for carried in carries for name in carried))}
-    return tuple(tuple(numbers[name] for name in carried) for carried in carries)
+        shapes.setdefault(pool[i].structure.graph, set()).add(pool[i].structure.shapes)
+    return {i for i in indices if len(pool[i].structure.ranks) == 1 and len(shapes[pool[i].structure.graph]) == 1}
 
 
 class _Scored:
@@ -230,7 +223,7 @@ def shortlist(pool: Sequence[CandidateStructure], scores: Sequence[float], most:
     groups: dict[Graph, list[int]] = {}
     for i, score in enumerate(scores):
         if not np.isinf(score):
-            groups.setdefault(_graph(pool[i]), []).append(i)
+            groups.setdefault(pool[i].structure.graph, []).append(i)
     fronts = []
     for indices in groups.values():
         points = [[pool[i].cost.flops, pool[i].cost.params, scores[i]] for i in indices]

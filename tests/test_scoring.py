@@ -118,4 +118,4 @@ def test_names_of_rank_indices_make_no_rank_graph() -> None:
     ]
     both = [*pool, *renamed]
     assert len(scoring._ladders(both, range(len(both)))) == len(both)
-    assert len({scoring._graph(c) for c in both}) == 1
+    assert len({c.structure.graph for c in both}) == 1

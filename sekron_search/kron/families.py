@@ -173,9 +173,9 @@ def family(structure: Structure) -> str:
         return _pair_family(structure)
     if structure.shapes == _tucker2_shapes(structure.weight_shape) and structure.carries == tt_graph(3):
         return "Tucker-2"
-    if structure.carries == _renamed(structure, cp_graph(3)):
-        apart = sorted(structure.shapes) == sorted(_depthwise_cp_shapes(structure.weight_shape))  # the order is free
-        return "CP" if single else "depthwise CP" if apart else "Kronecker-CP"
+    apart = sorted(structure.shapes) == sorted(_depthwise_cp_shapes(structure.weight_shape))  # in CP any order does
+    if structure.graph == cp_graph(3) and apart and not single:
+        return "depthwise CP"
     names: dict[GraphName, str] = {
         "cp": "CP",
         "tt": "Tensor-Train",
@@ -184,7 +184,7 @@ def family(structure: Structure) -> str:
         "sekron": "SeKron",
     }
     for graph, label in names.items():
-        if structure.carries == _renamed(structure, GRAPHS[graph](count)):
+        if structure.graph == GRAPHS[graph](count):
             core = graph == "tucker" and prod(structure.shapes[-1]) > 1
             return label if (single or graph == "sekron") and not core else f"Kronecker-{label}"
     return "Kronecker (mixed rank graph)"
@@ -201,13 +201,3 @@ def _pair_family(structure: Structure) -> str:
     if len({home for mode, home in homes.items() if mode >= 2}) == 2:
         return "Kronecker" if channels in ([0, 0], [1, 1]) else "spatial SVD"
     return "channel SVD" if sorted(channels) == [0, 1] else "spatial basis"
-
-
-def _renamed(structure: Structure, graph: Graph) -> Graph:
-    """The graph with its default names replaced by the structure's own, in order."""
-    own = [name for name, _ in structure.ranks]
-    names = sorted({name for carried in graph for name in carried})
-    if len(own) != len(names):
-        return ()
-    table = dict(zip(names, own, strict=True))
-    return tuple(tuple(table[name] for name in carried) for carried in graph)

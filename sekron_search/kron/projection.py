@@ -146,21 +146,17 @@ def _best_of_starts(
         found.append([torch.randn(a.shape, generator=generator, dtype=a.dtype).to(a) for a in first])
     factors = [torch.cat(parts) for parts in zip(*found, strict=True)]
     repeated = modes if starts == 1 else modes.repeat(starts, *[1] * (modes.dim() - 1))
-    held = None
+    ends = []
     if not structure.is_tree:
-        held = alternating_least_squares(
-            structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance, ridge=RIDGE
+        ends.append(
+            alternating_least_squares(structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance, ridge=RIDGE)
         )
-        factors, sweeps = held[0], min(1 + sweeps // 10, LAST_SWEEPS)
-    factors, errors = alternating_least_squares(structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance)
-    if held is not None:
-        # Without the ridge the first sweep may be worse, where normal matrices are singular.
-        lower = errors < held[1]
-        factors = [
-            torch.where(lower.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(factors, held[0], strict=True)
-        ]
-        errors = torch.where(lower, errors, held[1])
-    best = errors.reshape(starts, -1).argmin(0) * len(modes) + torch.arange(len(modes), device=modes.device)
+        factors, sweeps = ends[0][0], min(1 + sweeps // 10, LAST_SWEEPS)
+    ends.append(alternating_least_squares(structure, repeated, factors, max_sweeps=sweeps, tolerance=tolerance))
+    # With the ridge and without: where normal matrices are singular the latter may be worse.
+    factors = [torch.cat(parts) for parts in zip(*(end for end, _ in ends), strict=True)]
+    errors = torch.cat([squared for _, squared in ends]).reshape(-1, len(modes))
+    best = errors.argmin(0) * len(modes) + torch.arange(len(modes), device=modes.device)
     return [a[best] for a in factors]
 
 

@@ -130,7 +130,7 @@ class Refiner:
 
     def _affordable(self, structure: Structure, steps: int) -> int:
         """Steps of a dear descent at most."""
-        rebuilding = 6 * self.unit.numel() * max((size for _, size in structure.ranks), default=1)
+        rebuilding = 6 * self.unit.numel() * structure.largest_rank
         product = self._products if self._product is None else self._product.cost(structure)
         return min(steps, max(LEAST_STEPS, int(PRODUCTS / (product + rebuilding))))
 
@@ -226,7 +226,7 @@ class Refiner:
             bases = {k: shared.basis(k) for k in range(structure.num_factors) if k != core}
             found = orthogonal_iteration(structure, core, shared.modes, DEAR_PASSES, bases)
             return shared.whitening.undo(_shaped(structure, found))
-        products = self.unit.numel() * max((size for _, size in structure.ranks), default=1)
+        products = self.unit.numel() * structure.largest_rank
         sweeps = int(min(max(SWEEP_PRODUCTS / products, LEAST_SWEEPS), MOST_SWEEPS))
         # The descent is in single precision anyway; a tree's sweeps, which have no ridge, need more.
         dtype = torch.float32 if self._is_dear and not structure.is_tree else torch.float64

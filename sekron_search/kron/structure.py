@@ -172,6 +172,17 @@ class Structure:
         """Size of every rank index."""
         return dict(self.ranks)
 
+    @property
+    def largest_rank(self) -> int:
+        """Size of the largest rank index, 1 without any."""
+        return max(self.rank_sizes.values(), default=1)
+
+    @cached_property
+    def graph(self) -> tuple[tuple[str, ...], ...]:
+        """What every factor carries, the rank indices called a, b, ... in their order, whatever their names."""
+        names = {name: opt_einsum.get_symbol(i) for i, (name, _) in enumerate(self.ranks)}
+        return tuple(tuple(names[name] for name in carried) for carried in self.carries)
+
     @cached_property
     def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of every factor A_k: its rank indices first, then (f_k, c_k, *kernel_k)."""

@@ -82,7 +82,8 @@ def _truncated_svd(matrix: Tensor, rank: int, surplus: float) -> tuple[Tensor, T
     if surplus > 0:
         least = surplus * torch.linalg.matrix_norm(matrix)[..., None, None]
         dead = torch.linalg.vector_norm(right, dim=-1, keepdim=True) < DEAD_SHARE * least
-        right = torch.where(dead, _pattern(rank, right.shape[-1]).to(right) * least, right)
+        if bool(dead.any()):
+            right = torch.where(dead, _pattern(rank, right.shape[-1]).to(right) * least, right)
     return filled(left, rank), right
 
 
