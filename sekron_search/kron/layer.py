@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 
 import torch
@@ -162,9 +163,14 @@ class KroneckerLayer(nn.Module):
         return native_weight(self.group_weights(), self.kind)
 
     def group_weights(self) -> Tensor:
-        """The reconstructed weight of every group, (G, F, C, *kernel), cropped to the layer's channels."""
-        groups = self.geometry.groups
-        full = reconstruct_batch(self.structure, self.factors())
+        """The reconstructed weight of every group, (G, F, C, *kernel), cropped to the layer's channels.
+
+        In the precision of the factors, under autocast too: what is rounded before terms cancel each other remains.
+        """
+        groups, device = self.geometry.groups, self.weights[0].device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
+            full = reconstruct_batch(self.structure, self.factors())
         return full[:, : self.out_channels // groups, : self.in_channels // groups]
 
     def extra_repr(self) -> str:

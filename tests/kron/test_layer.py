@@ -146,6 +146,23 @@ def test_gradients_are_those_of_the_reconstructed_convolution() -> None:
         torch.testing.assert_close(one.grad, other.grad)
 
 
+def test_terms_that_cancel_are_rebuilt_in_the_precision_of_their_factors() -> None:
+    conv = nn.Conv2d(6, 8, 3)
+    layer = KroneckerConv.from_conv(conv, fam.cp((8, 6, 3, 3), 4), execution="dense")
+    with torch.no_grad():  # a pair of terms, a thousand times as large as what they add up to
+        factors = [torch.randn_like(a) for a in layer.factors()]
+        for a in factors:
+            a[:, 1] = a[:, 0]
+        factors[0][:, 0] *= 1000
+        factors[0][:, 1] *= -999
+        layer.set_factors(factors)
+    exact = layer.weight.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        rebuilt, out = layer.weight.detach(), layer(torch.randn(1, 6, 5, 5))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(rebuilt, exact, rtol=1e-3, atol=1e-3 * float(exact.std()))
+
+
 def test_dense_execution_follows_changed_factors() -> None:
     conv = nn.Conv2d(6, 8, 3)
     layer = KroneckerConv.from_conv(conv, fam.channel_svd((8, 6, 3, 3), 3), execution="dense")
