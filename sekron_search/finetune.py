@@ -151,7 +151,7 @@ class Distillation:
     @torch.no_grad()
     def loss_of(self, model: nn.Module, batches: Iterable[Batch]) -> float:
         """Mean loss of a network in training mode, of its outputs alone; its running statistics may change."""
-        model.train()
+        self._to_training(model)
         device = next(model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.data.seed)
@@ -194,7 +194,7 @@ class Distillation:
             return self._steps(state, epoch, progress)
 
     def _steps(self, state: TrainingState, epoch: int, progress: Callable[[int], None]) -> float:
-        state.model.train()
+        self._to_training(state.model)
         device = next(state.model.parameters()).device
         replaced = self._layers_of(state.model)
         summed, done, together = 0.0, 0, self.config.accumulate
@@ -216,6 +216,14 @@ class Distillation:
         if not all(bool(p.isfinite().all()) for p in trainable(state.model)):
             raise self._diverged(state, f"a weight became NaN or infinite in the last step of epoch {epoch}")
         return summed / max(done, 1)
+
+    def _to_training(self, model: nn.Module) -> None:
+        """Training mode; batch-norms that are frozen stay as they will run."""
+        model.train()
+        if self.config.batch_norm == "frozen":
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.eval()
 
     def _diverged(self, state: TrainingState, what: str) -> DivergedError:
         message = f"fine-tuning: {what}; lower finetune.learning_rate (now {self.rate:g})"

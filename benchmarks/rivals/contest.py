@@ -12,6 +12,7 @@ from benchmarks.rivals.methods import RIVALS
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError, DivergedError, InfeasibleBudgetError
 from sekron_search.files import read_json, write_json
+from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.learning_rate import tuned
 from sekron_search.progress import Reporter
@@ -47,7 +48,7 @@ class Contest:
         if not result.exists():
             home.mkdir(parents=True, exist_ok=True)
             try:
-                found = self._result(self._compressed(name, share), home)
+                found = self._result(self._compressed(name, share), self._distillation(name), home)
             except (InfeasibleBudgetError, DivergedError) as error:
                 found = {"failed": str(error)}
             write_json(result, found)
@@ -67,10 +68,15 @@ class Contest:
             reestimate_batch_norm(network, job.calibration, original=paired)
         return network
 
-    def _result(self, network: nn.Module, home: Path) -> dict[str, Any]:
+    def _distillation(self, name: str) -> Distillation:
+        """How the rival's network is trained: as all are, but one with fresh weights has no statistics to keep."""
+        finetune = self.job.settings.finetune
+        return self.job.distillation_by(
+            finetune.model_copy(update={"batch_norm": "trained"}) if RIVALS[name].afresh else finetune
+        )
+
+    def _result(self, network: nn.Module, distillation: Distillation, home: Path) -> dict[str, Any]:
         job, rate = self.job, home / "learning_rate.json"
-        distillation = job.distillation
-        assert distillation is not None
         assert job.validate is not None
         assert job.test is not None
         untrained, start = job.validate(network), {n: t.clone() for n, t in network.state_dict().items()}
