@@ -66,11 +66,11 @@ def trial_steps(total_steps: int) -> int:
 def find_learning_rate(distillation: Distillation, network: nn.Module, reporter: Reporter) -> Found:
     """Whole short trainings, warm-up and decay included, with rates around the best one so far.
 
-    They are compared by the loss of the network's outputs, on batches that they have not seen, with batch-norm as in
-    training: where statistics are not frozen they lag behind the weights after so few steps, and would decide. Errors
-    of the layers' outputs, which short trainings are guided by to the end, are least at rates several times as high, from which a long
-    training does not recover. What is found is the minimum of a parabola through the best three, over the logarithm of
-    the rate.
+    They are compared by the loss of the network's outputs, on batches that they have not seen, with batch-norm as
+    in training: where statistics are not frozen they lag behind the weights after so few steps, and would decide.
+    Errors of the layers' outputs, which short trainings are guided by to the end, are least at rates several times
+    as high, from which a long training does not recover. What is found is the minimum of a parabola through the
+    best three, over the logarithm of the rate.
 
     Args:
         distillation: How the network will be trained.
