@@ -13,11 +13,13 @@ from torch import nn
 
 from benchmarks.tasks import TASKS, Task
 from sekron_search import load
+from sekron_search.costs.provenance import Provenance
 from sekron_search.job import Job
 from sekron_search.jobs import job_from_config
 from sekron_search.progress import ConsoleReporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
+from sekron_search.runtimes.registry import make_runtime
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,23 @@ class Runs:
         network: One of `TASKS`.
         data: Holds data/cifar10_jpeg.tar.xz, data/sr_hr.tar and models/resnet20_cifar10_jpeg.pt.
         home: Folder of the runs, of their tables, and of the weights of networks that have to be trained.
+        device: On which networks are searched for and trained.
     """
 
     network: str
     data: Path
     home: Path
+    device: str = "cpu"
 
     @property
     def task(self) -> Task:
         """What the network is for."""
         return TASKS[self.network]
+
+    @property
+    def processor(self) -> str:
+        """The name of the device."""
+        return Provenance.here(make_runtime("pytorch-eager", device=self.device)).processor
 
     @cached_property
     def weights(self) -> Path:
@@ -64,6 +73,7 @@ class Runs:
             finetune={**yaml.safe_load(self.task.template.read_text())["finetune"], "epochs": epochs},
             budget=dict(budget),
             seed=seed,
+            device=self.device,
             tables=(self.home / "tables").resolve(),
         )
         asked = "-".join(f"{name}-{bound}" for name, bound in budget.items())

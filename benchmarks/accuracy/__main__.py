@@ -51,6 +51,7 @@ def sample_of(runs: Runs, budget: str, seed: int, epochs: int) -> dict[str, Any]
         "budget": budget,
         "seed": seed,
         "epochs": epochs,
+        "processor": runs.processor,
         "unit": runs.task.unit,
         "lost": {split: factor * (before[split] - after[split]) for split in before},
         "lost_without_training": factor * (before["test"] - report["metric_without_training"]),
@@ -76,14 +77,14 @@ def targets_of(samples: list[dict[str, Any]]) -> list[Target]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "accuracy", seeds=[0, 1, 2])
+    parser = parser_of(__doc__, "accuracy", seeds=[0, 1, 2], trains=True)
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(CASES))
     parser.add_argument("--budgets", nargs="+", help="by default those that something is asked of")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     args = parser.parse_args()
     samples = earlier_samples("accuracy")
     for network in args.networks:
-        runs = Runs(network, args.data, args.runs)
+        runs = Runs(network, args.data, args.runs, args.device)
         for seed in args.seeds:
             for budget in args.budgets or CASES[network]:
                 sample = sample_of(runs, budget, seed, args.epochs)
