@@ -13,13 +13,11 @@ from torch import nn
 
 from benchmarks.tasks import TASKS, Task
 from sekron_search import load
-from sekron_search.costs.provenance import Provenance
 from sekron_search.job import Job
 from sekron_search.jobs import job_from_config
 from sekron_search.progress import ConsoleReporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
-from sekron_search.runtimes.registry import make_runtime
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Runs:
         network: One of `TASKS`.
         data: Holds data/cifar10_jpeg.tar.xz, data/sr_hr.tar and models/resnet20_cifar10_jpeg.pt.
         home: Folder of the runs, of their tables, and of the weights of networks that have to be trained.
-        device: On which networks are searched for and trained.
+        device: On which compressed networks are searched for and fine-tuned.
     """
 
     network: str
@@ -42,11 +40,6 @@ class Runs:
     def task(self) -> Task:
         """What the network is for."""
         return TASKS[self.network]
-
-    @property
-    def processor(self) -> str:
-        """The name of the device."""
-        return Provenance.here(make_runtime("pytorch-eager", device=self.device)).processor
 
     @cached_property
     def weights(self) -> Path:
@@ -77,7 +70,8 @@ class Runs:
             tables=(self.home / "tables").resolve(),
         )
         asked = "-".join(f"{name}-{bound}" for name, bound in budget.items())
-        folder = RunFolder(self.home / f"{self.network}-{asked}-epochs-{epochs}-seed-{seed}")
+        where = "" if self.device == "cpu" else f"-{self.device.replace(':', '')}"
+        folder = RunFolder(self.home / f"{self.network}-{asked}-epochs-{epochs}-seed-{seed}{where}")
         return Run(job_from_config(config), folder)
 
 

@@ -157,17 +157,17 @@ class FinetuneConfig(_Section):
         candidates: How many of the front's best feasible networks are trained, with successive halving.
         batch_size, weight_decay: Of training, by whichever optimizer.
         optimizer: "muon" changes matrices as much in all directions, "adamw" every number by itself.
-        learning_rate: After warm-up, before cosine decay; "auto" finds it, in an eighth to a quarter of the time.
+        learning_rate: Its highest, between warm-up and cosine; "auto" finds it in an eighth to a quarter of the time.
         accumulate: Batches whose gradients are averaged for one step, where more do not fit in memory at a time.
         temperature: Of the distillation, for "kl".
         loss: Of the outputs: "auto" compares logits by divergence and labels by cross-entropy, other outputs by squared
             errors; "l1" compares these by absolute ones; a function of (output, target), `package.module:function`,
             replaces what the targets are compared by.
         label_weight: Weight of the targets' loss; the original's outputs get the rest.
-        layer_weight: Of the error of the replaced layers' outputs, added, at the start; it falls to 0 like a cosine.
-        batch_norm: "frozen" trains scale and shift and keeps statistics, as they will run; "trained" takes the batch's.
-        autocast: What passes are computed in, losses scaled for float16; "auto" is bfloat16 where the device computes
-            in it, else float32, which is faster than converting.
+        layer_weight: Weight of the error of replaced layers' outputs, which is added; it falls to 0 like a cosine.
+        batch_norm: "frozen" trains scale and shift, and keeps statistics as they will run; "trained" takes batches'.
+        autocast: What passes are computed in, losses scaled for float16; None is float32, "auto" bfloat16 where the
+            device computes in it, else float32, which is faster than converting.
     """
 
     epochs: NonNegative = 3

@@ -150,7 +150,7 @@ class Distillation:
 
     @torch.no_grad()
     def loss_of(self, model: nn.Module, batches: Iterable[Batch]) -> float:
-        """Mean loss of a network in training mode, of its outputs alone; its running statistics may change."""
+        """Mean loss of a network in training mode, of its outputs alone; statistics that are trained may change."""
         self._to_training(model)
         device = next(model.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -218,12 +218,12 @@ class Distillation:
         return summed / max(done, 1)
 
     def _to_training(self, model: nn.Module) -> None:
-        """Training mode; batch-norms that are frozen stay as they will run."""
+        """Training mode; batch-norms stay as they will run, unless they are trained too."""
         model.train()
         if self.config.batch_norm == "frozen":
             for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
-                    module.eval()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.training = False  # not `eval()`, which modules inside of it would follow
 
     def _diverged(self, state: TrainingState, what: str) -> DivergedError:
         message = f"fine-tuning: {what}; lower finetune.learning_rate (now {self.rate:g})"

@@ -1,4 +1,4 @@
-"""The form in which networks train fastest; what they compute and what is learnt does not depend on it."""
+"""The form in which networks train fastest; but for rounding, what they compute and learn does not depend on it."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def sample_of(runs: Runs, budget: str, seed: int, epochs: int) -> dict[str, Any]
         "budget": budget,
         "seed": seed,
         "epochs": epochs,
-        "processor": runs.processor,
+        "processor": read_json(made.folder.environment)["processor"],
         "unit": runs.task.unit,
         "lost": {split: factor * (before[split] - after[split]) for split in before},
         "lost_without_training": factor * (before["test"] - report["metric_without_training"]),
@@ -77,10 +77,11 @@ def targets_of(samples: list[dict[str, Any]]) -> list[Target]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "accuracy", seeds=[0, 1, 2], trains=True)
+    parser = parser_of(__doc__, "accuracy", seeds=[0, 1, 2])
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(CASES))
     parser.add_argument("--budgets", nargs="+", help="by default those that something is asked of")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--device", default="cpu", help="where networks are searched for and fine-tuned: cpu, cuda")
     args = parser.parse_args()
     samples = earlier_samples("accuracy")
     for network in args.networks:

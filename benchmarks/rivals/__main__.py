@@ -8,7 +8,8 @@ same images by the same distillation for the same epochs, its learning rate foun
 layers' outputs count where layers are replaced, which pruning and fresh networks do not do. Latencies are of deployed
 networks beside the original. Under each budget this package is then given the measured latency of the best rival as its
 only budget. Everything is chosen on a validation split; the test split is evaluated once per network. Killed runs are
-gone on with, and results of other methods, seeds and epochs that were written before are kept.
+gone on with, and results of other methods, seeds and epochs that were written before are kept. Batch-norms keep their
+statistics in training, but in networks that have other channels than the original (pruning, fewer channels).
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def condition_of(sample: Sample) -> tuple[str, str, int]:
 
 def main() -> None:
     methods = [OURS, *RIVALS]
-    parser = parser_of(__doc__, "accuracy", seeds=[0], trains=True)
+    parser = parser_of(__doc__, "accuracy", seeds=[0])
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=["resnet20"])
     parser.add_argument("--budgets", nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
@@ -150,11 +151,11 @@ def main() -> None:
     samples = earlier_samples("rivals")
 
     def add(sample: Sample) -> None:
-        samples[:] = with_sample(samples, {**sample, "processor": runs.processor}, KEYS)
+        samples[:] = with_sample(samples, sample, KEYS)
         write_results("rivals", targets_of(samples), samples, command="make bench NAME=rivals DATA=...")
 
     for network in args.networks:
-        runs = Runs(network, args.data, args.runs, args.device)
+        runs = Runs(network, args.data, args.runs)
         for budget in args.budgets:
             for seed in args.seeds:
                 for method in args.methods:

@@ -48,7 +48,8 @@ class Contest:
         if not result.exists():
             home.mkdir(parents=True, exist_ok=True)
             try:
-                found = self._result(self._compressed(name, share), self._distillation(name), home)
+                network = self._compressed(name, share)
+                found = self._result(network, self._distillation(network), home)
             except (InfeasibleBudgetError, DivergedError) as error:
                 found = {"failed": str(error)}
             write_json(result, found)
@@ -68,12 +69,11 @@ class Contest:
             reestimate_batch_norm(network, job.calibration, original=paired)
         return network
 
-    def _distillation(self, name: str) -> Distillation:
-        """How the rival's network is trained: as all are, but one with fresh weights has no statistics to keep."""
+    def _distillation(self, network: nn.Module) -> Distillation:
+        """How a rival's network is trained: as all are, but one of other channels has no trained statistics to keep."""
         finetune = self.job.settings.finetune
-        return self.job.distillation_by(
-            finetune.model_copy(update={"batch_norm": "trained"}) if RIVALS[name].afresh else finetune
-        )
+        kept = _same_norms(self.job.model, network)
+        return self.job.distillation_by(finetune if kept else finetune.model_copy(update={"batch_norm": "trained"}))
 
     def _result(self, network: nn.Module, distillation: Distillation, home: Path) -> dict[str, Any]:
         job, rate = self.job, home / "learning_rate.json"
@@ -101,6 +101,7 @@ class Contest:
             "validation_without_training": untrained,
             "validation": max(untrained, curve[-1]["metric"]),
             "test": job.test(network),
+            "batch_norm": distillation.config.batch_norm,
             "learning_rate": read_json(rate) if rate.exists() else None,
             "curve": curve,
         }

@@ -17,8 +17,8 @@ from benchmarks.super_resolution.plot import plot
 
 
 def main() -> None:
-    args = parser_of(__doc__, "accuracy", trains=True).parse_args()
-    runs = Runs("edsr", args.data, args.runs, args.device)
+    args = parser_of(__doc__, "accuracy").parse_args()
+    runs = Runs("edsr", args.data, args.runs)
     made = {budget: runs.run({"flops": budget}, epochs=EPOCHS) for budget in CASES["edsr"]}
     for budget, own in made.items():
         print(f"{budget} flops: {own.report['compressed']['metric']:.3f} dB on Set5")
