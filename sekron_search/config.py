@@ -164,7 +164,7 @@ class FinetuneConfig(_Section):
             errors; "l1" compares these by absolute ones; a function of (output, target), `package.module:function`,
             replaces what the targets are compared by.
         label_weight: Weight of the targets' loss; the original's outputs get the rest.
-        layer_weight: Weight of the error of replaced layers' outputs, which is added; it falls to 0 like a cosine.
+        layer_weight: Weight at the start of the error of replaced layers' outputs; it falls to 0 like a cosine.
         batch_norm: "frozen" trains scale and shift, and keeps statistics as they will run; "trained" takes batches'.
         autocast: What passes are computed in, losses scaled for float16; None is float32, "auto" bfloat16 where the
             device computes in it, else float32, which is faster than converting.

@@ -48,8 +48,7 @@ class Contest:
         if not result.exists():
             home.mkdir(parents=True, exist_ok=True)
             try:
-                network = self._compressed(name, share)
-                found = self._result(network, self._distillation(network), home)
+                found = self._result(self._compressed(name, share), home)
             except (InfeasibleBudgetError, DivergedError) as error:
                 found = {"failed": str(error)}
             write_json(result, found)
@@ -75,12 +74,12 @@ class Contest:
         kept = _same_norms(self.job.model, network)
         return self.job.distillation_by(finetune if kept else finetune.model_copy(update={"batch_norm": "trained"}))
 
-    def _result(self, network: nn.Module, distillation: Distillation, home: Path) -> dict[str, Any]:
+    def _result(self, network: nn.Module, home: Path) -> dict[str, Any]:
         job, rate = self.job, home / "learning_rate.json"
         assert job.validate is not None
         assert job.test is not None
         untrained, start = job.validate(network), {n: t.clone() for n, t in network.state_dict().items()}
-        distillation = tuned(distillation, network, rate, self.reporter)
+        distillation = tuned(self._distillation(network), network, rate, self.reporter)
         with self.reporter.task("fine-tuning", distillation.total_batches) as task:
             curve = distillation.train(
                 network,
