@@ -24,6 +24,10 @@ START, FACTOR, RANGE = 1e-3, 10**0.5, range(-8, 7)
 #: than the smaller one noise decides, but more than this other share is more than a rate is worth.
 SHARE, FEWEST_STEPS, MOST_STEPS, LARGEST_SHARE = 1 / 32, 24, 128, 1 / 16
 
+#: Longer trainings are best at higher rates, for they recover from more: by the square root of how many times as many
+#: steps they take as a trial, up to so many times, as far as that was measured.
+MOST_TIMES = 32
+
 #: Batches on which trials are compared.
 COMPARED = 8
 
@@ -69,8 +73,9 @@ def find_learning_rate(distillation: Distillation, network: nn.Module, reporter:
     They are compared by the loss of the network's outputs, on batches that they have not seen, with batch-norm as
     in training: where statistics are not frozen they lag behind the weights after so few steps, and would decide.
     Errors of the layers' outputs, which short trainings are guided by to the end, are least at rates several times
-    as high, from which a long training does not recover. What is found is the minimum of a parabola through the
-    best three, over the logarithm of the rate.
+    as high, from which a long training does not recover. The best rate of a trial is the minimum of a parabola through
+    the best three, over the logarithm of the rate; what is found is higher, by `raised`, or less so where a trial
+    diverges at that.
 
     Args:
         distillation: How the network will be trained.
@@ -80,13 +85,13 @@ def find_learning_rate(distillation: Distillation, network: nn.Module, reporter:
     Raises:
         DataError: If training diverges at every rate.
     """
-    brief, losses = distillation.briefly(trial_steps(distillation.total_steps)), dict[int, float]()
+    brief, losses = distillation.briefly(trial_steps(distillation.total_steps)), dict[float, float]()
     seen = len(brief.data)
     # What comes after the batches that trials are trained on; those themselves where nothing does.
     compared = list(islice(distillation.data.epoch(1), seen, seen + COMPARED))
     compared = compared or list(islice(distillation.data.epoch(1), COMPARED))
 
-    def loss(power: int) -> float:
+    def loss(power: float) -> float:
         if power not in losses:
             losses[power] = _loss_after(brief.with_rate(START * FACTOR**power), network, compared, reporter)
         return losses[power]
@@ -105,13 +110,25 @@ def find_learning_rate(distillation: Distillation, network: nn.Module, reporter:
         if better == best:
             break
         best = better
-    around = [losses.get(best + i, math.inf) for i in (-1, 0, 1)]
-    rate = START * FACTOR ** (best + _minimum(*around))
+    briefly = best + _minimum(*[losses.get(best + i, math.inf) for i in (-1, 0, 1)])
+    power = raised(briefly, distillation.total_steps / brief.total_steps)
+    while power > briefly and math.isinf(loss(power)):
+        power = max(power - 1, briefly)
+    rate = START * FACTOR**power
     tried = tuple(
         (START * FACTOR**power, losses[power] if math.isfinite(losses[power]) else None) for power in sorted(losses)
     )
     reporter.say(f"learning rate {rate:.2g}, found in {len(tried)} trials of {brief.total_steps} steps")
     return Found(rate, tried)
+
+
+def raised(power: float, times: float) -> float:
+    """The power of the rate for a training of so many times the steps of a trial, of that for the trial.
+
+    Measured on ResNet-20 (CIFAR-10), 3,510 steps for 109: from 1.4 to 5.6 times the rate at 0.5x of the flops, 3 to 9
+    times at 0.278x.
+    """
+    return power + 0.5 * math.log(min(max(times, 1.0), MOST_TIMES), FACTOR)
 
 
 def _minimum(left: float, middle: float, right: float) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 # Tests run side by side, a process on each core: libraries' threads would only be in each other's way.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

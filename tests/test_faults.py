@@ -215,6 +215,7 @@ def set_mode(folder: Path, mode: int) -> None:
         path.chmod(mode)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" and os.geteuid() == 0, reason="nothing is read-only for root")
 def test_folders_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     config = write_config(tmp_path, CONFIG, **{"epochs: 2": "epochs: 0", "trials: 8": "trials: 2"})
