@@ -15,7 +15,7 @@ from sekron_search.progress import Reporter
 STEPS = 3
 
 #: Learning rates that are tried, as it mostly comes out.
-RATES = 4
+RATES = 5
 
 
 @dataclass(frozen=True)
