@@ -85,7 +85,8 @@ def _learning_rate(report: Mapping[str, Any]) -> tuple[str, ...]:
     losses = ", ".join(
         f"{'infinite' if loss is None else format(loss, '.4g')} at {rate:.2g}" for rate, loss in found["trials"]
     )
-    return (f"Learning rate {found['learning_rate']:.2g}, found by short trainings, and raised for the longer one; their losses: {losses}.",)
+    how = "found by short trainings, and raised for the longer one"
+    return (f"Learning rate {found['learning_rate']:.2g}, {how}; their losses: {losses}.",)
 
 
 def exports_section(exports: Sequence[Mapping[str, Any]]) -> Section | None:
