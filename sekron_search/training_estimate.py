@@ -15,7 +15,7 @@ from sekron_search.progress import Reporter
 STEPS = 3
 
 #: Learning rates that are tried, as it mostly comes out.
-RATES = 5
+RATES = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def training_stages(job: Job, metric_s: float, reporter: Reporter) -> list[Stage
     batch_s = _batch_seconds(job, distillation)
     found, tried = [], _tried_batches(distillation)
     if tried:
-        steps = trial_steps(distillation.total_steps)
+        steps = _trial(distillation).total_steps
         found.append(Stage("learning rate", f"about {RATES} trainings of {steps} steps", tried * batch_s))
     epochs, batches = distillation.config.epochs, count * distillation.total_batches
     amount = f"{count} networks, {epochs} epochs, {batches:,} batches at most"
@@ -72,7 +72,12 @@ def _tried_batches(distillation: Distillation) -> int:
     """Of the trainings that look for the learning rate; 0 if it is given."""
     if distillation.config.learning_rate != "auto":
         return 0
-    return RATES * trial_steps(distillation.total_steps) * distillation.config.accumulate
+    return RATES * _trial(distillation).total_batches
+
+
+def _trial(distillation: Distillation) -> Distillation:
+    """One of the trainings that look for the learning rate."""
+    return distillation.briefly(trial_steps(distillation.total_steps))
 
 
 def _batch_seconds(job: Job, distillation: Distillation) -> float:

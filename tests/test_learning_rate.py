@@ -14,7 +14,16 @@ from sekron_search.config import FinetuneConfig
 from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
-from sekron_search.learning_rate import FACTOR, START, _minimum, find_learning_rate, raised, trial_steps, tuned
+from sekron_search.learning_rate import (
+    FACTOR,
+    MOST_TIMES,
+    START,
+    _minimum,
+    find_learning_rate,
+    raised,
+    trial_steps,
+    tuned,
+)
 from sekron_search.precision import autocast_dtype
 from sekron_search.progress import Reporter
 from sekron_search.training_data import TrainingData
@@ -43,34 +52,51 @@ def test_the_best_rate_of_a_parabola_is_found(monkeypatch: pytest.MonkeyPatch, b
     tried = fake_losses(monkeypatch, lambda rate: 2 + math.log(rate / best) ** 2)
     task = distillation(learning_rate="auto")
     found = find_learning_rate(task, compressed(task.teacher), Reporter())
-    longer = task.total_steps / trial_steps(task.total_steps)
-    assert found.learning_rate == pytest.approx(best * longer**0.5, rel=1e-6)
+    assert found.best_in_trials == pytest.approx(best, rel=1e-6)
+    assert found.learning_rate == raised(found.best_in_trials, task.total_steps)
     assert sorted(tried) == [rate for rate, _ in found.trials]
-    assert len(tried) == len(set(tried)) <= 4 + abs(round(math.log(best / START, FACTOR)))
+    assert len(tried) == len(set(tried)) <= 3 + abs(round(math.log(best / START, FACTOR)))
 
 
-@pytest.mark.parametrize(("times", "higher"), [(0.5, 1), (1, 1), (16, 4), (32, 32**0.5), (1000, 32**0.5)])
-def test_longer_trainings_get_higher_rates_as_far_as_was_measured(times: float, higher: float) -> None:
-    assert FACTOR ** raised(2.5, times) == pytest.approx(FACTOR**2.5 * higher)
+@pytest.mark.parametrize(
+    ("rate", "times", "higher"),
+    [
+        (1e-4, 1, 1e-4),
+        (1e-4, 16, 4e-4),
+        (1e-4, 32, 32**0.5 * 1e-4),
+        (1e-4, 1000, 32**0.5 * 1e-4),
+        (4e-3, 32, 1e-2),
+        (2e-2, 32, 2e-2),
+    ],
+)
+def test_longer_trainings_get_higher_rates_as_far_as_was_measured(rate: float, times: float, higher: float) -> None:
+    assert raised(rate, times) == pytest.approx(higher)
 
 
-def test_rates_are_raised_no_further_than_trials_converge(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_losses(monkeypatch, lambda rate: 2 + math.log(rate / 1e-3) ** 2 if rate < 2.2e-3 else math.inf)
-    task = distillation(learning_rate="auto")
-    longer = task.total_steps / trial_steps(task.total_steps)
+def test_trials_are_no_longer_than_an_epoch_and_rates_are_raised_by_what_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_losses(monkeypatch, lambda rate: 2 + math.log(rate / 1e-3) ** 2)
+    task = distillation(learning_rate="auto", epochs=200)
+    assert trial_steps(task.total_steps) > len(task.data)
     found = find_learning_rate(task, compressed(task.teacher), Reporter())
-    assert found.learning_rate == pytest.approx(1e-3 * longer**0.5 / FACTOR)
-    diverged = [rate for rate, loss in found.trials if loss is None]
-    assert diverged == pytest.approx([1e-3 * FACTOR, 1e-3 * longer**0.5])
+    assert found.learning_rate == pytest.approx(1e-3 * MOST_TIMES**0.5)
+
+
+@pytest.mark.parametrize("highest", [1.1e-3, 2.2e-3])
+def test_rates_close_below_those_that_diverge_are_not_raised(monkeypatch: pytest.MonkeyPatch, highest: float) -> None:
+    fake_losses(monkeypatch, lambda rate: 2 + math.log(rate / 1e-3) ** 2 if rate < highest else math.inf)
+    task = distillation(learning_rate="auto")
+    found = find_learning_rate(task, compressed(task.teacher), Reporter())
+    assert found.learning_rate == found.best_in_trials == pytest.approx(1e-3)
 
 
 def test_rates_at_which_training_diverges_are_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_losses(monkeypatch, lambda rate: math.inf if rate > 2e-5 else 1 - rate)
     task = distillation(learning_rate="auto")
     found = find_learning_rate(task, compressed(task.teacher), Reporter())
-    longer = task.total_steps / trial_steps(task.total_steps)
-    assert found.learning_rate == pytest.approx(1e-5 * longer**0.5 / FACTOR)  # the raised one diverges too
-    assert [loss for rate, loss in found.trials if rate > 2e-5] == [None] * 5
+    assert found.learning_rate == pytest.approx(1e-5)
+    assert [loss for rate, loss in found.trials if rate > 2e-5] == [None] * 4
 
 
 def test_training_that_diverges_at_every_rate_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,10 @@ def test_artefact_is_what_the_report_says(finished: Path) -> None:
 def test_pictures_and_markdown_are_there(finished: Path) -> None:
     text = (finished / "report.md").read_text()
     assert "**Every budget is met.**" in text
-    assert f"Learning rate {read_json(finished / 'learning_rate.json')['learning_rate']:.2g}, found by" in text
+    found = read_json(finished / "learning_rate.json")
+    rate, best = found["learning_rate"], found["best_in_trials"]
+    higher = f": {best:.2g} was best in them, and is raised for the longer one" if best < rate else ""
+    assert f"Learning rate {rate:.2g}, found by short trainings{higher}; their losses" in text
     for name in ("front_flops", "front_params", "layers", "finetuning"):
         assert f"plots/{name}.png" in text
         assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

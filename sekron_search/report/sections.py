@@ -85,8 +85,9 @@ def _learning_rate(report: Mapping[str, Any]) -> tuple[str, ...]:
     losses = ", ".join(
         f"{'infinite' if loss is None else format(loss, '.4g')} at {rate:.2g}" for rate, loss in found["trials"]
     )
-    how = "found by short trainings, and raised for the longer one"
-    return (f"Learning rate {found['learning_rate']:.2g}, {how}; their losses: {losses}.",)
+    rate, best = found["learning_rate"], found.get("best_in_trials", found["learning_rate"])
+    higher = f": {best:.2g} was best in them, and is raised for the longer one" if rate > best else ""
+    return (f"Learning rate {rate:.2g}, found by short trainings{higher}; their losses: {losses}.",)
 
 
 def exports_section(exports: Sequence[Mapping[str, Any]]) -> Section | None:
