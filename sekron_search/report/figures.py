@@ -191,6 +191,11 @@ def other_curves(report: Mapping[str, Any]) -> dict[int, Sequence[Mapping[str, f
     return {c["trial"]: c["curve"] for c in report["candidates"] if c.get("curve") and not c["chosen"]}
 
 
+def taken(found: Mapping[str, Any]) -> str:
+    """What a found learning rate is called in plots; it may lie beyond the best of the short trainings."""
+    return "taken, raised" if found["learning_rate"] > found.get("best_in_trials", math.inf) else "taken"
+
+
 def _learning_rate(found: Mapping[str, Any]) -> Figure:
     tried = sorted((rate, loss) for rate, loss in found["trials"] if loss is not None)
     rates, losses = [rate for rate, _ in tried], [loss for _, loss in tried]
@@ -204,7 +209,7 @@ def _learning_rate(found: Mapping[str, Any]) -> Figure:
         data,
         showlegend=False,
         shapes=[_vertical(found["learning_rate"])],
-        annotations=[_above(found["learning_rate"], "taken", log=True)],
+        annotations=[_above(found["learning_rate"], taken(found), log=True)],
     )
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sekron_search.report.audit import best_cheap
-from sekron_search.report.figures import additive_fronts, around, other_curves
+from sekron_search.report.figures import additive_fronts, around, other_curves, taken
 from sekron_search.report.style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PALE
 from sekron_search.search.pareto import front
 
@@ -206,7 +206,7 @@ def _curve_plot(report: dict[str, Any]) -> Figure:
     for axes in rest:
         tried = sorted((rate, loss) for rate, loss in found["trials"] if loss is not None)
         axes.semilogx([rate for rate, _ in tried], [loss for _, loss in tried], color=GREY, marker="s")
-        axes.axvline(found["learning_rate"], color=GREEN, linestyle="--", linewidth=1.2, label="taken")
+        axes.axvline(found["learning_rate"], color=GREEN, linestyle="--", linewidth=1.2, label=taken(found))
         axes.set(xlabel="learning rate", ylabel="loss of short trainings")
         axes.minorticks_off()  # their labels lie on each other
         axes.set_xticks([rate for rate, _ in tried], [f"{rate:.1g}" for rate, _ in tried], fontsize=8)
