@@ -70,6 +70,11 @@ def trial_steps(total_steps: int) -> int:
     return max(min(int(total_steps * SHARE), MOST_STEPS), fewest, 1)
 
 
+def trial_of(distillation: Distillation) -> Distillation:
+    """The short training that stands for a long one."""
+    return distillation.briefly(trial_steps(distillation.total_steps))
+
+
 def find_learning_rate(distillation: Distillation, network: nn.Module, reporter: Reporter) -> Found:
     """Whole short trainings, warm-up and decay included, with rates around the best one so far.
 
@@ -87,7 +92,7 @@ def find_learning_rate(distillation: Distillation, network: nn.Module, reporter:
     Raises:
         DataError: If training diverges at every rate.
     """
-    brief, losses = distillation.briefly(trial_steps(distillation.total_steps)), dict[int, float]()
+    brief, losses = trial_of(distillation), dict[int, float]()
     seen = len(brief.data)
     # What comes after the batches that trials are trained on; those themselves where nothing does.
     compared = list(islice(distillation.data.epoch(1), seen, seen + COMPARED))

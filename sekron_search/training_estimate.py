@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sekron_search.costs.measure import Stopwatch
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
-from sekron_search.learning_rate import FACTOR, START, trial_steps
+from sekron_search.learning_rate import FACTOR, START, trial_of
 from sekron_search.model import copy_model
 from sekron_search.progress import Reporter
 
@@ -42,7 +42,7 @@ def training_stages(job: Job, metric_s: float, reporter: Reporter) -> list[Stage
     batch_s = _batch_seconds(job, distillation)
     found, tried = [], _tried_batches(distillation)
     if tried:
-        steps = _trial(distillation).total_steps
+        steps = trial_of(distillation).total_steps
         found.append(Stage("learning rate", f"about {RATES} trainings of {steps} steps", tried * batch_s))
     epochs, batches = distillation.config.epochs, count * distillation.total_batches
     amount = f"{count} networks, {epochs} epochs, {batches:,} batches at most"
@@ -72,12 +72,7 @@ def _tried_batches(distillation: Distillation) -> int:
     """Of the trainings that look for the learning rate; 0 if it is given."""
     if distillation.config.learning_rate != "auto":
         return 0
-    return RATES * _trial(distillation).total_batches
-
-
-def _trial(distillation: Distillation) -> Distillation:
-    """One of the trainings that look for the learning rate."""
-    return distillation.briefly(trial_steps(distillation.total_steps))
+    return RATES * trial_of(distillation).total_batches
 
 
 def _batch_seconds(job: Job, distillation: Distillation) -> float:

@@ -191,9 +191,15 @@ def other_curves(report: Mapping[str, Any]) -> dict[int, Sequence[Mapping[str, f
     return {c["trial"]: c["curve"] for c in report["candidates"] if c.get("curve") and not c["chosen"]}
 
 
+def raised_from(found: Mapping[str, Any]) -> float | None:
+    """The best learning rate of the short trainings, where a higher one was taken; runs of before took none."""
+    best: float = found.get("best_in_trials", math.inf)
+    return best if found["learning_rate"] > best else None
+
+
 def taken(found: Mapping[str, Any]) -> str:
-    """What a found learning rate is called in plots; it may lie beyond the best of the short trainings."""
-    return "taken, raised" if found["learning_rate"] > found.get("best_in_trials", math.inf) else "taken"
+    """What a found learning rate is called in plots."""
+    return "taken" if raised_from(found) is None else "taken, raised"
 
 
 def _learning_rate(found: Mapping[str, Any]) -> Figure:

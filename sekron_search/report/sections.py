@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sekron_search.report.document import Column, Items, Picture, Section, Table
+from sekron_search.report.figures import raised_from
 from sekron_search.report.verdict import UNITS, shown
 
 
@@ -85,9 +86,9 @@ def _learning_rate(report: Mapping[str, Any]) -> tuple[str, ...]:
     losses = ", ".join(
         f"{'infinite' if loss is None else format(loss, '.4g')} at {rate:.2g}" for rate, loss in found["trials"]
     )
-    rate, best = found["learning_rate"], found.get("best_in_trials", found["learning_rate"])
-    higher = f": {best:.2g} was best in them, and is raised for the longer one" if rate > best else ""
-    return (f"Learning rate {rate:.2g}, found by short trainings{higher}; their losses: {losses}.",)
+    best = raised_from(found)
+    higher = "" if best is None else f": {best:.2g} was best in them, and is raised for the longer one"
+    return (f"Learning rate {found['learning_rate']:.2g}, found by short trainings{higher}; their losses: {losses}.",)
 
 
 def exports_section(exports: Sequence[Mapping[str, Any]]) -> Section | None:
