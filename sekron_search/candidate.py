@@ -88,6 +88,7 @@ class Finished:
         metric: On the validation data in the end.
         network: Itself.
         diverged: What ended the training, if the loss became NaN or infinite; the network is that of the epoch before.
+        as_fitted: Whether the network is as it was before, for training did not make it better.
     """
 
     candidate: Candidate
@@ -95,13 +96,12 @@ class Finished:
     metric: float | None
     network: nn.Module
     diverged: str | None = None
+    as_fitted: bool = True
 
     @property
     def worth(self) -> tuple[bool, float]:
-        """Of two, the better one has more: of the metric; without one, of the training's negative loss.
+        """Without a metric, the better one of two has more: of the training's negative loss.
 
         A divergence, where nothing was trained, cannot be compared with a loss: what was trained is better.
         """
-        if self.metric is not None:
-            return True, self.metric
         return bool(self.curve), self.curve[-1]["metric"] if self.curve else -self.candidate.divergence

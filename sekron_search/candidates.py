@@ -12,6 +12,7 @@ from torch import nn
 
 from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
+from sekron_search.choice import preferred
 from sekron_search.errors import DataError, DivergedError, InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, write_json
@@ -169,7 +170,7 @@ class Finder:
         return max(shared / summed, LEAST_SCALE) if summed > 0 else 1.0
 
     def finish(self, searched: Searched) -> Finished:
-        """Fine-tune the candidates that meet the budget as measured; the best by the validation metric."""
+        """Fine-tune the candidates that meet the budget as measured; the best one, see `preferred`."""
         pool = [c for c in searched.candidates if c.excess(self.budget) <= 1] or searched.candidates
         halving = Halving()
         finished = []
@@ -178,6 +179,9 @@ class Finder:
             home, form = self.home(candidate.assignment), self.tables.layout.memory_format
             save_artefact(home, found.network, self.job.factory, form)
             finished.append(found)
+        metrics = [found.metric for found in finished if found.metric is not None]
+        if len(metrics) == len(finished):
+            return finished[preferred(self.job, [found.network for found in finished], metrics)]
         return max(finished, key=lambda found: found.worth)
 
     def load(self, candidate: Candidate) -> nn.Module:
@@ -260,13 +264,16 @@ class Finder:
             kept = f"as after epoch {len(curve)}" if curve else "as it was fitted"
             self.reporter.say(f"{what}: {diverged}. The candidate stays {kept}")
         write_json(home / "curve.json", {"epochs": curve, "diverged": diverged})
-        metric = candidate.metric
+        metric, fitted = candidate.metric, not curve
         if curve and metric is not None:
-            if metric > curve[-1]["metric"]:
-                # Training can hurt where there is little data: then the network stays as it was fitted.
-                network = self.load(candidate)
-            metric = max(metric, curve[-1]["metric"])
-        return Finished(candidate, curve, metric, network, diverged)
+            # Training can hurt where there is little data: then the network stays as it was fitted.
+            as_fitted = with_memory_format(self.load(candidate), self.tables.layout.memory_format)
+            networks, metrics = (network, as_fitted), (curve[-1]["metric"], metric)
+            best = preferred(job, networks, metrics)
+            network, metric, fitted = networks[best], metrics[best], best == 1
+            if fitted:
+                self.reporter.say(f"{what}: training made it no better; the candidate stays as it was fitted")
+        return Finished(candidate, curve, metric, network, diverged, as_fitted=fitted)
 
     def home(self, assignment: Assignment) -> Path:
         """Folder of a candidate."""

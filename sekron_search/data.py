@@ -248,25 +248,32 @@ def evaluate(
         DataError: If a label is not one of the network's classes, or the metric is not a number.
     """
     model.eval()
-    total = count = 0.0
     with torch.no_grad():
-        for inputs, target in batches(dataset, batch_size):
-            output = model(*to_device(inputs, device))
-            if not isinstance(output, Tensor):
-                raise DataError(
-                    f"metric '{metric}' needs a network that returns one tensor, got {type(output).__name__}; give a "
-                    "function of (network, dataset) of your own: metric: package.module:function"
-                )
-            if not isinstance(target, Tensor):
-                raise DataError(f"metric '{metric}' needs data with a target per sample, got {type(target).__name__}")
-            target = target.to(device)
-            size = output.shape[0]
-            total += float(_METRICS[metric](output, target)) * size
-            count += size
-    value = total / count
+        values = [
+            values_of_samples(metric, model(*to_device(inputs, device)), target)
+            for inputs, target in batches(dataset, batch_size)
+        ]
+    value = float(torch.cat(values).mean())
     if not np.isfinite(value):
         raise DataError(f"the metric '{metric}' is {value}: the network's outputs or the targets hold NaN or infinity")
     return value
+
+
+def values_of_samples(metric: MetricName, output: Any, target: Any) -> Tensor:
+    """(N,) in float64, on the CPU: the metric of every sample of a batch, of which a dataset's is the mean.
+
+    Raises:
+        DataError: As for `evaluate`.
+    """
+    if not isinstance(output, Tensor):
+        raise DataError(
+            f"metric '{metric}' needs a network that returns one tensor, got {type(output).__name__}; give a "
+            "function of (network, dataset) of your own: metric: package.module:function"
+        )
+    if not isinstance(target, Tensor):
+        raise DataError(f"metric '{metric}' needs data with a target per sample, got {type(target).__name__}")
+    values = _METRICS[metric](output, target.to(output.device))
+    return values.double().reshape(len(output), -1).mean(1).cpu()
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
@@ -283,19 +290,20 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:
     check_labels(target, output)
-    return (output.argmax(1) == target).float().mean()
+    return output.argmax(1) == target
 
 
 def _neg_mse(output: Tensor, target: Tensor) -> Tensor:
-    return -F.mse_loss(output.float(), target.float())
+    return -F.mse_loss(output.float(), target.float(), reduction="none")
 
 
 def _psnr(output: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images in [0, 1], averaged over the images."""
+    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
     error = (output.float().clamp(0, 1) - target.float()).square().flatten(1).mean(1)
-    return (-10 * error.clamp_min(1e-12).log10()).mean()
+    return -10 * error.clamp_min(1e-12).log10()
 
 
+#: Of (output, target): values of which the mean over a sample's is the sample's.
 _METRICS: dict[MetricName, Callable[[Tensor, Tensor], Tensor]] = {
     "accuracy": _accuracy,
     "neg_mse": _neg_mse,

@@ -17,6 +17,9 @@ STEPS = 3
 #: Learning rates that are tried, as it mostly comes out.
 RATES = 4
 
+#: Evaluations for the choice between a network as it was fitted and as it is trained: theirs, and the original's.
+CHOICE = 3
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -46,7 +49,8 @@ def training_stages(job: Job, metric_s: float, reporter: Reporter) -> list[Stage
         found.append(Stage("learning rate", f"about {RATES} trainings of {steps} steps", tried * batch_s))
     epochs, batches = distillation.config.epochs, count * distillation.total_batches
     amount = f"{count} networks, {epochs} epochs, {batches:,} batches at most"
-    return [*found, Stage("fine-tuning", amount, batches * batch_s + count * epochs * metric_s)]
+    evaluations = count * (epochs + CHOICE)
+    return [*found, Stage("fine-tuning", amount, batches * batch_s + evaluations * metric_s)]
 
 
 def audit_stages(job: Job, fit_s: float, metric_s: float, reporter: Reporter) -> list[Stage]:

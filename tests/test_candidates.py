@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import sekron_search.candidates
 from sekron_search.assembly import Assembler
-from sekron_search.candidate import Candidate, Finished
+from sekron_search.candidate import Candidate, Finished, Searched
 from sekron_search.candidates import Finder
 from sekron_search.config import Config
 from sekron_search.files import read_json
+from sekron_search.finetune import Distillation
 from sekron_search.jobs import job_from_config
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
@@ -65,17 +67,34 @@ def test_a_budget_that_turns_out_impossible_leaves_the_nearest_network(
     assert finder.finish(searched).candidate in searched.candidates
 
 
-def finished(metric: float | None, *losses: float, divergence: float = 0.1) -> Finished:
-    candidate = Candidate((), 0, divergence, divergence, {}, {}, {}, 1.0, metric)
+def finished(*losses: float, divergence: float = 0.1) -> Finished:
+    candidate = Candidate((), 0, divergence, divergence, {}, {}, {}, 1.0, None)
     curve = [{"epoch": i + 1.0, "loss": loss, "metric": -loss} for i, loss in enumerate(losses)]
-    return Finished(candidate, curve, metric, nn.Identity())
+    return Finished(candidate, curve, None, nn.Identity())
 
 
-def test_the_metric_decides_or_else_the_loss_of_those_that_were_trained() -> None:
-    assert finished(0.9, 2.0).worth > finished(0.8, 1.0).worth
-    assert finished(None, 2.0, 0.5).worth > finished(None, 1.0, 0.6).worth
-    assert finished(None, divergence=0.1).worth > finished(None, divergence=0.2).worth
-    assert finished(None, 3.0).worth > finished(None, divergence=0.1).worth, "a loss is no divergence"
+def test_without_a_metric_the_loss_of_those_that_were_trained_decides() -> None:
+    assert finished(2.0, 0.5).worth > finished(1.0, 0.6).worth
+    assert finished(divergence=0.1).worth > finished(divergence=0.2).worth
+    assert finished(3.0).worth > finished(divergence=0.1).worth, "a loss is no divergence"
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.99, 1.0])
+def test_what_training_makes_no_better_stays_as_it_was_fitted(
+    finder: Finder, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    def train(self: Distillation, model: nn.Module, *, validate: Any, **other: Any) -> list[dict[str, float]]:
+        for parameter in model.parameters():
+            parameter.data *= scale
+        return [{"epoch": 1.0, "loss": 0.0, "metric": validate(model)}]
+
+    monkeypatch.setattr(Distillation, "train", train)
+    (candidate,) = finder.search().candidates[:1]
+    found = finder.finish(Searched([], [candidate], finder.network, 1.0))
+    assert found.as_fitted == (scale < 1)
+    fitted = finder.load(candidate).state_dict()
+    assert all(torch.equal(tensor, fitted[name]) for name, tensor in found.network.state_dict().items())
+    assert found.metric == candidate.metric
 
 
 def test_a_candidate_is_fitted_once_and_is_what_its_record_says(finder: Finder) -> None:

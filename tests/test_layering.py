@@ -28,7 +28,7 @@ LAYERS = [
     ["network_tables"],
     ["fit_worker"],
     ["fitting"],
-    ["jobs", "timing"],
+    ["choice", "jobs", "timing"],
     ["job"],
     ["selection"],
     ["variants"],

@@ -210,6 +210,12 @@ def test_training_that_diverged_is_told() -> None:
     assert "the weights as they were fitted count" in markdown({**report, "curve": []})
 
 
+def test_a_network_that_stays_as_it_was_fitted_is_told() -> None:
+    told = "The network stays as it was fitted"
+    assert told in markdown({**sample(), "as_fitted": True})
+    assert told not in markdown({**sample(), "as_fitted": False})
+
+
 def test_the_sample_is_what_this_code_writes() -> None:
     assert (SAMPLE.parent / "report.md").read_text() == markdown(sample())
 

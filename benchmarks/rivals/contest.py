@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from benchmarks.rivals.methods import RIVALS
+from sekron_search.choice import preferred
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError, DivergedError, InfeasibleBudgetError
 from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.learning_rate import tuned
+from sekron_search.model import copy_model
 from sekron_search.progress import Reporter
 from sekron_search.references import import_reference
 from sekron_search.tensor_files import digest, write_tensors
@@ -78,7 +80,7 @@ class Contest:
         job, rate = self.job, home / "learning_rate.json"
         assert job.validate is not None
         assert job.test is not None
-        untrained, start = job.validate(network), {n: t.clone() for n, t in network.state_dict().items()}
+        untrained, start = job.validate(network), copy_model(network)
         distillation = tuned(self._distillation(network), network, rate, self.reporter)
         with self.reporter.task("fine-tuning", distillation.total_batches) as task:
             curve = distillation.train(
@@ -88,8 +90,9 @@ class Contest:
                 after_epoch=lambda epoch, metric: True,
                 progress=task.update,
             )
-        if untrained > curve[-1]["metric"]:  # as this package has it: then the network stays as it was
-            network.load_state_dict(start)
+        networks, metrics = (network, start), (curve[-1]["metric"], untrained)
+        kept = preferred(job, networks, metrics)  # as of this package's networks
+        network, validation = networks[kept], metrics[kept]
         write_tensors(home / "weights.safetensors", dict(network.state_dict()))
         flops, whole = (traced_flops(net, job.example_inputs).total for net in (network, job.model))
         return {
@@ -98,7 +101,7 @@ class Contest:
             "params": sum(p.numel() for p in network.parameters()),
             "latency_ratio": latency_ratio(job, network),
             "validation_without_training": untrained,
-            "validation": max(untrained, curve[-1]["metric"]),
+            "validation": validation,
             "test": job.test(network),
             "batch_norm": distillation.config.batch_norm,
             "learning_rate": read_json(rate) if rate.exists() else None,

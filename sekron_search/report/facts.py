@@ -101,6 +101,7 @@ class RunFacts:
                 candidate.divergence,
             ),
             "curve": self.chosen.curve,
+            "as_fitted": self.chosen.as_fitted,
             "learning_rate": None if self.learning_rate is None else dict(self.learning_rate),
             "layers": [
                 _layer(table, index, list(budget.names))

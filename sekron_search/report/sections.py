@@ -76,7 +76,18 @@ def training_section(report: Mapping[str, Any]) -> Section | None:
         return Section("Fine-tuning", (*stopped, *_learning_rate(report))) if stopped else None
     rows = tuple((f"{row['epoch']:.0f}", f"{row['loss']:.4f}", f"{row['metric']:.4f}") for row in report["curve"])
     table = Table(tuple(map(Column, ("epoch", "loss", "validation"))), rows)
-    return Section("Fine-tuning", (*stopped, Picture("finetuning", "Fine-tuning"), *_learning_rate(report), table))
+    picture = Picture("finetuning", "Fine-tuning")
+    return Section("Fine-tuning", (*stopped, *_kept(report), picture, *_learning_rate(report), table))
+
+
+def _kept(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Whether the network is the trained one, where it is not."""
+    if not report.get("as_fitted"):  # reports of earlier versions do not say
+        return ()
+    return (
+        "The network stays as it was fitted: on the validation data training has made its metric lower, or not clearly "
+        "higher while its outputs are further from the original's.",
+    )
 
 
 def _learning_rate(report: Mapping[str, Any]) -> tuple[str, ...]:

