@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from sekron_search.choice import Judged
 from sekron_search.files import read_json
 from sekron_search.search.budget import Budget, CostName
 from sekron_search.search.options import Assignment, Network
@@ -78,25 +79,31 @@ class Searched:
     excess: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Finished:
-    """A candidate that was fine-tuned, as far as that went.
+    """A candidate that was fine-tuned, as far as that went, or as it was before.
 
     Args:
         candidate: As it was before.
         curve: Epoch, loss and metric of every epoch.
-        metric: On the validation data in the end.
         network: Itself.
-        diverged: What ended the training, if the loss became NaN or infinite; the network is that of the epoch before.
-        as_fitted: Whether the network is as it was before, for training did not make it better.
+        judged: On the validation data; None if there is no metric, or not yet.
+        diverged: What ended the training, if the loss became NaN or infinite; what was trained is that of the epoch
+            before.
+        as_fitted: Whether the network is as it was before.
     """
 
     candidate: Candidate
     curve: list[dict[str, float]]
-    metric: float | None
     network: nn.Module
+    judged: Judged | None = None
     diverged: str | None = None
-    as_fitted: bool = True
+    as_fitted: bool = False
+
+    @property
+    def metric(self) -> float | None:
+        """On the validation data."""
+        return None if self.judged is None else self.judged.metric
 
     @property
     def worth(self) -> tuple[bool, float]:

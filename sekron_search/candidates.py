@@ -12,7 +12,7 @@ from torch import nn
 
 from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
-from sekron_search.choice import preferred
+from sekron_search.choice import Judged, judged, preferred
 from sekron_search.errors import DataError, DivergedError, InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, write_json
@@ -170,19 +170,23 @@ class Finder:
         return max(shared / summed, LEAST_SCALE) if summed > 0 else 1.0
 
     def finish(self, searched: Searched) -> Finished:
-        """Fine-tune the candidates that meet the budget as measured; the best one, see `preferred`."""
+        """Fine-tune the candidates that meet the budget as measured; the best one, trained or as it was fitted."""
         pool = [c for c in searched.candidates if c.excess(self.budget) <= 1] or searched.candidates
         halving = Halving()
-        finished = []
-        for number, candidate in enumerate(pool, start=1):
-            found = self._train(candidate, halving, f"fine-tuning {number}/{len(pool)}")
-            home, form = self.home(candidate.assignment), self.tables.layout.memory_format
-            save_artefact(home, found.network, self.job.factory, form)
-            finished.append(found)
-        metrics = [found.metric for found in finished if found.metric is not None]
-        if len(metrics) == len(finished):
-            return finished[preferred(self.job, [found.network for found in finished], metrics)]
-        return max(finished, key=lambda found: found.worth)
+        groups = [
+            self._contenders(self._train(candidate, halving, f"fine-tuning {number}/{len(pool)}"), len(pool) == 1)
+            for number, candidate in enumerate(pool, start=1)
+        ]
+        chosen = _best([one for group in groups for one in group])
+        for group in groups:
+            kept = chosen if chosen in group else _best(group)
+            if kept.as_fitted and kept.curve:
+                self.reporter.say(
+                    f"trial {kept.candidate.trial}: training made it no better; it stays as it was fitted"
+                )
+            home, form = self.home(kept.candidate.assignment), self.tables.layout.memory_format
+            save_artefact(home, kept.network, self.job.factory, form)
+        return chosen
 
     def load(self, candidate: Candidate) -> nn.Module:
         """A candidate's network as it was before fine-tuning."""
@@ -239,10 +243,10 @@ class Finder:
         return replace(known, assignment=trial.assignment, trial=trial.index, predicted=dict(trial.costs))
 
     def _train(self, candidate: Candidate, halving: Halving, what: str) -> Finished:
-        """A candidate after fine-tuning: as after its last good epoch, or as fitted where there is none or it hurt."""
+        """A candidate after fine-tuning: as after its last good epoch, or as it was fitted where there is none."""
         job, home, network = self.job, self.home(candidate.assignment), self.load(candidate)
         if job.distillation is None:
-            return Finished(candidate, [], candidate.metric, network)
+            return Finished(candidate, [], network, as_fitted=True)
         distillation = tuned(job.distillation, network, self.folder.learning_rate, self.reporter)
         halving.start()
         diverged = None
@@ -262,19 +266,35 @@ class Finder:
                     network.load_state_dict(read_checkpoint(home / "checkpoint.pt")["model"])
         if diverged is not None:
             kept = f"as after epoch {len(curve)}" if curve else "as it was fitted"
-            self.reporter.say(f"{what}: {diverged}. The candidate stays {kept}")
+            self.reporter.say(f"{what}: {diverged}. The candidate goes on {kept}")
         write_json(home / "curve.json", {"epochs": curve, "diverged": diverged})
-        metric, fitted = candidate.metric, not curve
-        if curve and metric is not None:
-            # Training can hurt where there is little data: then the network stays as it was fitted.
-            as_fitted = with_memory_format(self.load(candidate), self.tables.layout.memory_format)
-            networks, metrics = (network, as_fitted), (curve[-1]["metric"], metric)
-            best = preferred(job, networks, metrics)
-            network, metric, fitted = networks[best], metrics[best], best == 1
-            if fitted:
-                self.reporter.say(f"{what}: training made it no better; the candidate stays as it was fitted")
-        return Finished(candidate, curve, metric, network, diverged, as_fitted=fitted)
+        return Finished(candidate, curve, network, diverged=diverged, as_fitted=not curve)
+
+    def _contenders(self, found: Finished, alone: bool) -> list[Finished]:
+        """A candidate as it was trained and as it was fitted, for training can hurt; judged where that is needed."""
+        before = found.candidate.metric
+        if before is None:
+            return [found]
+        if not found.curve and alone:
+            return [replace(found, judged=Judged(before))]
+        networks, metrics = [found.network], [before]
+        if found.curve:
+            fitted = with_memory_format(self.load(found.candidate), self.tables.layout.memory_format)
+            networks, metrics = [found.network, fitted], [found.curve[-1]["metric"], before]
+        marks = judged(self.job, networks, metrics, self.home(found.candidate.assignment) / "judged.safetensors")
+        return [
+            replace(found, network=network, judged=mark, as_fitted=network is networks[-1])
+            for network, mark in zip(networks, marks, strict=True)
+        ]
 
     def home(self, assignment: Assignment) -> Path:
         """Folder of a candidate."""
         return self.folder.candidates / self.network.digest(assignment)
+
+
+def _best(found: Sequence[Finished]) -> Finished:
+    """By the validation metric, or else what training says."""
+    known = [one.judged for one in found if one.judged is not None]
+    if len(known) < len(found):
+        return max(found, key=lambda one: one.worth)
+    return found[preferred(known)]

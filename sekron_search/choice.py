@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,47 +14,85 @@ from sekron_search.data import SplitMetric, batches, to_device, values_of_sample
 from sekron_search.divergence import divergence
 from sekron_search.job import Job
 from sekron_search.model import run_model
+from sekron_search.tensor_files import read_tensors, write_tensors
 
 #: A metric is told apart from the best one if it is lower by more than so many standard errors of their difference.
 STANDARD_ERRORS = 1.96
 
 
-def preferred(job: Job, networks: Sequence[nn.Module], metrics: Sequence[float]) -> int:
-    """Index of the best network by the validation metric, or else by how far its outputs are from the original's.
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """How good a network is on the validation data.
 
-    Of those whose metric chance alone may have put below the best one's, as the differences on the samples show, the
-    one whose outputs on the same samples diverge least from the original's: that counts what every output has lost,
-    the metric often only the few samples whose answer has changed. A metric that is a function of the user's says
-    nothing of its samples, and decides alone.
+    Args:
+        metric: Of all samples.
+        values: (N,), the metric of every sample, of which it is the mean; None where that is not known.
+        divergence: Mean divergence of the outputs on the samples from the original's; NaN where it is not known.
+    """
+
+    metric: float
+    values: Tensor | None = None
+    divergence: float = math.nan
+
+
+def judged(job: Job, networks: Sequence[nn.Module], metrics: Sequence[float], path: Path) -> list[Judged]:
+    """How good networks are, measured once where the validation metric is one by name.
+
+    A function of the user's says nothing of its samples: then the metrics are all.
 
     Args:
         job: The original, and the validation metric.
-        networks: Two or more; they end in evaluation mode.
-        metrics: Theirs, on the validation data.
-
-    Source: McNemar 1947, Note on the sampling error of the difference between correlated proportions; here for the mean
-    of any metric of samples.
+        networks: They and the original end in evaluation mode.
+        metrics: Theirs, as they were measured before.
+        path: Where what is measured is kept.
     """
-    best = max(range(len(networks)), key=lambda index: metrics[index])
-    if not isinstance(job.validate, SplitMetric) or len(networks) < 2:
-        return best
-    values, distances = _on_samples(job, job.validate, networks)
-    alike = [index for index in range(len(networks)) if not _is_told_apart(values[best], values[index])]
-    return min(alike, key=lambda index: distances[index])
+    if not isinstance(job.validate, SplitMetric):
+        return [Judged(metric) for metric in metrics]
+    if not path.exists():
+        values, divergences = _on_samples(job, job.validate, networks)
+        write_tensors(path, {"values": values, "divergences": divergences})
+    kept = read_tensors(path)
+    pairs = zip(kept["values"], kept["divergences"].tolist(), strict=True)
+    return [Judged(float(values.mean()), values, distance) for values, distance in pairs]
 
 
-def _is_told_apart(best: Tensor, other: Tensor) -> bool:
-    """Whether a metric is below another one on more than by chance; both (N,), of the same samples."""
-    lost = best - other
-    return bool(lost.mean() > STANDARD_ERRORS * lost.std(correction=0) / len(lost) ** 0.5)
+def preferred(found: Sequence[Judged]) -> int:
+    """Index of the best network by the metric, or else by how far its outputs are from the original's.
+
+    Of those whose metric chance alone may have put below the best one's, as the differences on the samples show, the
+    one whose outputs diverge least: that counts what every output has lost, the metric often only the few samples whose
+    answer has changed. All that are to be compared are compared at once: small losses that are chance would add up.
+    """
+    best = max(range(len(found)), key=lambda index: found[index].metric)
+    alike = [index for index, one in enumerate(found) if index == best or not _is_told_apart(found[best], one)]
+    return min(alike, key=lambda index: (_distance(found[index]), -found[index].metric))
+
+
+def _is_told_apart(best: Judged, other: Judged) -> bool:
+    """Whether a metric is below another one by more than chance, as the normal approximation has it.
+
+    Differences on the samples have either sign alike if they are chance: then their sum has the variance of the sum of
+    their squares. Of shares that are right this is McNemar's test.
+
+    Source: McNemar 1947, Note on the sampling error of the difference between correlated proportions or percentages.
+    """
+    if best.values is None or other.values is None:
+        return True
+    lost = best.values - other.values
+    return bool(lost.sum() > STANDARD_ERRORS * lost.square().sum().sqrt())
+
+
+def _distance(found: Judged) -> float:
+    """The divergence; outputs that are NaN or infinite somewhere are furthest off."""
+    return found.divergence if math.isfinite(found.divergence) else math.inf
 
 
 @torch.no_grad()
-def _on_samples(job: Job, metric: SplitMetric, networks: Sequence[nn.Module]) -> tuple[list[Tensor], list[float]]:
-    """Of every network: the metric of all samples (N,), and the divergence from the original on them."""
+def _on_samples(job: Job, metric: SplitMetric, networks: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+    """Of K networks: the metric of every sample, (K, N), and the mean divergence from the original, (K,)."""
     name = job.settings.search.divergence
     values: list[list[Tensor]] = [[] for _ in networks]
-    distances = [0.0 for _ in networks]
+    summed = torch.zeros(len(networks), dtype=torch.float64)
     for network in (job.model, *networks):
         network.eval()
     for inputs, target in batches(metric.split, metric.batch_size):
@@ -60,5 +101,6 @@ def _on_samples(job: Job, metric: SplitMetric, networks: Sequence[nn.Module]) ->
         for index, network in enumerate(networks):
             output = run_model(network, inputs)
             values[index].append(values_of_samples(metric.name, output, target))
-            distances[index] += float(divergence(name, output, reference)) * len(values[index][-1])
-    return [torch.cat(found) for found in values], distances
+            summed[index] += float(divergence(name, output, reference)) * len(values[index][-1])
+    whole = torch.stack([torch.cat(own) for own in values])
+    return whole, summed / whole.shape[1]

@@ -303,7 +303,7 @@ def _psnr(output: Tensor, target: Tensor) -> Tensor:
     return -10 * error.clamp_min(1e-12).log10()
 
 
-#: Of (output, target): values of which the mean over a sample's is the sample's.
+#: Of (output, target): (N, ...), a sample's metric is the mean of its entries.
 _METRICS: dict[MetricName, Callable[[Tensor, Tensor], Tensor]] = {
     "accuracy": _accuracy,
     "neg_mse": _neg_mse,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sekron_search.costs.measure import Stopwatch
+from sekron_search.data import SplitMetric
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.learning_rate import FACTOR, START, trial_of
@@ -49,7 +50,7 @@ def training_stages(job: Job, metric_s: float, reporter: Reporter) -> list[Stage
         found.append(Stage("learning rate", f"about {RATES} trainings of {steps} steps", tried * batch_s))
     epochs, batches = distillation.config.epochs, count * distillation.total_batches
     amount = f"{count} networks, {epochs} epochs, {batches:,} batches at most"
-    evaluations = count * (epochs + CHOICE)
+    evaluations = count * (epochs + (CHOICE if isinstance(job.validate, SplitMetric) else 0))
     return [*found, Stage("fine-tuning", amount, batches * batch_s + evaluations * metric_s)]
 
 

@@ -12,7 +12,8 @@ import sekron_search.candidates
 from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
 from sekron_search.candidates import Finder
-from sekron_search.config import Config
+from sekron_search.choice import Judged
+from sekron_search.config import Config, FinetuneConfig
 from sekron_search.files import read_json
 from sekron_search.finetune import Distillation
 from sekron_search.jobs import job_from_config
@@ -70,7 +71,7 @@ def test_a_budget_that_turns_out_impossible_leaves_the_nearest_network(
 def finished(*losses: float, divergence: float = 0.1) -> Finished:
     candidate = Candidate((), 0, divergence, divergence, {}, {}, {}, 1.0, None)
     curve = [{"epoch": i + 1.0, "loss": loss, "metric": -loss} for i, loss in enumerate(losses)]
-    return Finished(candidate, curve, None, nn.Identity())
+    return Finished(candidate, curve, nn.Identity())
 
 
 def test_without_a_metric_the_loss_of_those_that_were_trained_decides() -> None:
@@ -94,7 +95,20 @@ def test_what_training_makes_no_better_stays_as_it_was_fitted(
     assert found.as_fitted == (scale < 1)
     fitted = finder.load(candidate).state_dict()
     assert all(torch.equal(tensor, fitted[name]) for name, tensor in found.network.state_dict().items())
-    assert found.metric == candidate.metric
+    assert found.metric == pytest.approx(candidate.metric)
+
+
+def test_of_several_that_are_alike_the_nearest_is_chosen(finder: Finder, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = iter([Judged(0.9, torch.ones(9), distance) for distance in (0.3, 0.2, 0.25)])
+    monkeypatch.setattr(
+        sekron_search.candidates, "judged", lambda job, networks, metrics, path: [next(marks) for _ in networks]
+    )
+    candidate = finder.search().candidates[0]
+    settings = finder.job.settings.model_copy(update={"finetune": FinetuneConfig(epochs=0)})
+    finder.job = replace(finder.job, settings=settings)
+    pool = [replace(candidate, trial=number) for number in range(3)]
+    found = finder.finish(Searched([], pool, finder.network, 1.0))
+    assert (found.candidate.trial, found.as_fitted, found.curve) == (1, True, [])
 
 
 def test_a_candidate_is_fitted_once_and_is_what_its_record_says(finder: Finder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from sekron_search.choice import preferred
+from sekron_search.choice import Judged, judged, preferred
 from sekron_search.config import Config
 from sekron_search.data import SplitMetric
+from sekron_search.divergence import kl_divergence
 from sekron_search.job import Job
 from sekron_search.jobs import job_from_config
 from tests.cases import CONFIG, write_config
@@ -53,7 +55,9 @@ def job(tmp_path: Path) -> Job:
 
 def chosen(job: Job, *networks: nn.Module) -> int:
     assert job.validate is not None
-    return preferred(job, networks, [job.validate(network) for network in networks])
+    with TemporaryDirectory() as folder:
+        metrics = [job.validate(network) for network in networks]
+        return preferred(judged(job, networks, metrics, Path(folder) / "judged.safetensors"))
 
 
 def test_what_is_clearly_better_is_taken_though_its_outputs_are_further_off(job: Job) -> None:
@@ -81,6 +85,54 @@ def test_a_function_of_the_users_decides_alone(job: Job) -> None:
     own = replace(job, validate=sure)
     assert chosen(own, Answers(2.0), Answers(2.1)) == 1
     assert chosen(own, Answers(2.1), Answers(2.0)) == 0
+
+
+def shares(*right: int, of: int = 1000, distance: float = 1.0) -> Judged:
+    values = torch.ones(of, dtype=torch.float64)
+    values[list(right)] = 0
+    return Judged(float(values.mean()), values, distance)
+
+
+@pytest.mark.parametrize(("wrong", "of", "apart"), [(1, 1, False), (3, 3, False), (3, 1000, False), (4, 4, True)])
+def test_few_samples_tell_little(wrong: int, of: int, apart: bool) -> None:
+    """McNemar's z of n against none is the root of n."""
+    found = [shares(of=of, distance=2.0), shares(*range(wrong), of=of, distance=1.0)]
+    assert preferred(found) == (0 if apart else 1)
+
+
+def test_small_losses_do_not_add_up() -> None:
+    best, other, third = shares(distance=3.0), shares(1, 2, 3, distance=2.0), shares(*range(4, 12), distance=1.0)
+    assert preferred([best, other]) == 1
+    assert preferred([other, third]) == 1
+    assert preferred([best, other, third]) == 1, "the third one is clearly below the first"
+
+
+def test_outputs_that_are_no_numbers_are_furthest_off() -> None:
+    lost = shares(1, distance=float("nan"))
+    assert preferred([lost, shares(2, distance=9.0)]) == 1
+    assert preferred([shares(1, 2, distance=float("nan")), lost]) == 1, "then the metric decides"
+
+
+class Dropped(Answers):
+    """Answers at random while it is trained."""
+
+    def forward(self, number: Tensor) -> Tensor:
+        return super().forward(number) * (-1 if self.training else 1)
+
+
+def test_networks_are_judged_as_they_will_run_once_and_by_all_samples(job: Job, tmp_path: Path) -> None:
+    path, networks = tmp_path / "judged.safetensors", [Dropped(1.0).train(), Answers(0.5, range(999, 1000))]
+    first, second = judged(job, networks, [0.0, 0.0], path)
+    assert (first.metric, second.metric) == (1.0, 0.999)
+    assert first.values is not None
+    assert first.values.shape == (1000,)
+    # The last batch is smaller, its one wrong sample counts as every other one.
+    alone = [
+        float(kl_divergence(torch.tensor([[0.5 * sign, 0.0]]), torch.tensor([[2.0, 0.0]]))) for sign in (1.0, -1.0)
+    ]
+    assert second.divergence == pytest.approx((999 * alone[0] + alone[1]) / 1000, rel=1e-5)
+    again = judged(replace(job, model=nn.Identity()), networks, [0.0, 0.0], path)
+    assert [one.divergence for one in again] == [first.divergence, second.divergence]
 
 
 def test_images_are_told_apart_by_their_errors(job: Job) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.rivals.methods import RIVALS
-from sekron_search.choice import preferred
+from sekron_search.choice import judged, preferred
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError, DivergedError, InfeasibleBudgetError
 from sekron_search.files import read_json, write_json
@@ -91,8 +91,9 @@ class Contest:
                 progress=task.update,
             )
         networks, metrics = (network, start), (curve[-1]["metric"], untrained)
-        kept = preferred(job, networks, metrics)  # as of this package's networks
-        network, validation = networks[kept], metrics[kept]
+        marks = judged(job, networks, metrics, home / "judged.safetensors")
+        kept = preferred(marks)  # as of this package's networks
+        network = networks[kept]
         write_tensors(home / "weights.safetensors", dict(network.state_dict()))
         flops, whole = (traced_flops(net, job.example_inputs).total for net in (network, job.model))
         return {
@@ -101,7 +102,7 @@ class Contest:
             "params": sum(p.numel() for p in network.parameters()),
             "latency_ratio": latency_ratio(job, network),
             "validation_without_training": untrained,
-            "validation": validation,
+            "validation": marks[kept].metric,
             "test": job.test(network),
             "batch_norm": distillation.config.batch_norm,
             "learning_rate": read_json(rate) if rate.exists() else None,

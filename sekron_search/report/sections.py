@@ -70,7 +70,8 @@ def training_section(report: Mapping[str, Any]) -> Section | None:
     diverged = report.get("diverged")
     stopped: tuple[str, ...] = ()
     if diverged is not None:
-        kept = "the weights of the epoch before" if report["curve"] else "the weights as they were fitted"
+        as_fitted = report.get("as_fitted", not report["curve"])  # reports of earlier versions do not say
+        kept = "the weights as they were fitted" if as_fitted else "the weights of the epoch before"
         stopped = (f"Training diverged in epoch {diverged['epoch']}; {kept} count. {diverged['message']}",)
     if not report["curve"]:
         return Section("Fine-tuning", (*stopped, *_learning_rate(report))) if stopped else None
@@ -82,11 +83,11 @@ def training_section(report: Mapping[str, Any]) -> Section | None:
 
 def _kept(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Whether the network is the trained one, where it is not."""
-    if not report.get("as_fitted"):  # reports of earlier versions do not say
+    if not report.get("as_fitted"):
         return ()
     return (
-        "The network stays as it was fitted: on the validation data training has made its metric lower, or not clearly "
-        "higher while its outputs are further from the original's.",
+        "The network stays as it was fitted: training has made the validation metric lower, or, where the difference "
+        "is chance, the outputs on the validation data no nearer to the original's.",
     )
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.cifar10.resnet import ResNet20
 from benchmarks.rivals import __main__ as rivals
 from benchmarks.rivals.contest import Contest, conditions
 from benchmarks.rivals.methods import RIVALS
 from benchmarks.runs import Runs
+from sekron_search.choice import judged, preferred
 from sekron_search.config import Config
 from sekron_search.files import read_json
 from sekron_search.finetune import Distillation
@@ -39,7 +41,11 @@ def test_a_rival_is_trained_and_measured_once(tmp_path: Path, monkeypatch: pytes
     assert 0 < found["params"] < sum(p.numel() for p in contest.job.model.parameters())
     assert found["latency_ratio"] > 0
     assert found["batch_norm"] == ("frozen" if name == "channel SVD, ALDS" else "trained")
-    assert found["validation"] in (found["validation_without_training"], found["curve"][-1]["metric"])
+    marks = judged(contest.job, [nn.Identity()] * 2, [0.0, 0.0], tmp_path / "rival" / "judged.safetensors")
+    assert [one.metric for one in marks] == pytest.approx(
+        [found["curve"][-1]["metric"], found["validation_without_training"]]
+    )
+    assert found["validation"] == marks[preferred(marks)].metric
     assert 0 <= found["test"] <= 1
     assert read_json(tmp_path / "rival" / "result.json") == found
     assert read_tensors(tmp_path / "rival" / "weights.safetensors")
