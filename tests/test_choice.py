@@ -34,7 +34,7 @@ class Answers(nn.Module):
 
 
 class Image(nn.Module):
-    """The input, off by so much in the samples named."""
+    """One half for every sample, off by so much in those named."""
 
     def __init__(self, error: float, where: range) -> None:
         super().__init__()
@@ -87,9 +87,10 @@ def test_a_function_of_the_users_decides_alone(job: Job) -> None:
     assert chosen(own, Answers(2.1), Answers(2.0)) == 0
 
 
-def shares(*right: int, of: int = 1000, distance: float = 1.0) -> Judged:
+def shares(*wrong: int, of: int = 1000, distance: float = 1.0) -> Judged:
+    """Of a network that answers all samples rightly but some."""
     values = torch.ones(of, dtype=torch.float64)
-    values[list(right)] = 0
+    values[list(wrong)] = 0
     return Judged(float(values.mean()), values, distance)
 
 
@@ -114,7 +115,7 @@ def test_outputs_that_are_no_numbers_are_furthest_off() -> None:
 
 
 class Dropped(Answers):
-    """Answers at random while it is trained."""
+    """Answers wrongly while it is trained."""
 
     def forward(self, number: Tensor) -> Tensor:
         return super().forward(number) * (-1 if self.training else 1)

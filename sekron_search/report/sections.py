@@ -82,7 +82,7 @@ def training_section(report: Mapping[str, Any]) -> Section | None:
 
 
 def _kept(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Whether the network is the trained one, where it is not."""
+    """Why the network is not the trained one, where it is not."""
     if not report.get("as_fitted"):
         return ()
     return (
