@@ -8,8 +8,8 @@ same images by the same distillation for the same epochs, its learning rate foun
 layers' outputs count where layers are replaced, which pruning and fresh networks do not do. Latencies are of deployed
 networks beside the original. Under each budget this package is then given the measured latency of the best rival as its
 only budget. Everything is chosen on a validation split; the test split is evaluated once per network. Killed runs are
-gone on with, and results of other methods, seeds and epochs that were written before are kept. Batch-norms keep their
-statistics in training, but in networks that have other channels than the original (pruning, fewer channels).
+gone on with, and results of other methods, seeds and epochs that were written before are kept. This package's networks
+keep the statistics of batch-norms in training, rivals train them, which is better for uniform CP.
 """
 
 from __future__ import annotations

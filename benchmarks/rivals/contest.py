@@ -10,10 +10,10 @@ from torch import nn
 
 from benchmarks.rivals.methods import RIVALS
 from sekron_search.choice import judged, preferred
+from sekron_search.config import FinetuneConfig
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError, DivergedError, InfeasibleBudgetError
 from sekron_search.files import read_json, write_json
-from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.learning_rate import tuned
 from sekron_search.model import copy_model
@@ -70,18 +70,12 @@ class Contest:
             reestimate_batch_norm(network, job.calibration, original=paired)
         return network
 
-    def _distillation(self, network: nn.Module) -> Distillation:
-        """How a rival's network is trained: as all are, but one of other channels has no trained statistics to keep."""
-        finetune = self.job.settings.finetune
-        kept = _same_norms(self.job.model, network)
-        return self.job.distillation_by(finetune if kept else finetune.model_copy(update={"batch_norm": "trained"}))
-
     def _result(self, network: nn.Module, home: Path) -> dict[str, Any]:
         job, rate = self.job, home / "learning_rate.json"
         assert job.validate is not None
         assert job.test is not None
         untrained, start = job.validate(network), copy_model(network)
-        distillation = tuned(self._distillation(network), network, rate, self.reporter)
+        distillation = tuned(job.distillation_by(training_of(job)), network, rate, self.reporter)
         with self.reporter.task("fine-tuning", distillation.total_batches) as task:
             curve = distillation.train(
                 network,
@@ -110,10 +104,19 @@ class Contest:
         }
 
 
+def training_of(job: Job) -> FinetuneConfig:
+    """How rivals' networks are trained: as this package's are, but that statistics of batch-norms are trained too.
+
+    Kept statistics help networks that begin near the original; rivals' do not, or have other channels than it.
+    """
+    return job.settings.finetune.model_copy(update={"batch_norm": "trained"})
+
+
 def conditions(job: Job) -> str:
     """A hash of all that a rival's result hangs on, but for the method and the flops."""
     told = job.fingerprint()
-    settings = {name: told["settings"][name] for name in ("metric", "calibration", "latency", "finetune", "seed")}
+    settings = {name: told["settings"][name] for name in ("metric", "calibration", "latency", "seed")}
+    settings["finetune"] = training_of(job).model_dump(mode="json")
     return digest([settings, *(told[name] for name in ("model", "inputs", "source", "train"))])[:10]
 
 
