@@ -28,8 +28,8 @@ class Contest:
     """The conditions, which are the same for all.
 
     Args:
-        job: The network, its data, the metrics, and how is trained: epochs, distillation, seed. What its settings say
-            of budgets and of a search counts for nothing here.
+        job: The network, its data, the metrics, and how is trained: epochs, distillation, seed; but see `training_of`.
+            What its settings say of budgets and of a search counts for nothing here.
         reporter: Told of the progress.
     """
 
