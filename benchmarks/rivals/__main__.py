@@ -9,7 +9,7 @@ layers' outputs count where layers are replaced, which pruning and fresh network
 networks beside the original. Under each budget this package is then given the measured latency of the best rival as its
 only budget. Everything is chosen on a validation split; the test split is evaluated once per network. Killed runs are
 gone on with, and results of other methods, seeds and epochs that were written before are kept. This package's networks
-keep the statistics of batch-norms in training, rivals train them, which is better for uniform CP.
+keep the statistics of batch-norms in training, rivals train them, which is better for uniform CP and Tucker-2.
 """
 
 from __future__ import annotations
