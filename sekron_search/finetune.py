@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.export import layers_json, with_layers
 from sekron_search.kron.dense import KINDS
 from sekron_search.kron.linear import KroneckerLinear
-from sekron_search.losses import TargetLoss, distillation_loss, layer_loss
+from sekron_search.losses import TargetLoss, channel_spread, distillation_loss, layer_error
 from sekron_search.model import run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.references import import_reference
@@ -166,6 +166,8 @@ class Distillation:
         """The state of a training, from a checkpoint on if there is one; both networks are in the form for it."""
         self.teacher.eval()
         with training_form(model, self.teacher):
+            if self.config.layer_weight:
+                _ = self.references  # before anything random is drawn, which a training that is gone on with repeats
             state = TrainingState.start(model, self.config, self.rate, self.total_steps, team)
             if saved is not None:
                 state.restore(saved)
@@ -229,52 +231,87 @@ class Distillation:
         message = f"fine-tuning: {what}; lower finetune.learning_rate (now {self.rate:g})"
         return DivergedError(message, state.curve)
 
+    @cached_property
+    def references(self) -> dict[str, Reference]:
+        """What is to be known of the original's layers, by name: of the first batch, in every process of a team."""
+        layers = {name: layer for name, layer in self.teacher.named_modules() if type(layer) in KINDS.values()}
+        seen: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+        def see(name: str, output: Tensor) -> None:
+            seen[name] = channel_spread(output), output, output._version
+
+        inputs, _ = to_device(next(self.data.epoch(1)), trainable(self.teacher)[0].device)
+        with torch.no_grad(), self._cast(), _seen(self.teacher, list(layers), see):
+            self.teacher(*inputs)
+        return {
+            name: Reference(type(layers[name]), spread, output._version != version)
+            for name, (spread, output, version) in seen.items()
+        }
+
     def _layers_of(self, model: nn.Module) -> list[str]:
         """Names of the layers whose outputs are compared: those that are of another class than the original's."""
         if not self.config.layer_weight:
             return []
-        dense = {name: type(layer) for name, layer in self.teacher.named_modules() if type(layer) in KINDS.values()}
-        return [name for name, kind in dense.items() if type(model.get_submodule(name)) is not kind]
+        return [name for name, known in self.references.items() if type(model.get_submodule(name)) is not known.kind]
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        device = trainable(self.teacher)[0].device
+        dtype = autocast_dtype(self.config.autocast, device)
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
     def _loss(
         self, model: nn.Module, replaced: Sequence[str], layer_weight: float, inputs: tuple[Any, ...], target: Any
     ) -> Tensor:
-        config, device = self.config, next(model.parameters()).device
-        dtype = autocast_dtype(config.autocast, device)
-        cast = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-        with cast, _outputs_of(model, replaced) as ours, _outputs_of(self.teacher, replaced) as theirs:
-            with torch.no_grad():
+        theirs: dict[str, Tensor] = {}
+        errors: list[Tensor] = []
+
+        def keep(name: str, output: Tensor) -> None:
+            theirs[name] = output.clone() if self.references[name].is_overwritten else output
+
+        def compare(name: str, output: Tensor) -> None:
+            errors.append(layer_error(output, theirs.pop(name), self.references[name].spread))
+
+        with self._cast():
+            with torch.no_grad(), _seen(self.teacher, replaced, keep):
                 reference = self.teacher(*inputs)
-            output = model(*inputs)
-        loss = distillation_loss(self.divergence, output, reference, target, config, self.own_loss)
-        if replaced:
-            loss = loss + layer_weight * layer_loss(ours, theirs)
+            with _seen(model, replaced, compare):
+                output = model(*inputs)
+        loss = distillation_loss(self.divergence, output, reference, target, self.config, self.own_loss)
+        if errors:
+            loss = loss + layer_weight * torch.stack(errors).mean()
         return loss
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | KroneckerLinear)
-
-
 @contextmanager
-def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Filled, while the network runs, with the outputs of the named layers as (N, channels, ...)."""
-    found: dict[str, Tensor] = {}
+def _seen(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While the network runs, `see` gets the outputs of the named layers, (N, channels, ...), with their names."""
 
-    def keep(name: str, linear: bool) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            # A copy, for what follows may change the output in place; in the precision in which it is compared.
-            found[name] = (output.flatten(0, -2) if linear else output).to(torch.float32, copy=True)
-
-        return hook
+    def hook_of(name: str, layer: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
+        linear = isinstance(layer, nn.Linear | KroneckerLinear)
+        return lambda module, args, output: see(name, output.flatten(0, -2) if linear else output)
 
     layers = [(name, model.get_submodule(name)) for name in names]
-    handles = [layer.register_forward_hook(keep(name, _is_linear(layer))) for name, layer in layers]
+    handles = [layer.register_forward_hook(hook_of(name, layer)) for name, layer in layers]
     try:
-        yield found
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of a layer of the original, which may have been replaced.
+
+    Args:
+        kind: Its class.
+        spread: Of its outputs, which errors are relative to.
+        is_overwritten: Whether what follows changes them in place.
+    """
+
+    kind: type[nn.Module]
+    spread: Tensor
+    is_overwritten: bool
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from sekron_search.config import FinetuneConfig, make_settings
 from sekron_search.errors import ConfigError, DataError, DivergedError
-from sekron_search.finetune import Distillation, _outputs_of
+from sekron_search.finetune import Distillation, _seen
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
-from sekron_search.losses import distillation_loss, layer_loss
+from sekron_search.kron.structure import Structure
+from sekron_search.losses import channel_spread, distillation_loss, layer_error
 from sekron_search.model import replace_layers
 from sekron_search.tensor_files import read_checkpoint
 from sekron_search.training_data import TrainingData
@@ -197,27 +198,61 @@ def test_labels_and_loaders_are_taken(tmp_path: Path) -> None:
     assert len(train(task, compressed(teacher), tmp_path / "checkpoint.pt")) == 1
 
 
-def test_the_layer_loss_is_relative_to_the_reference() -> None:
-    maps = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    rows = torch.randn(28, 6, generator=torch.Generator().manual_seed(1))
-    assert float(layer_loss({"a": maps, "b": rows}, {"a": maps, "b": rows})) == 0
-    scaled = layer_loss({"a": 10 * maps + 1, "b": 10 * rows}, {"a": 10 * maps, "b": 10 * rows})
-    expected = 0.5 / float((10 * maps).var((0, 2, 3), correction=0).mean())
-    assert float(scaled) == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_layer_loss_hands_gradients_back_in_the_format_of_the_output() -> None:
+def test_errors_of_layers_are_relative_to_what_channels_vary_by() -> None:
     generator = torch.Generator().manual_seed(0)
-    output, reference = (3 + torch.randn(4, 8, 5, 6, generator=generator) for _ in range(2))
-    expected = (output - reference).square().mean() / reference.var((0, 2, 3), correction=0).mean()
-    expected_gradient = 2 * (output - reference) / output.numel() / reference.var((0, 2, 3), correction=0).mean()
+    maps, rows = 100 + torch.randn(4, 3, 5, 5, generator=generator), torch.randn(28, 6, generator=generator)
+    for output, axes in ((maps, (0, 2, 3)), (rows, (0,))):
+        spread = channel_spread(output)
+        torch.testing.assert_close(spread, output.double().var(axes, correction=0).mean().float())
+        assert float(layer_error(output, output, spread)) == 0
+        assert float(layer_error(output + 3, output, spread)) == pytest.approx(9 / float(spread), rel=1e-5)
+    assert float(channel_spread(torch.ones(2, 3, 4))) > 0  # something to divide by
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_errors_of_layers_and_their_gradients_in_all_layouts(precision: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # More numbers than are summed at a time.
+    output, reference = (3 + torch.randn(3, 50, 25, 24, generator=generator).to(precision) for _ in range(2))
+    spread = channel_spread(reference)
+    difference = output.double() - reference.double()
+    wanted, gradient_wanted = difference.square().mean() / spread, 2 * difference / output.numel() / spread
+    near, least = 2 * torch.finfo(precision).eps + 1e-5, torch.finfo(precision).tiny
     for layout in (torch.contiguous_format, torch.channels_last):
         leaf = output.contiguous(memory_format=layout).requires_grad_()
-        loss = layer_loss({"a": leaf}, {"a": reference.contiguous(memory_format=torch.channels_last)})
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(gradient, expected_gradient)
+        loss = layer_error(leaf, reference.contiguous(memory_format=torch.channels_last), spread)
+        # As under float16's scaling of losses, which keeps gradients in its range.
+        (gradient,) = torch.autograd.grad(1024 * loss, leaf)
+        torch.testing.assert_close(
+            loss.double(), wanted.double(), rtol=1e-2 if precision.itemsize == 2 else 1e-5, atol=0
+        )
+        torch.testing.assert_close(gradient.double(), 1024 * gradient_wanted, rtol=near, atol=least)
         assert gradient.is_contiguous(memory_format=layout)
+        assert gradient.dtype == precision
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_layers_are_compared_as_they_leave_what_follows_may_overwrite_them(inplace: bool) -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+    student = copy.deepcopy(teacher)
+    for name, structure in (("0", "1x1x3x3[a] * 8x3x1x1[a]; a=2"), ("2", "1x1x3x3[a] * 8x8x1x1[a]; a=2")):
+        conv = teacher.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        student.set_submodule(name, KroneckerConv.from_conv(conv, Structure.parse(structure)))
+    data = TensorDataset(torch.randn(32, 3, 8, 8), torch.zeros(32, dtype=torch.long))
+    task = Distillation(teacher, TrainingData(data, 16), FinetuneConfig(layer_weight=2, label_weight=0), "kl")
+    assert [known.is_overwritten for known in task.references.values()] == [inplace, False, False]
+    inputs = next(task.data.epoch(1))[0]
+    with torch.no_grad():
+        errors, ours, theirs = [], inputs[0], inputs[0]
+        for mine, other in zip(student, teacher, strict=True):
+            ours, theirs = mine(ours.clone()), other(theirs.clone())
+            if isinstance(mine, KroneckerConv):
+                errors.append((ours - theirs).square().mean() / theirs.var((0, 2, 3), correction=0).mean())
+        alone = task._loss(student, [], 0.0, inputs, None)
+        both = task._loss(student, ["0", "2"], 2.0, inputs, None)
+    assert float(both - alone) == pytest.approx(float(errors[0] + errors[1]), rel=1e-4)
 
 
 def test_the_loss_is_zero_at_the_teacher_and_mixes_in_the_labels() -> None:
@@ -309,7 +344,7 @@ def test_a_loss_or_metric_that_is_no_name_is_refused(wrong: str) -> None:
             make_settings({"flops": "0.5x"}, settings)
 
 
-def test_layers_are_compared_over_their_channels_before_anything_changes_them() -> None:
+def test_layers_are_compared_over_their_channels() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -317,10 +352,12 @@ def test_layers_are_compared_over_their_channels_before_anything_changes_them() 
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             out: torch.Tensor = self.conv(self.linear(x).movedim(-1, 1))
-            return out.relu_()
+            return out
 
-    with torch.no_grad(), _outputs_of(model := Net(), ["linear", "conv"]) as found:
-        out = model(torch.randn(2, 7, 3, 6))
-    assert found["linear"].shape == (2 * 7 * 3, 5)
-    assert torch.equal(found["conv"].relu(), out)
-    assert float(found["conv"].min()) < 0
+    found: dict[str, tuple[int, ...]] = {}
+    model = Net()
+    with _seen(model, ["linear", "conv"], lambda name, output: found.update({name: tuple(output.shape)})):
+        model(torch.randn(2, 7, 3, 6))
+    assert found == {"linear": (2 * 7 * 3, 5), "conv": (2, 4, 7, 3)}
+    model(torch.randn(1, 2, 3, 6))
+    assert found["conv"] == (2, 4, 7, 3)
