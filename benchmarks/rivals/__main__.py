@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.command import parser_of
 from benchmarks.results_file import Target, earlier_samples, with_sample, write_results
-from benchmarks.rivals.contest import Contest, conditions, latency_ratio
+from benchmarks.rivals.contest import Contest, conditions, speed
 from benchmarks.rivals.methods import RIVALS
 from benchmarks.runs import Runs
 from benchmarks.tasks import TASKS
@@ -55,7 +55,7 @@ def ours(runs: Runs, budget: Mapping[str, str], seed: int, epochs: int) -> dict[
         "flops": compressed["flops"],
         "flops_ratio": compressed["flops"] / report["original"]["flops"],
         "params": compressed["params"],
-        "latency_ratio": latency_ratio(own.job, own.network),
+        **speed(own.job, own.network),
         "validation": report["validation_metric"],
         "test": compressed["metric"],
         "learning_rate": report["learning_rate"],

@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks.rivals.methods import RIVALS
 from sekron_search.choice import judged, preferred
 from sekron_search.config import FinetuneConfig
+from sekron_search.costs.profile import Provenance
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError, DivergedError, InfeasibleBudgetError
 from sekron_search.files import read_json, write_json
@@ -94,7 +95,7 @@ class Contest:
             "flops": flops,
             "flops_ratio": flops / whole,
             "params": sum(p.numel() for p in network.parameters()),
-            "latency_ratio": latency_ratio(job, network),
+            **speed(job, network),
             "validation_without_training": untrained,
             "validation": marks[kept].metric,
             "test": job.test(network),
@@ -120,8 +121,11 @@ def conditions(job: Job) -> str:
     return digest([settings, *(told[name] for name in ("model", "inputs", "source", "train"))])[:10]
 
 
-def latency_ratio(job: Job, network: nn.Module) -> float:
-    """Of a network as it is deployed to the original's, each in the memory format that suits it best, interleaved."""
+def speed(job: Job, network: nn.Module) -> dict[str, Any]:
+    """Latency of a network as it is deployed to the original's, each in the memory format that suits it best.
+
+    Interleaved; with the processor, on which ratios depend.
+    """
     placed: dict[str, Placed] = {
         f"{name}, {form}": (net, form)
         for name, net in (("original", job.model), ("compressed", network))
@@ -132,7 +136,7 @@ def latency_ratio(job: Job, network: nn.Module) -> float:
         name: min(measured[f"{name}, {form}"].median_ms for form in job.memory_formats)
         for name in ("original", "compressed")
     }
-    return best["compressed"] / best["original"]
+    return {"latency_ratio": best["compressed"] / best["original"], "processor": Provenance.here().processor}
 
 
 def _same_norms(original: nn.Module, network: nn.Module) -> bool:

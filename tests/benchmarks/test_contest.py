@@ -40,6 +40,7 @@ def test_a_rival_is_trained_and_measured_once(tmp_path: Path, monkeypatch: pytes
     assert 0.4 < found["flops_ratio"] <= 0.5
     assert 0 < found["params"] < sum(p.numel() for p in contest.job.model.parameters())
     assert found["latency_ratio"] > 0
+    assert found["processor"]
     assert found["batch_norm"] == "trained"
     marks = judged(contest.job, [nn.Identity()] * 2, [0.0, 0.0], tmp_path / "rival" / "judged.safetensors")
     assert [one.metric for one in marks] == pytest.approx(
