@@ -27,6 +27,7 @@ from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, infeasible, solve_knapsack
 from sekron_search.search.options import Assignment
 from sekron_search.search.problem import Problem
+from sekron_search.search.proposals import LEANING
 from sekron_search.search.record import SearchRecord, read_trials, trial_of
 from sekron_search.search.study import Halving, take_part
 from sekron_search.search.trial import Trial, best_feasible
@@ -85,7 +86,7 @@ class Finder:
                 if best is None:
                     raise
                 break  # no network meets the corrected bounds: the one that misses the budget by least has to do
-            candidates = [self._candidate(t) for t in best_feasible(trials, self.job.settings.finetune.candidates)]
+            candidates = [self._candidate(t) for t in self._to_fit(trials)]
             if not candidates and any(t.feasible for t in trials):
                 raise DataError(
                     "search: the network of every trial within the budget overflows or runs out of memory "
@@ -172,6 +173,7 @@ class Finder:
     def finish(self, searched: Searched) -> Finished:
         """Fine-tune the candidates that meet the budget as measured; the best one, trained or as it was fitted."""
         pool = [c for c in searched.candidates if c.excess(self.budget) <= 1] or searched.candidates
+        pool = sorted(pool, key=lambda c: c.divergence)[: self.job.settings.finetune.candidates]
         halving = Halving()
         groups = [
             self._contenders(self._train(candidate, halving, f"fine-tuning {number}/{len(pool)}"), len(pool) == 1)
@@ -188,6 +190,12 @@ class Finder:
             save_artefact(home, kept.network, self.job.factory, form)
         return chosen
 
+    def _to_fit(self, trials: Sequence[Trial]) -> list[Trial]:
+        """As many of the best trials as will be trained, and those that lean to cheap weights: the fit decides."""
+        best = best_feasible(trials, self.job.settings.finetune.candidates)
+        leaning = best_feasible([t for t in trials if t.source == LEANING], len(trials))
+        return best + [t for t in leaning if t.assignment not in {b.assignment for b in best}]
+
     def load(self, candidate: Candidate) -> nn.Module:
         """A candidate's network as it was before fine-tuning."""
         network = self.assembler.skeleton(candidate.assignment)
@@ -203,6 +211,7 @@ class Finder:
             seed=self.job.settings.seed,
             generation=settings.generation,
             spread=settings.spread,
+            leanings=settings.leanings,
         )
         name = f"round {number}: " + ", ".join(f"{n} <= {b:.6g}" for n, b in bounds.items())
         with self.sharing.open(self.folder, self.tables, name, problem) as ledger:

@@ -114,8 +114,8 @@ class SearchConfig(_Section):
         trials: Networks that are tried.
         generation: Trials that are drawn from the same earlier ones: so many workers can share them.
         spread: Share of the trials that look for the front beside the budget.
-        time_limit_s: Seconds of trials after which no more are begun; the best so far is then gone on with. What comes
-            before them, tables and responses, is not limited.
+        time_limit_s: Seconds of trials after which no more are begun. Tables and responses before them are not limited.
+        leanings: Of trials in which errors count times (weights per flop)^leaning; fitted beside the best, as a whole.
         divergence: By what outputs are compared: "kl" for logits of classes, else "mse".
     """
 
@@ -123,6 +123,7 @@ class SearchConfig(_Section):
     generation: Positive = 4
     spread: Annotated[float, Field(ge=0, le=1)] = 0.25
     time_limit_s: Annotated[float, Field(gt=0)] | None = None
+    leanings: tuple[Annotated[float, Field(ge=-10, le=10)], ...] = ()
     divergence: DivergenceName = "kl"
 
 
@@ -190,8 +191,7 @@ class AuditConfig(_Section):
 
     Args:
         candidates: How many, over all budgets; 0 leaves the audit out. It takes a training for each.
-        budgets: Like the run's, one for every part of the candidates; the run's own, a looser and a tighter one if
-            none is given.
+        budgets: One for every part of the candidates; the run's own, a looser and a tighter one if none is given.
         epochs: Of fine-tuning.
         seed: Of the candidates that are drawn.
         proxies: More proxies than those of the package: functions of a `sekron_search.proxies.Subject`, each as

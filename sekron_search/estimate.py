@@ -155,7 +155,7 @@ def estimate(job: Job, reporter: Reporter, folder: RunFolder) -> Estimate:
         costs_s = _once(lambda: network_costs(job, original), job)
         moments_s, metrics = _calibrated(job, layers)
         kinds = _kinds(job, layers, metrics, reporter)
-        count, fit_s = job.settings.finetune.candidates, _sequential_seconds(job, layers, kinds, pass_s)
+        count, fit_s = _fitted(job), _sequential_seconds(job, layers, kinds, pass_s)
         stages = [
             Stage("original", "its costs and metric", first_s + len(job.memory_formats) * costs_s + metric_s),
             _tables(job, layers, kinds, moments_s, folder),
@@ -333,4 +333,9 @@ def _disk_bytes(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _K
     share = bound.value if bound is not None and bound.relative else 1.0
     weights = share * sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
     trained = CHECKPOINT if job.distillation is not None else 0
-    return int(tables + weights * (1 + job.settings.finetune.candidates * (2 + trained)) + REPORT_BYTES)
+    return int(tables + weights * (1 + _fitted(job) * (2 + trained)) + REPORT_BYTES)
+
+
+def _fitted(job: Job) -> int:
+    """How many networks are fitted layer after layer: those that are trained, and those that lean to cheap weights."""
+    return job.settings.finetune.candidates + len(job.settings.search.leanings)

@@ -104,7 +104,7 @@ def test_of_several_that_are_alike_the_nearest_is_chosen(finder: Finder, monkeyp
         sekron_search.candidates, "judged", lambda job, networks, metrics, path: [next(marks) for _ in networks]
     )
     candidate = finder.search().candidates[0]
-    settings = finder.job.settings.model_copy(update={"finetune": FinetuneConfig(epochs=0)})
+    settings = finder.job.settings.model_copy(update={"finetune": FinetuneConfig(epochs=0, candidates=3)})
     finder.job = replace(finder.job, settings=settings)
     pool = [replace(candidate, trial=number) for number in range(3)]
     found = finder.finish(Searched([], pool, finder.network, 1.0))
@@ -120,6 +120,27 @@ def test_a_candidate_is_fitted_once_and_is_what_its_record_says(finder: Finder) 
         candidate.divergence_before_sequential_fit, rel=1e-5
     )
     assert finder.search() == searched
+
+
+def test_networks_that_lean_to_cheap_weights_are_fitted_and_the_least_divergent_is_trained(tmp_path: Path) -> None:
+    changes = {"trials: 8": "trials: 12, leanings: [-3.0, 3.0]", "candidates: 2": "candidates: 1"}
+    config = write_config(tmp_path, CONFIG, **{**changes, "flops: 0.6x, params: 0.8x": "flops: 0.4x"})
+    job, folder = job_from_config(Config.load(config)), RunFolder(tmp_path / "out")
+    with folder.claimed(job.fingerprint(), resume=False):
+        finder = Finder(job, prepare(job, folder, Reporter()), folder, Reporter())
+        searched = finder.search()
+        assert [t.source for t in searched.trials[-2:]] == ["leaning", "leaning"]
+        assert not any(t.pruned for t in searched.trials[-2:])
+        fitted = {c.assignment for c in searched.candidates}
+        assert len(fitted) == len(searched.candidates) > 1
+        assert fitted >= {t.assignment for t in searched.trials[-2:]}
+        marked = [replace(c, divergence=float(i)) for i, c in enumerate(reversed(searched.candidates))]
+        found = finder.finish(replace(searched, candidates=list(reversed(marked))))
+    assert found.candidate == marked[0]
+    trained = [
+        finder.home(c.assignment) for c in searched.candidates if (finder.home(c.assignment) / "curve.json").exists()
+    ]
+    assert trained == [finder.home(marked[0].assignment)]
 
 
 def trial(divergence: float, partial: tuple[float, ...]) -> Trial:

@@ -35,6 +35,9 @@ class Problem:
             number, the trials are the same.
         spread: Share of the trials that are drawn at other levels than the budget, for the front.
         starts: Levels of the budget of the first trials, which are the knapsack's own solutions.
+        leanings: Of the last trials, all at the budget: how much more they spend on layers whose weights cost few flops
+            than errors say, which count times (weights per flop)^leaning. Weights make up for errors of other layers in
+            the fit of the whole network and in training, of which divergences before them show nothing.
     """
 
     network: Network
@@ -44,6 +47,7 @@ class Problem:
     generation: int = 4
     spread: float = 0.25
     starts: Sequence[float] = START_LEVELS
+    leanings: Sequence[float] = ()
 
     @cached_property
     def errors(self) -> list[NDArray[np.float64]]:
@@ -91,6 +95,11 @@ class Problem:
             # Tighter than the budget may be too tight for several costs at once.
             return solve_knapsack(self.network, self.bounds, errors, relative_gap=relative_gap)
 
+    def leaning(self, slot: int) -> float | None:
+        """Of a trial, by its number; None if it is drawn or a start."""
+        last = slot - (self.trials - len(self.leanings))
+        return self.leanings[last] if last >= 0 and slot >= len(self.starts) else None
+
     def slots(self, generation: int) -> range:
         """The trials of a generation."""
         start = generation * self.generation
@@ -104,7 +113,8 @@ class Problem:
     @classmethod
     def from_facts(cls, network: Network, facts: Mapping[str, Any]) -> Problem:
         """The search that another process has told of, on the tables that are here: compare `facts` to be sure."""
-        told = {name: facts[name] for name in ("bounds", "trials", "seed", "generation", "spread", "starts")}
+        names = ("bounds", "trials", "seed", "generation", "spread", "starts", "leanings")
+        told = {name: facts[name] for name in names}
         return cls(replace(network, latency_scale=facts["latency_scale"]), **told)
 
     def facts(self) -> dict[str, Any]:
@@ -117,6 +127,7 @@ class Problem:
             "generation": self.generation,
             "spread": self.spread,
             "starts": list(self.starts),
+            "leanings": list(self.leanings),
             "latency_scale": self.network.latency_scale,
             "tables": hashlib.sha256(tables.encode()).hexdigest()[:16],
         }

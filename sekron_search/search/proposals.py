@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from sekron_search.search.options import Assignment
+from sekron_search.search.options import Assignment, Network
 from sekron_search.search.pareto import front
 from sekron_search.search.problem import Problem
 from sekron_search.search.trial import Trial
@@ -42,6 +42,9 @@ LEAST_WEIGHT = 0.05
 #: How close to the best the knapsack answers a draw, which is random anyway.
 DRAW_GAP = 0.005
 
+#: Source of trials whose networks spend more on layers of cheap weights than errors say; see `Problem.leanings`.
+LEANING = "leaning"
+
 #: Draws until an assignment is new.
 ATTEMPTS = 8
 
@@ -52,7 +55,7 @@ class Proposal:
 
     Args:
         assignment: Option of every layer.
-        source: "knapsack" for a start, else "search".
+        source: "knapsack" for a start, `LEANING` for one that leans to layers of cheap weights, else "search".
         lower_bound: Of the additive error at a start's level of the budget.
     """
 
@@ -80,6 +83,10 @@ def propose(problem: Problem, history: Sequence[Trial], slots: Sequence[int]) ->
         if slot < len(problem.starts):
             solution = problem.solve(problem.starts[slot], problem.errors)
             found.append(Proposal(solution.assignment, "knapsack", solution.lower_bound))
+        elif (leaning := problem.leaning(slot)) is not None:
+            model = model or WeightModel(problem.errors, history)
+            assignment = problem.solve(0.0, leaned(model.mean(), problem.network, leaning)).assignment
+            found.append(Proposal(assignment, LEANING))
         else:
             model = model or WeightModel(problem.errors, history)
             rng = np.random.default_rng([problem.seed, slot])
@@ -95,6 +102,14 @@ def propose(problem: Problem, history: Sequence[Trial], slots: Sequence[int]) ->
             found.append(Proposal(assignment, "search"))
         tried.add(found[-1].assignment)
     return found
+
+
+def leaned(errors: Sequence[Floats], network: Network, leaning: float) -> list[Floats]:
+    """Errors of every option of every layer, times the weights that a flop buys in the original layer, to a power."""
+    originals = [table.options[0] for table in network.tables]
+    weights = np.array([max(o.params, 1) / max(o.flops, 1) for o in originals])
+    factors = (weights / np.exp(np.log(weights).mean())) ** leaning
+    return [own * factor for own, factor in zip(errors, factors, strict=True)]
 
 
 class Gaps:
@@ -160,6 +175,10 @@ class WeightModel:
         self._residuals = residuals
         covariance = self._features @ self._features.T + NOISE**2 * np.eye(len(residuals))
         self._solver = np.linalg.inv(covariance)
+
+    def mean(self) -> list[Floats]:
+        """The errors of every option of every layer, corrected by the posterior's mean."""
+        return self.draw(np.random.default_rng(0), 0.0)
 
     def draw(self, rng: np.random.Generator, boldness: float) -> list[Floats]:
         """The errors of every option of every layer, corrected by weights drawn from the posterior.

@@ -17,7 +17,7 @@ from sekron_search.search.budget import CostName, meets
 from sekron_search.search.ledger import Claim, Ledger
 from sekron_search.search.options import Assignment
 from sekron_search.search.problem import Problem
-from sekron_search.search.proposals import Proposal, propose
+from sekron_search.search.proposals import LEANING, Proposal, propose
 from sekron_search.search.trial import Evaluation, Trial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -106,6 +106,8 @@ def _do(
     costs = {str(cost): float(value) for cost, value in network.costs(proposal.assignment).items()}
     known = next((t for t in history if t.assignment == proposal.assignment), None)
     rivals = [t for t in history if not t.pruned and all(t.costs[cost] <= costs[cost] for cost in bounds)]
+    if proposal.source == LEANING:  # it may well be behind them before the fit as a whole, for which it is tried
+        rivals = []
     found = known.evaluation if known is not None else evaluate(proposal.assignment, rivals)
     if not isfinite(found.divergence):
         # Some networks overflow. They are worse than all others, by a number that storages and regressions can take.

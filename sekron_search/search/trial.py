@@ -36,7 +36,7 @@ class Trial:
         divergence: Of the assembled network's outputs from the original's.
         costs: Predicted costs of the whole network.
         feasible: Whether they are within the budgets.
-        source: "knapsack" for a start, else "search".
+        source: "knapsack" for a start, "leaning" for one that leans to cheap weights, else "search".
         lower_bound: Of the additive error at the trial's budget level, where it is a start.
         partial, pruned: As of its evaluation.
     """

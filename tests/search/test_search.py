@@ -20,7 +20,7 @@ from sekron_search.search.ledger import Ledger
 from sekron_search.search.options import Assignment, LayerTable, Network, Option
 from sekron_search.search.pareto import front, non_dominated
 from sekron_search.search.problem import Problem
-from sekron_search.search.proposals import Gaps
+from sekron_search.search.proposals import Gaps, leaned
 from sekron_search.search.study import Evaluate, objectives, run_study
 from sekron_search.search.trial import Evaluation, Trial, best_feasible, pareto_trials
 from sekron_search.tables import FittedLayer
@@ -275,6 +275,45 @@ def random_network(seed: int, layers: int = 8, options: int = 12) -> Network:
         cheaper = [(int(k * whole), int(k * whole), float(e)) for k, e in zip(kept, errors, strict=True)]
         rows.append([(whole, whole, 0.0), *cheaper])
     return tables(rows)
+
+
+def test_the_last_trials_lean_to_layers_of_cheap_weights(tmp_path: Path) -> None:
+    network = random_network(1)
+    # A weight of the first four layers costs nine times as much.
+    dear = [
+        replace(t, options=tuple(replace(o, flops=9 * o.flops) for o in t.options)) if i < 4 else t
+        for i, t in enumerate(network.tables)
+    ]
+    network = replace(
+        network, tables=tuple(dear), original={**network.original, "flops": 5 * network.original["flops"]}
+    )
+    problem = Problem(network, {"flops": 0.5 * network.original["flops"]}, trials=16, leanings=(-1.0, 0.0, 1.0))
+    compared: dict[Assignment, int] = {}
+
+    def evaluate(assignment: Assignment, rivals: Sequence[Trial]) -> Evaluation:
+        compared[assignment] = len(rivals)
+        return Evaluation(sum(assignment) + 1.0)
+
+    trials = take_part(tmp_path / "study", problem, evaluate)
+    assert [t.source for t in trials].count("leaning") == 3
+    assert [problem.leaning(t.index) for t in trials[-4:]] == [None, -1.0, 0.0, 1.0]
+    assert any(compared.values())
+    new = [t.assignment for t in trials[-3:] if t.assignment not in {s.assignment for s in trials[:-3]}]
+    assert new
+    assert not any(compared[a] for a in new), "they are not given up for what is better before the fit"
+    assert all(t.feasible for t in trials[-3:])
+    spent = [sum(o.flops for o in network.chosen(t.assignment)[:4]) for t in trials[-3:]]
+    assert spent[0] >= spent[1] >= spent[2] < spent[0]
+    assert Problem.from_facts(network, problem.facts()).facts() == problem.facts()
+    # Where there are few trials the starts come first.
+    assert [Problem(network, problem.bounds, trials=8, leanings=(1.0, 2.0)).leaning(i) for i in (6, 7)] == [None, 2.0]
+
+
+def test_errors_lean_by_the_weights_that_a_flop_buys() -> None:
+    network = tables([[(100, 100, 0.0), (60, 50, 0.1)], [(400, 100, 0.0), (120, 60, 0.05)], [(800, 50, 0.0)]])
+    errors = [np.array([0.0, 1.0]), np.array([0.0, 3.0]), np.array([0.0])]
+    np.testing.assert_allclose(np.concatenate(leaned(errors, network, 0.5)), [0, 2, 0, 3, 0])
+    np.testing.assert_allclose(np.concatenate(leaned(errors, network, 0.0)), np.concatenate(errors))
 
 
 def test_a_share_of_the_trials_looks_for_the_front_beside_the_budget(tmp_path: Path) -> None:
