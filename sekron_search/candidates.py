@@ -27,10 +27,9 @@ from sekron_search.search.budget import CostName
 from sekron_search.search.knapsack import additive_errors, best_reachable, infeasible, solve_knapsack
 from sekron_search.search.options import Assignment
 from sekron_search.search.problem import Problem
-from sekron_search.search.proposals import LEANING
 from sekron_search.search.record import SearchRecord, read_trials, trial_of
 from sekron_search.search.study import Halving, take_part
-from sekron_search.search.trial import Trial, best_feasible
+from sekron_search.search.trial import LEANING, Trial, best_feasible
 from sekron_search.sharing import Sharing
 from sekron_search.tensor_files import read_checkpoint, read_tensors, write_tensors
 from sekron_search.timing import network_costs, network_latencies
@@ -86,7 +85,7 @@ class Finder:
                 if best is None:
                     raise
                 break  # no network meets the corrected bounds: the one that misses the budget by least has to do
-            candidates = [self._candidate(t) for t in self._to_fit(trials)]
+            candidates = [self._candidate(t) for t in best_feasible(trials, self.job.settings.finetune.candidates)]
             if not candidates and any(t.feasible for t in trials):
                 raise DataError(
                     "search: the network of every trial within the budget overflows or runs out of memory "
@@ -106,7 +105,19 @@ class Finder:
         write_json(self.folder.search, told)  # of the round that counts: the report names trials by their numbers
         self.sharing.conclude(self.folder)
         self.network = best.network
-        return best
+        return replace(best, candidates=best.candidates + self._leaning(best))
+
+    def _leaning(self, searched: Searched) -> list[Candidate]:
+        """The trials that lean to cheap weights, but for those that are candidates already."""
+        leaning = [t for t in searched.trials if t.source == LEANING]
+        asked = len(self.job.settings.search.leanings)
+        if len(leaning) < asked:
+            self.reporter.say(
+                f"{asked - len(leaning)} of {asked} trials that lean (search.leanings) were left out: they come last, "
+                "and the time was over, or there are too few trials"
+            )
+        known = {c.assignment for c in searched.candidates}
+        return [self._candidate(t) for t in best_feasible(leaning, asked) if t.assignment not in known]
 
     def take(self, pick: Pick) -> Searched:
         """What another run's search has found, with the picked trial as the only candidate: nothing is searched.
@@ -189,12 +200,6 @@ class Finder:
             home, form = self.home(kept.candidate.assignment), self.tables.layout.memory_format
             save_artefact(home, kept.network, self.job.factory, form)
         return chosen
-
-    def _to_fit(self, trials: Sequence[Trial]) -> list[Trial]:
-        """As many of the best trials as will be trained, and those that lean to cheap weights: the fit decides."""
-        best = best_feasible(trials, self.job.settings.finetune.candidates)
-        leaning = best_feasible([t for t in trials if t.source == LEANING], len(trials))
-        return best + [t for t in leaning if t.assignment not in {b.assignment for b in best}]
 
     def load(self, candidate: Candidate) -> nn.Module:
         """A candidate's network as it was before fine-tuning."""

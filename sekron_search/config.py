@@ -23,8 +23,7 @@ MetricName = Literal["accuracy", "neg_mse", "psnr"]
 LossName = Literal["auto", "l1"]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-#: What every generator takes.
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every generator takes
 
 #: A metric by name, or a function of (network, dataset) that returns a number, higher is better.
 Metric = Annotated[str, name_or_reference(*get_args(MetricName))]
@@ -114,8 +113,9 @@ class SearchConfig(_Section):
         trials: Networks that are tried.
         generation: Trials that are drawn from the same earlier ones: so many workers can share them.
         spread: Share of the trials that look for the front beside the budget.
-        time_limit_s: Seconds of trials after which no more are begun. Tables and responses before them are not limited.
-        leanings: Of trials in which errors count times (weights per flop)^leaning; fitted beside the best, as a whole.
+        time_limit_s: Seconds of trials after which the best so far is gone on with; what comes before is not limited.
+        leanings: Exponents, each of one of the last trials, in which errors count times (weights per flop)^leaning: the
+            ones above 0 favour small maps. These networks are fitted layer after layer beside the best ones.
         divergence: By what outputs are compared: "kl" for logits of classes, else "mse".
     """
 
@@ -123,7 +123,7 @@ class SearchConfig(_Section):
     generation: Positive = 4
     spread: Annotated[float, Field(ge=0, le=1)] = 0.25
     time_limit_s: Annotated[float, Field(gt=0)] | None = None
-    leanings: tuple[Annotated[float, Field(ge=-10, le=10)], ...] = ()
+    leanings: tuple[Annotated[float, Field(ge=-4, le=4)], ...] = ()
     divergence: DivergenceName = "kl"
 
 
@@ -155,7 +155,7 @@ class FinetuneConfig(_Section):
 
     Args:
         epochs: Of training at most; 0 trains nothing.
-        candidates: How many of the front's best feasible networks are trained, with successive halving.
+        candidates: How many of the networks that diverge least, once fitted, are trained, with successive halving.
         batch_size, weight_decay: Of training, by whichever optimizer.
         optimizer: "muon" changes matrices as much in all directions, "adamw" every number by itself.
         learning_rate: Its highest, between warm-up and cosine; "auto" finds it in an eighth to a quarter of the time.
@@ -191,7 +191,7 @@ class AuditConfig(_Section):
 
     Args:
         candidates: How many, over all budgets; 0 leaves the audit out. It takes a training for each.
-        budgets: One for every part of the candidates; the run's own, a looser and a tighter one if none is given.
+        budgets: Like the run's, one for every part of the candidates; by default its own, a looser and a tighter one.
         epochs: Of fine-tuning.
         seed: Of the candidates that are drawn.
         proxies: More proxies than those of the package: functions of a `sekron_search.proxies.Subject`, each as

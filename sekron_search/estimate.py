@@ -333,7 +333,8 @@ def _disk_bytes(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _K
     share = bound.value if bound is not None and bound.relative else 1.0
     weights = share * sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
     trained = CHECKPOINT if job.distillation is not None else 0
-    return int(tables + weights * (1 + _fitted(job) * (2 + trained)) + REPORT_BYTES)
+    trained_too = job.settings.finetune.candidates * (1 + trained)
+    return int(tables + weights * (1 + _fitted(job) + trained_too) + REPORT_BYTES)
 
 
 def _fitted(job: Job) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from sekron_search.divergence import DivergenceName
 from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.export import layers_json, with_layers
 from sekron_search.kron.dense import KINDS
-from sekron_search.kron.linear import KroneckerLinear
-from sekron_search.losses import TargetLoss, channel_spread, distillation_loss, layer_error
-from sekron_search.model import run_model
+from sekron_search.layer_outputs import Reference, channel_spread, layer_error, seen
+from sekron_search.losses import TargetLoss, distillation_loss
+from sekron_search.model import batch_size, part_of, run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.references import import_reference
 from sekron_search.team import Team
@@ -41,6 +41,7 @@ class Distillation:
         config: Epochs, optimizer, loss.
         divergence: How outputs are compared.
         frees_layers: Whether errors of layers count less and less.
+        known: Filled with `references`, once for all distillations that are made of this one.
     """
 
     teacher: nn.Module
@@ -48,6 +49,7 @@ class Distillation:
     config: FinetuneConfig
     divergence: DivergenceName
     frees_layers: bool = True
+    known: dict[str, Reference] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def total_batches(self) -> int:
@@ -153,8 +155,7 @@ class Distillation:
         """Mean loss of a network in training mode, of its outputs alone; statistics that are trained may change."""
         self._to_training(model)
         device = next(model.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.data.seed)
+        with _seeded(device, self.data.seed):
             losses = [
                 float(self._loss(model, [], 0.0, to_device(inputs, device), to_device(target, device)))
                 for inputs, target in batches
@@ -166,8 +167,6 @@ class Distillation:
         """The state of a training, from a checkpoint on if there is one; both networks are in the form for it."""
         self.teacher.eval()
         with training_form(model, self.teacher):
-            if self.config.layer_weight:
-                _ = self.references  # before anything random is drawn, which a training that is gone on with repeats
             state = TrainingState.start(model, self.config, self.rate, self.total_steps, team)
             if saved is not None:
                 state.restore(saved)
@@ -191,8 +190,7 @@ class Distillation:
     def _epoch(self, state: TrainingState, epoch: int, progress: Callable[[int], None]) -> float:
         """Mean loss over one epoch of training; what is random in the network is drawn as in any run of this epoch."""
         device = next(state.model.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(state.team.seed(self.data.seed * 7919 + epoch))
+        with _seeded(device, state.team.seed(self.data.seed * 7919 + epoch)):
             return self._steps(state, epoch, progress)
 
     def _steps(self, state: TrainingState, epoch: int, progress: Callable[[int], None]) -> float:
@@ -231,22 +229,26 @@ class Distillation:
         message = f"fine-tuning: {what}; lower finetune.learning_rate (now {self.rate:g})"
         return DivergedError(message, state.curve)
 
-    @cached_property
+    @property
     def references(self) -> dict[str, Reference]:
-        """What is to be known of the original's layers, by name: of the first batch, in every process of a team."""
-        layers = {name: layer for name, layer in self.teacher.named_modules() if type(layer) in KINDS.values()}
-        seen: dict[str, tuple[Tensor, Tensor, int]] = {}
+        """What is to be known of the original's layers, by name: of the first batch, drawn as at the seed.
 
-        def see(name: str, output: Tensor) -> None:
-            seen[name] = channel_spread(output), output, output._version
+        In a team it is of the same samples in all processes, as many as one has.
+        """
+        if not self.known:
+            layers = {name: layer for name, layer in self.teacher.named_modules() if type(layer) in KINDS.values()}
+            outputs: dict[str, tuple[Tensor, Tensor, int]] = {}
 
-        inputs, _ = to_device(next(self.data.epoch(1)), trainable(self.teacher)[0].device)
-        with torch.no_grad(), self._cast(), _seen(self.teacher, list(layers), see):
-            self.teacher(*inputs)
-        return {
-            name: Reference(type(layers[name]), spread, output._version != version)
-            for name, (spread, output, version) in seen.items()
-        }
+            def see(name: str, output: Tensor) -> None:
+                outputs[name] = channel_spread(output), output, output._version
+
+            device = trainable(self.teacher)[0].device
+            with _seeded(device, self.data.seed), torch.no_grad(), self._cast(), seen(self.teacher, list(layers), see):
+                inputs, _ = to_device(next(self.data.epoch(1)), device)
+                self.teacher(*part_of(inputs, slice(-(-batch_size(inputs) // Team.here().size))))
+            for name, (spread, output, version) in outputs.items():
+                self.known[name] = Reference(type(layers[name]), spread, output._version != version)
+        return self.known
 
     def _layers_of(self, model: nn.Module) -> list[str]:
         """Names of the layers whose outputs are compared: those that are of another class than the original's."""
@@ -262,56 +264,28 @@ class Distillation:
     def _loss(
         self, model: nn.Module, replaced: Sequence[str], layer_weight: float, inputs: tuple[Any, ...], target: Any
     ) -> Tensor:
+        ours: dict[str, Tensor] = {}
         theirs: dict[str, Tensor] = {}
-        errors: list[Tensor] = []
 
-        def keep(name: str, output: Tensor) -> None:
-            theirs[name] = output.clone() if self.references[name].is_overwritten else output
-
-        def compare(name: str, output: Tensor) -> None:
-            errors.append(layer_error(output, theirs.pop(name), self.references[name].spread))
+        def keep(found: dict[str, Tensor], name: str, output: Tensor) -> None:
+            found[name] = output.clone() if self.references[name].is_overwritten else output
 
         with self._cast():
-            with torch.no_grad(), _seen(self.teacher, replaced, keep):
+            with torch.no_grad(), seen(self.teacher, replaced, partial(keep, theirs)):
                 reference = self.teacher(*inputs)
-            with _seen(model, replaced, compare):
+            with seen(model, replaced, partial(keep, ours)):
                 output = model(*inputs)
         loss = distillation_loss(self.divergence, output, reference, target, self.config, self.own_loss)
-        if errors:
-            loss = loss + layer_weight * torch.stack(errors).mean()
-        return loss
+        errors = [layer_error(own, theirs[name], self.references[name].spread) for name, own in ours.items()]
+        return loss + layer_weight * torch.stack(errors).mean() if errors else loss
 
 
 @contextmanager
-def _seen(model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While the network runs, `see` gets the outputs of the named layers, (N, channels, ...), with their names."""
-
-    def hook_of(name: str, layer: nn.Module) -> Callable[[nn.Module, Any, Tensor], None]:
-        linear = isinstance(layer, nn.Linear | KroneckerLinear)
-        return lambda module, args, output: see(name, output.flatten(0, -2) if linear else output)
-
-    layers = [(name, model.get_submodule(name)) for name in names]
-    handles = [layer.register_forward_hook(hook_of(name, layer)) for name, layer in layers]
-    try:
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """What is drawn follows from the seed, and changes nothing that is drawn later."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Of a layer of the original, which may have been replaced.
-
-    Args:
-        kind: Its class.
-        spread: Of its outputs, which errors are relative to.
-        is_overwritten: Whether what follows changes them in place.
-    """
-
-    kind: type[nn.Module]
-    spread: Tensor
-    is_overwritten: bool
 
 
 @dataclass(frozen=True)

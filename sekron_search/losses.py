@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sekron_search.config import FinetuneConfig
 from sekron_search.data import check_labels
@@ -16,9 +15,6 @@ from sekron_search.divergence import DivergenceName, relative_l1, relative_mse
 from sekron_search.errors import DataError, users_own
 from sekron_search.model import output_tensors
 from sekron_search.nested import named_leaves
-
-#: So many numbers in float32 are still in the cache when they are read again.
-IN_CACHE = 1 << 16
 
 #: A loss of (output, target).
 TargetLoss = Callable[[Any, Any], Tensor]
@@ -119,49 +115,3 @@ def _own_loss(own: TargetLoss, name: str, output: Any, target: Any) -> Tensor:
         came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"finetune.loss: expected a function of (output, target) that returns a scalar, got {came}")
     return value.reshape(())
-
-
-def channel_spread(output: Tensor) -> Tensor:
-    """Mean variance of a layer's output channels, (N, channels, ...), in float32; above 0."""
-    values = output.float().movedim(1, -1).flatten(0, -2)
-    return (values - values.mean(0)).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def layer_error(output: Tensor, reference: Tensor, spread: Tensor) -> Tensor:
-    """Mean squared error of a layer's output relative to the spread of the reference's channels, in float32.
-
-    Not differentiable in the reference or the spread, and once in the output.
-
-    Args:
-        output: Of the replaced layer.
-        reference: Of the layer that it replaced, of the same shape.
-        spread: `channel_spread` of the latter.
-
-    Source: hints, Romero et al. 2015 (FitNets); every replaced layer has its counterpart, so no regressor is needed.
-    """
-    found: Tensor = _LayerError.apply(output, reference, spread)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _LayerError(torch.autograd.Function):
-    """In the output's precision, with its layout, in as few passes over memory as there can be.
-
-    Layers' outputs are most of what a training step moves through memory: `mse_loss`, which under autocast also turns
-    them into float32, and their gradients back, took half of a step's time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, reference: Tensor, spread: Tensor) -> Tensor:
-        with torch.autocast(output.device.type, enabled=False):
-            error = output - reference.to(output)
-            ctx.save_for_backward(error, spread)
-            flat = (error if error.is_contiguous() else error.movedim(1, -1)).reshape(-1)
-            size = IN_CACHE if flat.device.type == "cpu" else flat.numel()
-            parts = (part.float() for part in flat.split(size))
-            return torch.stack([part @ part for part in parts]).sum() / error.numel() / spread
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        error, spread = ctx.saved_tensors
-        return error * (2 / error.numel() * gradient / spread), None, None

@@ -143,6 +143,15 @@ def test_networks_that_lean_to_cheap_weights_are_fitted_and_the_least_divergent_
     assert trained == [finder.home(marked[0].assignment)]
 
 
+def test_trials_that_lean_and_were_left_out_are_told(finder: Finder, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(finder.reporter, "say", said.append)
+    search = finder.job.settings.search.model_copy(update={"leanings": (0.5, 1.0)})
+    finder.job = replace(finder.job, settings=finder.job.settings.model_copy(update={"search": search}))
+    finder.search()
+    assert any(line.startswith("2 of 2 trials that lean (search.leanings) were left out") for line in said)
+
+
 def trial(divergence: float, partial: tuple[float, ...]) -> Trial:
     return Trial(0, (), divergence, {}, feasible=True, source="search", partial=partial)
 

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from sekron_search.config import FinetuneConfig, make_settings
 from sekron_search.errors import ConfigError, DataError, DivergedError
-from sekron_search.finetune import Distillation, _seen
+from sekron_search.finetune import Distillation
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.structure import Structure
-from sekron_search.losses import channel_spread, distillation_loss, layer_error
+from sekron_search.layer_outputs import channel_spread, layer_error, seen
+from sekron_search.losses import distillation_loss
 from sekron_search.model import replace_layers
 from sekron_search.tensor_files import read_checkpoint
 from sekron_search.training_data import TrainingData
@@ -344,6 +346,55 @@ def test_a_loss_or_metric_that_is_no_name_is_refused(wrong: str) -> None:
             make_settings({"flops": "0.5x"}, settings)
 
 
+def test_what_a_shuffling_loader_draws_first_changes_no_training(tmp_path: Path) -> None:
+    teacher = small_net()
+    loader: DataLoader[Any] = DataLoader(blobs(64), batch_size=16, shuffle=True)
+
+    def curve(seed: int, name: str, epochs: int = 3) -> list[dict[str, float]]:
+        torch.manual_seed(seed)
+        config = FinetuneConfig(epochs=3, learning_rate=1e-2, layer_weight=8)
+        task = Distillation(teacher, TrainingData(loader, 16), config, "mse")
+        before = torch.get_rng_state()
+        found = train(task, compressed(teacher), tmp_path / name, after_epoch=lambda epoch, _: epoch < epochs)
+        assert torch.equal(torch.get_rng_state(), before)
+        return found
+
+    whole = curve(1, "whole")
+    assert curve(2, "other") == whole
+    assert curve(3, "resumed", epochs=1) == whole[:1]
+    assert curve(4, "resumed") == whole
+
+
+class Recomputing(nn.Module):
+    """Keeps nothing of the convolution for the backward pass, and computes it again; may run it twice."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+        self.conv2, self.end = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = checkpoint(lambda y: self.conv2(y).relu(), x, use_reentrant=False)
+        out: torch.Tensor = self.end(x.mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_networks_that_compute_layers_again_are_trained(tmp_path: Path, times: int) -> None:
+    torch.manual_seed(0)
+    teacher = Recomputing(times)
+    conv = KroneckerConv.from_conv(teacher.conv2, Structure.parse("1x1x3x3[a] * 3x3x1x1[a]; a=1"))
+    data = TensorDataset(torch.randn(32, 3, 8, 8), torch.zeros(32, dtype=torch.long))
+    config = FinetuneConfig(epochs=3, learning_rate=1e-2, layer_weight=8, label_weight=0)
+    found = train(
+        Distillation(teacher, TrainingData(data, 16), config, "kl"),
+        replace_layers(teacher, {"conv2": conv}),
+        tmp_path / "checkpoint",
+    )
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
 def test_layers_are_compared_over_their_channels() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -356,7 +407,7 @@ def test_layers_are_compared_over_their_channels() -> None:
 
     found: dict[str, tuple[int, ...]] = {}
     model = Net()
-    with _seen(model, ["linear", "conv"], lambda name, output: found.update({name: tuple(output.shape)})):
+    with seen(model, ["linear", "conv"], lambda name, output: found.update({name: tuple(output.shape)})):
         model(torch.randn(2, 7, 3, 6))
     assert found == {"linear": (2 * 7 * 3, 5), "conv": (2, 4, 7, 3)}
     model(torch.randn(1, 2, 3, 6))

@@ -35,7 +35,7 @@ LAYERS = [
     ["learning_rate"],
     ["finetune", "sequential", "tables"],
     ["training_form", "training_state", "training_data"],
-    ["losses", "muon"],
+    ["layer_outputs", "losses", "muon"],
     ["scoring", "export"],
     ["exchange", "repeatable"],
     ["deployment"],

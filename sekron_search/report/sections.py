@@ -8,6 +8,7 @@ from typing import Any
 from sekron_search.report.document import Column, Items, Picture, Section, Table
 from sekron_search.report.figures import raised_from
 from sekron_search.report.verdict import UNITS, shown
+from sekron_search.search.trial import LEANING
 
 
 def sorted_front(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -61,7 +62,10 @@ def candidates_section(report: Mapping[str, Any]) -> Section:
     columns = [Column("folder", "code"), Column("trial"), Column("divergence")]
     columns += [Column("before the fit layer after layer"), *map(Column, costs), Column("validation")]
     chosen = next((i for i, row in enumerate(report["candidates"]) if row["chosen"]), None)
-    text = "The best trials, fitted layer after layer and measured, before training."
+    leaning = any(trial["source"] == LEANING for trial in report["trials"])
+    others = ", and those that lean to layers of cheap weights" if leaning else ""
+    least = " Those that diverge least then are trained." if leaning else ""
+    text = f"The best trials{others}, fitted layer after layer and measured, before training.{least}"
     return Section("Candidates", (text, Table(tuple(columns), rows, chosen)))
 
 

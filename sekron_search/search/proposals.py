@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from sekron_search.search.options import Assignment, Network
 from sekron_search.search.pareto import front
 from sekron_search.search.problem import Problem
-from sekron_search.search.trial import Trial
+from sekron_search.search.trial import LEANING, Trial
 
 Floats = NDArray[np.float64]
 
@@ -41,9 +41,6 @@ LEAST_WEIGHT = 0.05
 
 #: How close to the best the knapsack answers a draw, which is random anyway.
 DRAW_GAP = 0.005
-
-#: Source of trials whose networks spend more on layers of cheap weights than errors say; see `Problem.leanings`.
-LEANING = "leaning"
 
 #: Draws until an assignment is new.
 ATTEMPTS = 8

@@ -17,8 +17,8 @@ from sekron_search.search.budget import CostName, meets
 from sekron_search.search.ledger import Claim, Ledger
 from sekron_search.search.options import Assignment
 from sekron_search.search.problem import Problem
-from sekron_search.search.proposals import LEANING, Proposal, propose
-from sekron_search.search.trial import Evaluation, Trial
+from sekron_search.search.proposals import Proposal, propose
+from sekron_search.search.trial import LEANING, Evaluation, Trial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -107,7 +107,7 @@ def _do(
     known = next((t for t in history if t.assignment == proposal.assignment), None)
     rivals = [t for t in history if not t.pruned and all(t.costs[cost] <= costs[cost] for cost in bounds)]
     if proposal.source == LEANING:  # it may well be behind them before the fit as a whole, for which it is tried
-        rivals = []
+        known, rivals = (None if known is not None and known.pruned else known), []
     found = known.evaluation if known is not None else evaluate(proposal.assignment, rivals)
     if not isfinite(found.divergence):
         # Some networks overflow. They are worse than all others, by a number that storages and regressions can take.

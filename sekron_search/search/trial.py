@@ -10,6 +10,9 @@ from sekron_search.search.budget import CostName
 from sekron_search.search.options import Assignment
 from sekron_search.search.pareto import front
 
+#: Source of trials whose networks spend more on layers of cheap weights than errors say; see `Problem.leanings`.
+LEANING = "leaning"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -36,7 +39,7 @@ class Trial:
         divergence: Of the assembled network's outputs from the original's.
         costs: Predicted costs of the whole network.
         feasible: Whether they are within the budgets.
-        source: "knapsack" for a start, "leaning" for one that leans to cheap weights, else "search".
+        source: "knapsack" for a start, `LEANING` for one that leans to cheap weights, else "search".
         lower_bound: Of the additive error at the trial's budget level, where it is a start.
         partial, pruned: As of its evaluation.
     """

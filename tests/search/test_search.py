@@ -309,6 +309,21 @@ def test_the_last_trials_lean_to_layers_of_cheap_weights(tmp_path: Path) -> None
     assert [Problem(network, problem.bounds, trials=8, leanings=(1.0, 2.0)).leaning(i) for i in (6, 7)] == [None, 2.0]
 
 
+def test_a_network_that_leans_is_measured_to_the_end_though_it_was_given_up_before(tmp_path: Path) -> None:
+    problem = Problem(NETWORK, BOUNDS, trials=12, leanings=(0.0,))
+    given_up: list[Assignment] = []
+
+    def evaluate(assignment: Assignment, rivals: Sequence[Trial]) -> Evaluation:
+        if rivals:
+            given_up.append(assignment)
+        return Evaluation(pretend(assignment), pruned=bool(rivals))
+
+    trials = take_part(tmp_path / "study", problem, evaluate)
+    assert trials[-1].source == "leaning"
+    assert trials[-1].assignment in given_up
+    assert not trials[-1].pruned
+
+
 def test_errors_lean_by_the_weights_that_a_flop_buys() -> None:
     network = tables([[(100, 100, 0.0), (60, 50, 0.1)], [(400, 100, 0.0), (120, 60, 0.05)], [(800, 50, 0.0)]])
     errors = [np.array([0.0, 1.0]), np.array([0.0, 3.0]), np.array([0.0])]
