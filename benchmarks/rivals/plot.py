@@ -26,17 +26,26 @@ STYLES = {
 
 
 def plot(path: Path) -> None:
-    """A row per network and number of epochs; every dot is the mean over the seeds of a method under a budget."""
+    """A row per network and number of epochs, a panel of latencies per processor, for they cannot be compared.
+
+    Every dot is the mean over the seeds of a method under a budget.
+    """
     samples = [s for s in samples_of(path) if "failed" not in s]
     rows = list(dict.fromkeys((s["network"], s["epochs"]) for s in samples))
-    figure, panels = plt.subplots(len(rows), 2, figsize=(11.5, 4.2 * len(rows)), constrained_layout=True, squeeze=False)
+    processors = list(dict.fromkeys(s["processor"] for s in samples))
+    size = (2.5 + 4.5 * (1 + len(processors)), 4.2 * len(rows))
+    figure, panels = plt.subplots(
+        len(rows), 1 + len(processors), figsize=size, constrained_layout=True, squeeze=False, sharey="row"
+    )
     handles: dict[str, Any] = {}
-    for (network, epochs), (left, right) in zip(rows, panels, strict=True):
+    for (network, epochs), (left, *others) in zip(rows, panels, strict=True):
         own, task = [s for s in samples if (s["network"], s["epochs"]) == (network, epochs)], TASKS[network]
-        for axes, key in ((left, "flops_ratio"), (right, "latency_ratio")):
-            handles |= _panel(axes, own, key, task.factor)
+        handles |= _panel(left, own, "flops_ratio", task.factor)
         left.set(xlabel="flops, of the original's", ylabel=f"{task.unit.split()[-1]} on the test split")
-        right.set(xlabel="measured latency, of the original's")
+        for axes, processor in zip(others, processors, strict=True):
+            handles |= _panel(axes, [s for s in own if s["processor"] == processor], "latency_ratio", task.factor)
+            axes.set(xlabel="measured latency, of the original's")
+            axes.set_title(processor, fontsize=10)
         left.set_title(f"{network}, {epochs} epochs", fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=110)
