@@ -73,7 +73,7 @@ def propose(problem: Problem, history: Sequence[Trial], slots: Sequence[int]) ->
         InfeasibleBudgetError: If no assignment meets the bounds.
     """
     tried = {trial.assignment for trial in history}
-    model: WeightModel | None = None
+    model = WeightModel(problem.errors, history)
     gaps = Gaps([(problem.level_of(trial.costs), trial.divergence) for trial in history])
     found: list[Proposal] = []
     for slot in slots:
@@ -81,11 +81,9 @@ def propose(problem: Problem, history: Sequence[Trial], slots: Sequence[int]) ->
             solution = problem.solve(problem.starts[slot], problem.errors)
             found.append(Proposal(solution.assignment, "knapsack", solution.lower_bound))
         elif (leaning := problem.leaning(slot)) is not None:
-            model = model or WeightModel(problem.errors, history)
             assignment = problem.solve(0.0, leaned(model.mean(), problem.network, leaning)).assignment
             found.append(Proposal(assignment, LEANING))
         else:
-            model = model or WeightModel(problem.errors, history)
             rng = np.random.default_rng([problem.seed, slot])
             beside = rng.random() < problem.spread
             level = gaps.fill() if beside else 0.0

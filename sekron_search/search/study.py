@@ -104,10 +104,11 @@ def _do(
     """Evaluate a proposal, unless an earlier trial has, and record it."""
     network, bounds = problem.network, problem.bounds
     costs = {str(cost): float(value) for cost, value in network.costs(proposal.assignment).items()}
-    known = next((t for t in history if t.assignment == proposal.assignment), None)
-    rivals = [t for t in history if not t.pruned and all(t.costs[cost] <= costs[cost] for cost in bounds)]
-    if proposal.source == LEANING:  # it may well be behind them before the fit as a whole, for which it is tried
-        known, rivals = (None if known is not None and known.pruned else known), []
+    # One that leans may well be behind others before the fit as a whole, for which it is tried: it is never given up.
+    leans = proposal.source == LEANING
+    known = next((t for t in history if t.assignment == proposal.assignment and not (leans and t.pruned)), None)
+    cheaper = [t for t in history if not t.pruned and all(t.costs[cost] <= costs[cost] for cost in bounds)]
+    rivals = [] if leans else cheaper
     found = known.evaluation if known is not None else evaluate(proposal.assignment, rivals)
     if not isfinite(found.divergence):
         # Some networks overflow. They are worse than all others, by a number that storages and regressions can take.
