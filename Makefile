@@ -7,7 +7,7 @@ NAME ?= accuracy
 DATA ?= ../shared
 SECONDS ?= 60
 
-.PHONY: help demo test test-slow check format fuzz bench docs setup clean
+.PHONY: help demo test test-slow test-gpu check format fuzz bench docs setup clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -28,6 +28,9 @@ test: $(STAMP)  ## Run the tests (but the slow ones)
 
 test-slow: $(STAMP)  ## Run the slow tests too: kills and resumes, the whole demonstration
 	$(BIN)/python -m pytest -q -m 'not gpu'
+
+test-gpu: $(STAMP)  ## Run the tests that need a CUDA device, with a build of torch that has CUDA
+	$(BIN)/python -m pytest -q -m gpu
 
 check: $(STAMP)  ## Run the linters: ruff, mypy
 	$(BIN)/ruff check .

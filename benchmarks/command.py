@@ -12,19 +12,24 @@ import yaml
 from sekron_search.config import Config
 
 
-def parser_of(doc: str | None, runs: str, seeds: Sequence[int] = ()) -> argparse.ArgumentParser:
-    """A command line of --data, --runs, and --seeds where there are some.
+def parser_of(
+    doc: str | None, runs: str, seeds: Sequence[int] = (), *, trains: bool = False
+) -> argparse.ArgumentParser:
+    """A command line of --data, --runs, and --seeds and --device where they mean something.
 
     Args:
         doc: What the benchmark does.
         runs: Where its runs are kept by default, below `runs/`.
         seeds: By default.
+        trains: Whether networks are fine-tuned.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs") / runs)
     if seeds:
         parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    if trains:
+        parser.add_argument("--device", default="cpu", help="where networks are fine-tuned: cpu, cuda")
     return parser
 
 

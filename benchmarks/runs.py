@@ -28,7 +28,7 @@ class Runs:
         network: One of `TASKS`.
         data: Holds data/cifar10_jpeg.tar.xz, data/sr_hr.tar and models/resnet20_cifar10_jpeg.pt.
         home: Folder of the runs, of their tables, and of the weights of networks that have to be trained.
-        device: On which compressed networks are searched for and fine-tuned.
+        device: On which compressed networks are fine-tuned.
     """
 
     network: str
@@ -63,15 +63,17 @@ class Runs:
         config = self.task.config(
             self.data,
             weights=self.weights,
-            finetune={**yaml.safe_load(self.task.template.read_text())["finetune"], "epochs": epochs},
+            finetune={
+                **yaml.safe_load(self.task.template.read_text())["finetune"],
+                "epochs": epochs,
+                "device": self.device,
+            },
             budget=dict(budget),
             seed=seed,
-            device=self.device,
             tables=(self.home / "tables").resolve(),
         )
         asked = "-".join(f"{name}-{bound}" for name, bound in budget.items())
-        where = "" if self.device == "cpu" else f"-{self.device.replace(':', '')}"
-        folder = RunFolder(self.home / f"{self.network}-{asked}-epochs-{epochs}-seed-{seed}{where}")
+        folder = RunFolder(self.home / f"{self.network}-{asked}-epochs-{epochs}-seed-{seed}")
         return Run(job_from_config(config), folder)
 
 

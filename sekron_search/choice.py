@@ -96,7 +96,7 @@ def _on_samples(job: Job, metric: SplitMetric, networks: Sequence[nn.Module]) ->
     for network in (job.model, *networks):
         network.eval()
     for inputs, target in batches(metric.split, metric.batch_size):
-        inputs = to_device(inputs, metric.device)
+        inputs = to_device(inputs, job.device)
         reference = run_model(job.model, inputs)
         for index, network in enumerate(networks):
             output = run_model(network, inputs)

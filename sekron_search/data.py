@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from sekron_search.config import DataConfig, MetricName
 from sekron_search.errors import DataError, users_own
 from sekron_search.image_files import ImageFolder, common_size, labelled
-from sekron_search.model import Inputs, as_inputs, joined, part_of
+from sekron_search.model import Inputs, as_inputs, device_of, joined, part_of
 from sekron_search.model import batch_size as samples_of
 from sekron_search.nested import map_tensors
 from sekron_search.references import import_reference
@@ -217,17 +217,15 @@ class SplitMetric:
         split: The data.
         name: Of the metric.
         batch_size: Samples that the network is run on at a time.
-        device: Where the network is.
     """
 
     split: Dataset[Any]
     name: MetricName
     batch_size: int
-    device: torch.device
 
     def __call__(self, network: nn.Module) -> float:
         """The metric of a network; see `evaluate`."""
-        return evaluate(network, self.split, self.name, batch_size=self.batch_size, device=self.device)
+        return evaluate(network, self.split, self.name, batch_size=self.batch_size)
 
     @property
     def shares_of(self) -> int | None:
@@ -239,15 +237,14 @@ class SplitMetric:
         return length(self.split) if self.name == "accuracy" else None
 
 
-def evaluate(
-    model: nn.Module, dataset: Dataset[Any], metric: MetricName, *, batch_size: int, device: torch.device
-) -> float:
-    """A metric by name over a dataset; higher is better.
+def evaluate(model: nn.Module, dataset: Dataset[Any], metric: MetricName, *, batch_size: int) -> float:
+    """A metric by name over a dataset, computed where the network is; higher is better.
 
     Raises:
         DataError: If a label is not one of the network's classes, or the metric is not a number.
     """
     model.eval()
+    device = device_of(model)
     with torch.no_grad():
         values = [
             values_of_samples(metric, model(*to_device(inputs, device)), target)

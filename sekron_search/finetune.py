@@ -21,7 +21,7 @@ from sekron_search.export import layers_json, with_layers
 from sekron_search.kron.dense import KINDS
 from sekron_search.layer_outputs import Reference, channel_spread, layer_error, seen
 from sekron_search.losses import TargetLoss, distillation_loss
-from sekron_search.model import batch_size, part_of, run_model
+from sekron_search.model import batch_size, device_of, part_of, run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.references import import_reference
 from sekron_search.team import Team
@@ -29,6 +29,7 @@ from sekron_search.tensor_files import read_checkpoint, write_checkpoint
 from sekron_search.training_data import TrainingData
 from sekron_search.training_form import training_form
 from sekron_search.training_state import TrainingState, trainable
+from sekron_search.training_step import Take, taker
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Distillation:
         after_epoch: Callable[[int, float], bool],
         progress: Callable[[int], None],
     ) -> list[dict[str, float]]:
-        """Train a network in place, on the device where it is; from the checkpoint on, if there is one.
+        """Train a network in place, on the device where the original is; from the checkpoint on, if there is one.
 
         Args:
             model: The compressed network; ends with the weights of its last epoch, in evaluation mode.
@@ -138,11 +139,11 @@ class Distillation:
             layers, weights = layers_json(model), dict(model.state_dict())
             task = Task(self.config, self.data.limit, self.frees_layers, layers, weights, saved)
             team.told(task.to_plain())
-        with self._started(model, saved, team) as state:
+        with self._started(model, saved, team) as (state, take):
             going = [after_epoch(int(row["epoch"]), row["metric"]) for row in state.curve][-1:] != [False]
             while team.told(going and len(state.curve) < self.config.epochs):
                 epoch = len(state.curve) + 1
-                loss = self._epoch(state, epoch, progress)
+                loss = self._epoch(state, take, epoch, progress)
                 metric = validate(model.eval()) if validate is not None else -loss
                 state.curve.append({"epoch": float(epoch), "loss": loss, "metric": metric})
                 if checkpoint is not None:
@@ -154,26 +155,27 @@ class Distillation:
     def loss_of(self, model: nn.Module, batches: Iterable[Batch]) -> float:
         """Mean loss of a network in training mode, of its outputs alone; statistics that are trained may change."""
         self._to_training(model)
-        device = next(model.parameters()).device
+        device = device_of(model)
         with _seeded(device, self.data.seed):
-            losses = [
-                float(self._loss(model, [], 0.0, to_device(inputs, device), to_device(target, device)))
-                for inputs, target in batches
-            ]
+            losses = [float(self._loss(model, [], 0.0, *to_device(batch, device))) for batch in batches]
         return math.fsum(losses) / len(losses)
 
     @contextmanager
-    def _started(self, model: nn.Module, saved: dict[str, Any] | None, team: Team) -> Iterator[TrainingState]:
-        """The state of a training, from a checkpoint on if there is one; both networks are in the form for it."""
+    def _started(
+        self, model: nn.Module, saved: dict[str, Any] | None, team: Team
+    ) -> Iterator[tuple[TrainingState, Take]]:
+        """A training, from a checkpoint on if there is one; both networks are where, and in the form, they train."""
         self.teacher.eval()
+        home = device_of(model)
+        model.to(device_of(self.teacher))
         with training_form(model, self.teacher):
             state = TrainingState.start(model, self.config, self.rate, self.total_steps, team)
             if saved is not None:
                 state.restore(saved)
             try:
-                yield state
+                yield state, self._taker(state)
             finally:
-                model.eval()
+                model.eval().to(home)
 
     def assist(self, task: Task) -> None:
         """Take part in a training that the team's first process has begun."""
@@ -182,40 +184,46 @@ class Distillation:
         model = with_layers(self.teacher, task.layers).to(trainable(self.teacher)[0].device)
         model.load_state_dict(task.state)
         # The first process decides what comes of a training that diverges.
-        with suppress(DivergedError), brief._started(model, task.checkpoint, team) as state:
+        with suppress(DivergedError), brief._started(model, task.checkpoint, team) as (state, take):
             while team.told() is True:  # anything else is said when the first process fails
-                brief._epoch(state, len(state.curve) + 1, lambda done: None)
+                brief._epoch(state, take, len(state.curve) + 1, lambda done: None)
                 state.curve.append({})
 
-    def _epoch(self, state: TrainingState, epoch: int, progress: Callable[[int], None]) -> float:
+    def _epoch(self, state: TrainingState, take: Take, epoch: int, progress: Callable[[int], None]) -> float:
         """Mean loss over one epoch of training; what is random in the network is drawn as in any run of this epoch."""
-        device = next(state.model.parameters()).device
-        with _seeded(device, state.team.seed(self.data.seed * 7919 + epoch)):
-            return self._steps(state, epoch, progress)
+        with _seeded(device_of(state.model), state.team.seed(self.data.seed * 7919 + epoch)):
+            return self._steps(state, take, epoch, progress)
 
-    def _steps(self, state: TrainingState, epoch: int, progress: Callable[[int], None]) -> float:
+    def _steps(self, state: TrainingState, take: Take, epoch: int, progress: Callable[[int], None]) -> float:
         self._to_training(state.model)
-        device = next(state.model.parameters()).device
-        replaced = self._layers_of(state.model)
-        summed, done, together = 0.0, 0, self.config.accumulate
-        for done, (inputs, target) in enumerate(self.data.epoch(epoch, state.team), start=1):
-            # Close to the original's layers first, then free to make up for each other's errors.
-            weight = self.config.layer_weight * (state.remaining if self.frees_layers else 1.0)
-            loss = self._loss(state.model, replaced, weight, to_device(inputs, device), to_device(target, device))
-            # What is left over at the end of an epoch makes a step of its own, as large as there are batches in it.
-            state.add(loss / min(together, len(self.data) - (done - 1) // together * together))
-            mean = loss.detach().clone()
-            state.team.mean([mean])
-            summed += float(mean)
+        summed, done = 0.0, 0
+        # Reading a loss waits until a GPU has computed it: meanwhile the next batch is made ready.
+        for done, loss in enumerate(_one_behind(self._losses(state, take, epoch)), start=1):
+            summed += float(loss)
             if not math.isfinite(summed):
                 raise self._diverged(state, f"the loss became {summed} in epoch {epoch}, batch {done}")
-            if done % together == 0 or done == len(self.data):
-                state.step()
             progress((epoch - 1) * len(self.data) + done)
         state.team.mean_buffers(state.model)
         if not all(bool(p.isfinite().all()) for p in trainable(state.model)):
             raise self._diverged(state, f"a weight became NaN or infinite in the last step of epoch {epoch}")
         return summed / max(done, 1)
+
+    def _losses(self, state: TrainingState, take: Take, epoch: int) -> Iterator[Tensor]:
+        """The loss of every batch of an epoch, each when the network has learned from it."""
+        for number, batch in enumerate(self.data.epoch(epoch, state.team)):
+            # Close to the original's layers first, then free to make up for each other's errors.
+            weight = self.config.layer_weight * (state.remaining if self.frees_layers else 1.0)
+            loss = take(batch, weight, number)
+            state.team.mean([loss])
+            yield loss
+
+    def _taker(self, state: TrainingState) -> Take:
+        replaced = self._layers_of(state.model)
+
+        def loss(inputs: tuple[Any, ...], target: Any, weight: float | Tensor) -> Tensor:
+            return self._loss(state.model, replaced, weight, inputs, target)
+
+        return taker(state, loss, len(self.data), self.config.accumulate, records=self.own_loss is None)
 
     def _to_training(self, model: nn.Module) -> None:
         """Training mode; batch-norms stay as they will run, unless they are trained too."""
@@ -262,7 +270,12 @@ class Distillation:
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
     def _loss(
-        self, model: nn.Module, replaced: Sequence[str], layer_weight: float, inputs: tuple[Any, ...], target: Any
+        self,
+        model: nn.Module,
+        replaced: Sequence[str],
+        layer_weight: float | Tensor,
+        inputs: tuple[Any, ...],
+        target: Any,
     ) -> Tensor:
         ours: dict[str, Tensor] = {}
         theirs: dict[str, Tensor] = {}
@@ -278,6 +291,17 @@ class Distillation:
         loss = distillation_loss(self.divergence, output, reference, target, self.config, self.own_loss)
         errors = [layer_error(own, theirs[name], self.references[name].spread) for name, own in ours.items()]
         return loss + layer_weight * torch.stack(errors).mean() if errors else loss
+
+
+def _one_behind(items: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same, each when the next one is there."""
+    before = next(items, None)
+    for item in items:
+        assert before is not None
+        yield before
+        before = item
+    if before is not None:
+        yield before
 
 
 @contextmanager

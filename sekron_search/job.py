@@ -19,7 +19,7 @@ from sekron_search.errors import DataError, users_own
 from sekron_search.export import Factory, factory_json
 from sekron_search.finetune import Distillation
 from sekron_search.inspection import inspect_model
-from sekron_search.model import Inputs, batch_size
+from sekron_search.model import Inputs, batch_size, copy_model
 from sekron_search.runtimes.base import MemoryFormat, Runtime
 from sekron_search.runtimes.registry import make_runtime, runtime_class
 from sekron_search.tensor_files import digest
@@ -142,6 +142,12 @@ class Job:
         config = self.settings.finetune
         return None if self.train is None or config.epochs == 0 else self.distillation_by(config)
 
+    @cached_property
+    def teacher(self) -> nn.Module:
+        """The network, where candidates are trained."""
+        device = torch.device(self.settings.finetune.device or self.device)
+        return self.model if device == self.device else copy_model(self.model).to(device)
+
     def distillation_by(self, config: FinetuneConfig) -> Distillation:
         """How a candidate is trained by another configuration than the run's.
 
@@ -150,15 +156,16 @@ class Job:
         """
         if self.train is None:
             raise DataError("train: there is no data for training; give some")
-        return Distillation(self.model, self.train, config, self.settings.search.divergence)
+        return Distillation(self.teacher, self.train, config, self.settings.search.divergence)
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes this run another one than the next: a folder is gone on with only by the same."""
         profile = self.settings.latency.profile
         # How long the search may take is no part of what the run is; one that was ended by it stays ended. Nor is where
-        # files lie, so that a run and its tables can be moved.
+        # files lie, and where is trained, so that a run and its tables can be moved.
         settings = self.settings.model_dump(
-            mode="json", exclude={"search": {"time_limit_s"}, "tables": True, "out": True}
+            mode="json",
+            exclude={"search": {"time_limit_s"}, "finetune": {"device"}, "tables": True, "out": True},
         )
         if not self.source:
             settings["metric"] = "accuracy"  # of a metric that is given as a function this is the name, for reports

@@ -66,7 +66,7 @@ def make_job(model: nn.Module, factory: Factory, data: DataBundle, config: Confi
     def metric(split: Dataset[Any]) -> Callable[[nn.Module], float]:
         if own is not None:
             return checked_metric(lambda network: own(network, split), f"metric {config.metric!r}")
-        return SplitMetric(split, cast(MetricName, config.metric), EVALUATION_BATCH, device)
+        return SplitMetric(split, cast(MetricName, config.metric), EVALUATION_BATCH)
 
     return Job(
         model,

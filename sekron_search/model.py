@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Literal, Unpack
 
 import torch
@@ -68,6 +68,11 @@ class LayerInfo:
 def as_inputs(example_inputs: Any) -> Inputs:
     """The positional arguments of the network: a tuple as it is, anything else as the only argument."""
     return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network is: its first parameter, or buffer; the CPU if it has neither."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def batch_size(inputs: Inputs) -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: Coefficients of the quintic whose iterates bring all singular values near 1, and how often it is applied.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+
+#: To multiples of this many rows and columns matrices are brought on GPUs.
+GPU_MULTIPLE = 64
 
 #: Root mean square of a step's entries, relative to the learning rate: that of Adam's steps in practice.
 STEP_RMS = 0.2
@@ -22,7 +27,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: Parameters.
-        lr: Learning rate.
+        lr: Learning rate; a tensor where the parameters are, if steps are recorded as CUDA graphs.
         weight_decay: Share of the learning rate by which parameters shrink in every step.
         momentum: Of the matrices' gradients, looked ahead as Nesterov's.
         betas: Of the others' gradients and their squares.
@@ -34,61 +39,98 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[nn.Parameter],
-        lr: float,
+        lr: float | Tensor,
         *,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas})
+        settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas}
+        # Torch's word for it that counts of steps lie where the parameters do.
+        super().__init__(params, {**settings, "capturable": True})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step down the gradients."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            own = [p for p in group["params"] if p.grad is not None]
+            for parameter in own:
                 state = self.state[parameter]
                 if not state:
-                    state.update(step=torch.zeros(()), mean=torch.zeros_like(parameter))
+                    state.update(step=torch.zeros((), device=parameter.device), mean=torch.zeros_like(parameter))
                     if not _is_matrix(parameter):
                         state["square"] = torch.zeros_like(parameter)
                 state["step"] += 1
-                towards = self._matrix_step if _is_matrix(parameter) else self._other_step
-                change = towards(parameter.grad, state, group)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
+            for how, parameters in (
+                (self._matrix_steps, [p for p in own if _is_matrix(p)]),
+                (self._other_steps, [p for p in own if not _is_matrix(p)]),
+            ):
+                if parameters:
+                    changes = how(parameters, group)
+                    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                    torch._foreach_mul_(changes, group["lr"])
+                    torch._foreach_sub_(parameters, changes)
 
-    @staticmethod
-    def _matrix_step(gradient: Tensor, state: dict[str, Tensor], group: dict[str, float]) -> Tensor:
-        mean = state["mean"].lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(mean, group["momentum"]).flatten(1)
-        return orthogonalized(ahead).mul_(STEP_RMS * max(ahead.shape) ** 0.5).view_as(gradient)
+    def _matrix_steps(self, parameters: Sequence[Tensor], group: dict[str, float]) -> list[Tensor]:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        means = [self.state[p]["mean"] for p in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        ahead = [m.flatten(1) for m in torch._foreach_lerp(gradients, means, group["momentum"])]
+        sizes = [STEP_RMS * max(m.shape) ** 0.5 for m in ahead]
+        return [
+            found.mul(size).reshape(p.shape)
+            for p, found, size in zip(parameters, orthogonalized(ahead), sizes, strict=True)
+        ]
 
-    @staticmethod
-    def _other_step(gradient: Tensor, state: dict[str, Tensor], group: dict[str, tuple[float, float]]) -> Tensor:
+    def _other_steps(self, parameters: Sequence[Tensor], group: dict[str, tuple[float, float]]) -> list[Tensor]:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        means, squares, steps = ([self.state[p][name] for p in parameters] for name in ("mean", "square", "step"))
         first, second = group["betas"]
-        mean = state["mean"].lerp_(gradient, 1 - first)
-        square = state["square"].lerp_(gradient.square(), 1 - second)
-        step = float(state["step"])
-        change: Tensor = mean / (1 - first**step) / (square / (1 - second**step)).sqrt().add_(1e-8)
-        return change
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - second)
+        return [
+            mean / (1 - first**step) / (square / (1 - second**step)).sqrt().add_(1e-8)
+            for mean, square, step in zip(means, squares, steps, strict=True)
+        ]
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """A matrix of the same singular vectors, with singular values near 1 (0.7 to 1.2).
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices of the same singular vectors, with singular values near 1 (0.7 to 1.2).
+
+    Those of a shape are computed together; on GPUs, where many small products take as long as a large one, also those
+    that some rows and columns of zeros bring to a shape, which change nothing.
 
     Args:
-        matrix: (rows, columns).
+        matrices: (rows, columns) each.
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp_min(torch.finfo(matrix.dtype).tiny)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    wide = [m if m.shape[0] <= m.shape[1] else m.T for m in matrices]
+    for index, matrix in enumerate(wide):
+        multiple = GPU_MULTIPLE if matrix.is_cuda else 1
+        size = tuple(-(-length // multiple) * multiple for length in matrix.shape)
+        alike.setdefault((size, matrix.dtype, matrix.device), []).append(index)
+    found = list(matrices)
+    for (size, *_), own in alike.items():
+        together = _iterated(torch.stack([_padded(wide[index], size) for index in own]))
+        for index, matrix in zip(own, together, strict=True):
+            part = matrix[: wide[index].shape[0], : wide[index].shape[1]]
+            found[index] = part if wide[index] is matrices[index] else part.T
+    return found
+
+
+def _iterated(x: Tensor) -> Tensor:
+    """Newton-Schulz iterates of matrices, (count, rows, columns), of no more rows than columns."""
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    found: Tensor = x if wide is matrix else x.T
-    return found
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _padded(matrix: Tensor, size: tuple[int, int]) -> Tensor:
+    missing = [whole - length for whole, length in zip(size, matrix.shape, strict=True)]
+    return F.pad(matrix, (0, missing[1], 0, missing[0])) if any(missing) else matrix
 
 
 def _is_matrix(parameter: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""In what passes are computed while a network is trained."""
+"""Where passes are computed, and in what precision while a network is trained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from typing import Any, Literal
 import torch
 
 Autocast = Literal["auto", "bfloat16", "float16"]
+
+
+def known_device(name: str) -> str:
+    """The name of a device that is there; a `ValueError` if it is none."""
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError("expected a torch device such as 'cpu', 'cuda' or 'cuda:1'") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device here; use 'cpu'")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError("expected 'cpu' or 'cuda'")
+    return name
 
 
 def autocast_dtype(asked: Autocast | None, device: torch.device) -> torch.dtype | None:

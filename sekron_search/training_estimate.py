@@ -9,7 +9,7 @@ from sekron_search.data import SplitMetric
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.learning_rate import FACTOR, START, trial_of
-from sekron_search.model import copy_model
+from sekron_search.model import copy_model, device_of
 from sekron_search.progress import Reporter
 
 #: Steps of the training that are timed, after one that is not.
@@ -85,7 +85,7 @@ def _batch_seconds(job: Job, distillation: Distillation) -> float:
 
     def train(steps: int) -> float:
         brief = distillation.briefly(steps).with_rate(START / FACTOR)
-        watch = Stopwatch(job.device)
+        watch = Stopwatch(device_of(job.teacher))
         brief.train(
             student, checkpoint=None, validate=None, after_epoch=lambda epoch, metric: True, progress=lambda d: None
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from sekron_search.config import FinetuneConfig
 from sekron_search.errors import DataError
+from sekron_search.model import device_of
 from sekron_search.muon import Muon
 from sekron_search.precision import autocast_dtype
 from sekron_search.team import Team
@@ -43,13 +45,19 @@ class TrainingState:
     def start(cls, model: nn.Module, config: FinetuneConfig, rate: float, steps: int, team: Team) -> TrainingState:
         """The state before the first of so many steps, at a learning rate."""
         # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
-        kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
-        optimizer = kind(trainable(model), lr=rate, weight_decay=config.weight_decay)
+        device = device_of(model)
+        on_gpu = device.type == "cuda"  # what changes from step to step has to lie there, or no step can be recorded
+        lr = torch.tensor(rate, device=device) if on_gpu else rate
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "muon":
+            optimizer = Muon(trainable(model), lr, weight_decay=config.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(trainable(model), lr, weight_decay=config.weight_decay, capturable=on_gpu)
         optimizer.zero_grad()  # a copy of a network has the gradients that the user's training left in it
         steps = max(steps, 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+        schedule.base_lrs = [rate]  # a number: of a tensor on a GPU every step would wait for all before it
         # Gradients below the least number of float16 would vanish; bfloat16 has the range of float32.
-        device = next(model.parameters()).device
         half = autocast_dtype(config.autocast, device) == torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=half)
         return cls(model, optimizer, schedule, scaler, team, [], steps)
@@ -65,15 +73,35 @@ class TrainingState:
 
     def step(self) -> None:
         """Take a step down the gradients that were added, in all processes of the team."""
+        scale = self.scaler.get_scale()
+        self.update()
+        if self.scaler.get_scale() >= scale:  # else float16 overflowed, and the step was left out
+            self.schedule.step()
+
+    def update(self) -> None:
+        """What a step does, but for the schedule."""
         self.team.mean_gradients(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.scaler.get_scale() >= scale:  # else float16 overflowed, and the step was left out
-            self.schedule.step()
+
+    def kept(self) -> Callable[[], None]:
+        """What puts weights, buffers and the optimizer's state back, in place, to what they are now."""
+        networks = [(t, t.detach().clone()) for t in (*self.model.parameters(), *self.model.buffers())]
+        states = {p: {name: t.clone() for name, t in own.items()} for p, own in self.optimizer.state.items()}
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for tensor, value in networks:
+                tensor.copy_(value)
+            for parameter, own in self.optimizer.state.items():
+                for name, tensor in own.items():  # all of it is zero before the first step
+                    before = states.get(parameter, {}).get(name)
+                    tensor.zero_() if before is None else tensor.copy_(before)
+
+        return put_back
 
     def to_save(self) -> dict[str, Any]:
         """Everything that `restore` needs."""
@@ -89,8 +117,13 @@ class TrainingState:
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on where another state was saved."""
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        # How an optimizer works where it is stays its own: what was saved may come from another device.
+        own = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**saved["optimizer"], "param_groups": own})
         self.schedule.load_state_dict(saved["schedule"])
+        for group, before in zip(self.optimizer.param_groups, saved["optimizer"]["param_groups"], strict=True):
+            lr = float(before["lr"])
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         self.scaler.load_state_dict(saved["scaler"])
         self.curve[:] = saved["curve"]
 

@@ -342,7 +342,7 @@ def test_unlabelled_data_has_no_accuracy() -> None:
     from sekron_search.data import evaluate
 
     with pytest.raises(DataError, match="metric 'accuracy' needs data with a target per sample, got NoneType"):
-        evaluate(small_net(), TensorDataset(IMAGES), "accuracy", batch_size=8, device=torch.device("cpu"))
+        evaluate(small_net(), TensorDataset(IMAGES), "accuracy", batch_size=8)
 
 
 def test_tables_are_fitted_once_for_several_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

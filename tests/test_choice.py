@@ -48,7 +48,7 @@ class Image(nn.Module):
 def job(tmp_path: Path) -> Job:
     """Of a network that answers 1,000 samples rightly, and is rather sure."""
     split = TensorDataset(torch.arange(1000.0)[:, None], torch.zeros(1000, dtype=torch.long))
-    metric = SplitMetric(split, "accuracy", 64, torch.device("cpu"))
+    metric = SplitMetric(split, "accuracy", 64)
     found = job_from_config(Config.load(write_config(tmp_path, CONFIG)))
     return replace(found, model=Answers(2.0), validate=metric)
 

@@ -292,7 +292,7 @@ def test_images_of_a_folder_keep_their_common_size_and_are_never_resized_unasked
 def test_labels_that_the_network_does_not_have_are_refused() -> None:
     images, labels = blobs(8).tensors
     with pytest.raises(DataError, match="labels run from 1 to 4, the network has 4 classes"):
-        evaluate(small_net(), TensorDataset(images, labels + 1), "accuracy", batch_size=8, device=torch.device("cpu"))
+        evaluate(small_net(), TensorDataset(images, labels + 1), "accuracy", batch_size=8)
 
 
 def test_digits_are_split_without_overlap() -> None:

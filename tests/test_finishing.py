@@ -74,7 +74,7 @@ def test_another_trial_becomes_a_run_of_its_own(finished: RunFolder, no_search: 
     assert len(report["curve"]) == 2
     network = sekron_search.load(result.path)
     assert traced_flops(network, torch.randn(1, 3, 8, 8)).total == report["compressed"]["flops"]
-    accuracy = evaluate(network, small_data().test, "accuracy", batch_size=512, device=torch.device("cpu"))
+    accuracy = evaluate(network, small_data().test, "accuracy", batch_size=512)
     assert accuracy == pytest.approx(report["compressed"]["metric"])
     text = (result.path / "report.md").read_text()
     assert f"This is trial {other['trial']} of run {finished.identity}, finished afterwards." in text

@@ -34,6 +34,7 @@ LAYERS = [
     ["variants"],
     ["learning_rate"],
     ["finetune", "sequential", "tables"],
+    ["training_step"],
     ["training_form", "training_state", "training_data"],
     ["layer_outputs", "losses", "muon"],
     ["scoring", "export"],

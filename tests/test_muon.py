@@ -10,16 +10,31 @@ from torch import nn
 
 from sekron_search.muon import Muon, orthogonalized
 
+SHAPES = [(5, 9), (64, 20), (33, 171), (9, 5), (128, 138), (2, 2), (5, 9)]
 
-@pytest.mark.parametrize("shape", [(5, 9), (64, 20), (33, 171), (128, 138), (2, 2)])
-def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    found = orthogonalized(matrix)
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    own = left.T @ found @ right.T
-    inside = values > 0.05 * values[0]  # the smallest need more iterations
-    assert 0.6 < float(own.diagonal()[inside].min()) <= float(own.diagonal().max()) < 1.3
-    torch.testing.assert_close(own, torch.diag(own.diagonal()), atol=1e-4, rtol=0)
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_singular_values_come_near_one_and_vectors_stay(device: str) -> None:
+    """Of many matrices at a time, of equal and of other shapes."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    for matrix, moved in zip(matrices, orthogonalized([m.to(device) for m in matrices]), strict=True):
+        found = moved.cpu()
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        own = left.T @ found @ right.T
+        inside = values > 0.05 * values[0]  # the smallest need more iterations
+        assert 0.6 < float(own.diagonal()[inside].min()) <= float(own.diagonal().max()) < 1.3
+        torch.testing.assert_close(own, torch.diag(own.diagonal()), atol=1e-4, rtol=0)
+        assert found.shape == matrix.shape
+        torch.testing.assert_close(found, orthogonalized([matrix])[0], atol=1e-4, rtol=0)
+
+
+def test_zeros_around_a_matrix_change_nothing() -> None:
+    """Which is how matrices of several shapes are computed at once on GPUs."""
+    matrix = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    whole = orthogonalized([torch.nn.functional.pad(matrix, (0, 3, 0, 2))])[0]
+    torch.testing.assert_close(whole[:5, :9], orthogonalized([matrix])[0], atol=1e-5, rtol=1e-5)
+    assert whole[5:].count_nonzero() == whole[:, 9:].count_nonzero() == 0
 
 
 def test_zero_gradients_change_nothing() -> None:

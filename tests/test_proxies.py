@@ -246,7 +246,7 @@ def test_the_metric_before_training_is_that_of_the_fitted_network(judge: Judge) 
     subject = Subject(judge, middle(judge.assembler))
     found = score(subject, ["untrained_metric"]).values["untrained_metric"]
     validation = small_data().validation
-    accuracy = evaluate(subject.fitted, validation, "accuracy", batch_size=64, device=torch.device("cpu"))
+    accuracy = evaluate(subject.fitted, validation, "accuracy", batch_size=64)
     assert found == pytest.approx(-accuracy)
     assert found < 0
 

@@ -33,6 +33,7 @@ from sekron_search.progress import Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.training_state import TrainingState
+from sekron_search.training_step import Take
 from tests.cases import CONFIG, blobs, nan_net, small_data, small_net, write_config
 from tests.pages import Page
 
@@ -78,8 +79,7 @@ def test_artefact_is_what_the_report_says(finished: Path) -> None:
     assert not model.training
     assert sum(p.numel() for p in model.parameters()) == report["compressed"]["params"]
     assert traced_flops(model, torch.randn(1, 3, 8, 8)).total == report["compressed"]["flops"]
-    device = torch.device("cpu")
-    accuracy = evaluate(model, small_data().test, "accuracy", batch_size=512, device=device)
+    accuracy = evaluate(model, small_data().test, "accuracy", batch_size=512)
     assert accuracy == pytest.approx(report["compressed"]["metric"])
     for layer in report["layers"]:
         module = model.get_submodule(layer["name"])
@@ -149,12 +149,12 @@ def test_a_training_that_diverges_ends_no_run(tmp_path: Path, monkeypatch: pytes
     """Its candidates go on as after the last good epoch, or as they were fitted; a resumed run says the same."""
     epoch = Distillation._epoch
 
-    def jump(self: Distillation, state: TrainingState, number: int, progress: Any) -> float:
+    def jump(self: Distillation, state: TrainingState, take: Take, number: int, progress: Any) -> float:
         if number > good:  # what a learning rate does that is far too large
             for group in state.optimizer.param_groups:
                 group["lr"] = 1e30
             state.schedule.base_lrs = [1e30 for _ in state.schedule.base_lrs]
-        return epoch(self, state, number, progress)
+        return epoch(self, state, take, number, progress)
 
     monkeypatch.setattr(Distillation, "_epoch", jump)
     replaced = {"trials: 8": "trials: 2", "epochs: 2": "epochs: 3, learning_rate: 0.001"}
@@ -277,13 +277,12 @@ def test_damaged_artefacts_are_refused(finished: Path, tmp_path: Path, damage: s
 def test_compress_from_python(tmp_path: Path) -> None:
     model, data = small_net(), blobs(128)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    device = torch.device("cpu")
     found = sekron_search.compress(
         model,
         data.tensors[0][:4],
         budget={"flops": "0.6x", "latency_ms": "50x", "peak_activation_bytes": "2x"},
         calibration=data.tensors[0],
-        evaluate=lambda m: evaluate(m, blobs(64, seed=1), "accuracy", batch_size=64, device=device),
+        evaluate=lambda m: evaluate(m, blobs(64, seed=1), "accuracy", batch_size=64),
         out=tmp_path / "run",
         progress=False,
         search={"trials": 4},

@@ -77,11 +77,10 @@ def targets_of(samples: list[dict[str, Any]]) -> list[Target]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, "accuracy", seeds=[0, 1, 2])
+    parser = parser_of(__doc__, "accuracy", seeds=[0, 1, 2], trains=True)
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(CASES))
     parser.add_argument("--budgets", nargs="+", help="by default those that something is asked of")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--device", default="cpu", help="where networks are searched for and fine-tuned: cpu, cuda")
     args = parser.parse_args()
     samples = earlier_samples("accuracy")
     for network in args.networks:

@@ -45,7 +45,7 @@ def train(network: str, data: Path, out: Path, epochs: int = EPOCHS) -> None:
         return [(shown[part], labels[part]) for part in order.split(BATCH)[:-1]]
 
     def score(trained: nn.Module) -> str:
-        value = evaluate(trained, bundle.validation, "accuracy", batch_size=500, device=torch.device("cpu"))
+        value = evaluate(trained, bundle.validation, "accuracy", batch_size=500)
         return f"validation {100 * value:.2f} %"
 
     train_from_scratch(

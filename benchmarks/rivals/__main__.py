@@ -142,7 +142,7 @@ def condition_of(sample: Sample) -> tuple[str, str, int]:
 
 def main() -> None:
     methods = [OURS, *RIVALS]
-    parser = parser_of(__doc__, "accuracy", seeds=[0])
+    parser = parser_of(__doc__, "accuracy", seeds=[0], trains=True)
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=["resnet20"])
     parser.add_argument("--budgets", nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
@@ -155,7 +155,7 @@ def main() -> None:
         write_results("rivals", targets_of(samples), samples, command="make bench NAME=rivals DATA=...")
 
     for network in args.networks:
-        runs = Runs(network, args.data, args.runs)
+        runs = Runs(network, args.data, args.runs, args.device)
         for budget in args.budgets:
             for seed in args.seeds:
                 for method in args.methods:

@@ -117,7 +117,7 @@ def conditions(job: Job) -> str:
     """A hash of all that a rival's result hangs on, but for the method and the flops."""
     told = job.fingerprint()
     settings = {name: told["settings"][name] for name in ("metric", "calibration", "latency", "seed")}
-    settings["finetune"] = training_of(job).model_dump(mode="json")
+    settings["finetune"] = training_of(job).model_dump(mode="json", exclude={"device"})
     return digest([settings, *(told[name] for name in ("model", "inputs", "source", "train"))])[:10]
 
 
