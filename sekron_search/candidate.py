@@ -91,6 +91,7 @@ class Finished:
         diverged: What ended the training, if the loss became NaN or infinite; what was trained is that of the epoch
             before.
         as_fitted: Whether the network is as it was before.
+        processors: On which it was trained.
     """
 
     candidate: Candidate
@@ -99,6 +100,7 @@ class Finished:
     judged: Judged | None = None
     diverged: str | None = None
     as_fitted: bool = False
+    processors: tuple[str, ...] = ()
 
     @property
     def metric(self) -> float | None:

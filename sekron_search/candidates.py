@@ -281,8 +281,9 @@ class Finder:
         if diverged is not None:
             kept = f"as after epoch {len(curve)}" if curve else "as it was fitted"
             self.reporter.say(f"{what}: {diverged}. The candidate goes on {kept}")
+        processors = read_checkpoint(home / "checkpoint.pt").get("processors", []) if curve else []
         write_json(home / "curve.json", {"epochs": curve, "diverged": diverged})
-        return Finished(candidate, curve, network, diverged=diverged, as_fitted=not curve)
+        return Finished(candidate, curve, network, diverged=diverged, as_fitted=not curve, processors=tuple(processors))
 
     def _contenders(self, found: Finished, alone: bool) -> list[Finished]:
         """A candidate as it was trained and as it was fitted, for training can hurt; judged where that is needed."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sekron_search.config import FinetuneConfig
+from sekron_search.costs.provenance import processor_of
 from sekron_search.errors import DataError
 from sekron_search.model import device_of
 from sekron_search.muon import Muon
@@ -31,6 +32,7 @@ class TrainingState:
         team: The processes that train together.
         curve: Epoch, loss and metric of every epoch so far.
         steps: Of the optimizer, in all.
+        processors: On which was trained, in order.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class TrainingState:
     team: Team
     curve: list[dict[str, float]]
     steps: int
+    processors: list[str]
 
     @classmethod
     def start(cls, model: nn.Module, config: FinetuneConfig, rate: float, steps: int, team: Team) -> TrainingState:
@@ -60,7 +63,7 @@ class TrainingState:
         # Gradients below the least number of float16 would vanish; bfloat16 has the range of float32.
         half = autocast_dtype(config.autocast, device) == torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=half)
-        return cls(model, optimizer, schedule, scaler, team, [], steps)
+        return cls(model, optimizer, schedule, scaler, team, [], steps, [])
 
     @property
     def remaining(self) -> float:
@@ -106,12 +109,14 @@ class TrainingState:
     def to_save(self) -> dict[str, Any]:
         """Everything that `restore` needs."""
         schedule = {name: value for name, value in self.schedule.state_dict().items() if name != "lr_lambdas"}
+        here = processor_of(device_of(self.model))
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {**schedule, "lr_lambdas": [None]},
             "scaler": self.scaler.state_dict(),
             "curve": self.curve,
+            "processors": [*self.processors, *({here} - set(self.processors))],
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -126,6 +131,7 @@ class TrainingState:
             group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         self.scaler.load_state_dict(saved["scaler"])
         self.curve[:] = saved["curve"]
+        self.processors[:] = saved.get("processors", [])
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -59,6 +59,7 @@ def ours(runs: Runs, budget: Mapping[str, str], seed: int, epochs: int) -> dict[
         "validation": report["validation_metric"],
         "test": compressed["metric"],
         "learning_rate": report["learning_rate"],
+        "trained_on": report.get("trained_on", []),
         "curve": report["curve"],
     }
 

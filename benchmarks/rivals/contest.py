@@ -20,7 +20,7 @@ from sekron_search.learning_rate import tuned
 from sekron_search.model import copy_model
 from sekron_search.progress import Reporter
 from sekron_search.references import import_reference
-from sekron_search.tensor_files import digest, write_tensors
+from sekron_search.tensor_files import digest, read_checkpoint, write_tensors
 from sekron_search.timing import Placed, network_latencies
 
 
@@ -101,6 +101,7 @@ class Contest:
             "test": job.test(network),
             "batch_norm": distillation.config.batch_norm,
             "learning_rate": read_json(rate) if rate.exists() else None,
+            "trained_on": read_checkpoint(home / "checkpoint.pt").get("processors", []),
             "curve": curve,
         }
 

@@ -32,10 +32,9 @@ class Provenance:
     def here(cls, runtime: Runtime | None = None) -> Provenance:
         """This machine, now, through a runtime; through PyTorch as it is if None."""
         used = make_runtime("pytorch-eager") if runtime is None else runtime
-        name = torch.cuda.get_device_name(used.device) if used.device.type == "cuda" else _processor()
         return cls(
             machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            processor=name,
+            processor=processor_of(used.device),
             device=used.device.type,
             runtime=used.name,
             runtime_version=used.version(),
@@ -46,7 +45,10 @@ class Provenance:
         )
 
 
-def _processor() -> str:
+def processor_of(device: torch.device) -> str:
+    """The name of a device of this machine."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

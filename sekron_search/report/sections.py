@@ -145,6 +145,7 @@ def provenance_section(report: Mapping[str, Any]) -> Section:
     items = (
         f"{facts['processor']}, {facts['machine']}, {facts['device']}, {facts['num_threads']} threads, "
         f"{facts['runtime']}",
+        *(f"trained on {name}" for name in report.get("trained_on", []) if name != facts["processor"]),
         f"Python {facts['python']}; {packages}",
         f"seed {facts['seed']}, started {facts['date']}",
     )
