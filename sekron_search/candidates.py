@@ -33,6 +33,7 @@ from sekron_search.search.trial import LEANING, Trial, best_feasible
 from sekron_search.sharing import Sharing
 from sekron_search.tensor_files import read_checkpoint, read_tensors, write_tensors
 from sekron_search.timing import network_costs, network_latencies
+from sekron_search.training_state import processors_of
 
 #: How often the search is repeated with corrected costs when its networks miss the budget as measured.
 MAX_ROUNDS = 4
@@ -281,9 +282,9 @@ class Finder:
         if diverged is not None:
             kept = f"as after epoch {len(curve)}" if curve else "as it was fitted"
             self.reporter.say(f"{what}: {diverged}. The candidate goes on {kept}")
-        processors = read_checkpoint(home / "checkpoint.pt").get("processors", []) if curve else []
         write_json(home / "curve.json", {"epochs": curve, "diverged": diverged})
-        return Finished(candidate, curve, network, diverged=diverged, as_fitted=not curve, processors=tuple(processors))
+        on = processors_of(home / "checkpoint.pt")
+        return Finished(candidate, curve, network, diverged=diverged, as_fitted=not curve, processors=on)
 
     def _contenders(self, found: Finished, alone: bool) -> list[Finished]:
         """A candidate as it was trained and as it was fitted, for training can hurt; judged where that is needed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sekron_search.model import device_of
 from sekron_search.muon import Muon
 from sekron_search.precision import autocast_dtype
 from sekron_search.team import Team
+from sekron_search.tensor_files import read_checkpoint
 
 #: Gradients are scaled down to this norm over all parameters: the first steps of a bad start stay small.
 MAX_GRADIENT_NORM = 5.0
@@ -132,6 +134,11 @@ class TrainingState:
         self.scaler.load_state_dict(saved["scaler"])
         self.curve[:] = saved["curve"]
         self.processors[:] = saved.get("processors", [])
+
+
+def processors_of(checkpoint: Path) -> tuple[str, ...]:
+    """On which a training ran, by its checkpoint; none if there is no checkpoint."""
+    return tuple(read_checkpoint(checkpoint).get("processors", ())) if checkpoint.exists() else ()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -20,8 +20,9 @@ from sekron_search.learning_rate import tuned
 from sekron_search.model import copy_model
 from sekron_search.progress import Reporter
 from sekron_search.references import import_reference
-from sekron_search.tensor_files import digest, read_checkpoint, write_tensors
+from sekron_search.tensor_files import digest, write_tensors
 from sekron_search.timing import Placed, network_latencies
+from sekron_search.training_state import processors_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Contest:
             "test": job.test(network),
             "batch_norm": distillation.config.batch_norm,
             "learning_rate": read_json(rate) if rate.exists() else None,
-            "trained_on": read_checkpoint(home / "checkpoint.pt").get("processors", []),
+            "trained_on": processors_of(home / "checkpoint.pt"),
             "curve": curve,
         }
 
