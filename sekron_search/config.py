@@ -167,7 +167,8 @@ class FinetuneConfig(_Section):
             replaces what the targets are compared by.
         label_weight: Weight of the targets' loss; the original's outputs get the rest.
         layer_weight: Weight at the start of the error of replaced layers' outputs; it falls to 0 like a cosine.
-        batch_norm: "frozen" trains scale and shift, and keeps statistics as they will run; "trained" takes batches'.
+        batch_norm: "frozen" trains scale and shift, and keeps statistics as they will run; "trained" takes batches';
+            "auto" trains them where a network starts far from the original, by the divergence of their outputs.
         device: Where is trained, by default where the run is: a network for a CPU can be trained on a GPU, also when
             the run is gone on with on another machine.
         autocast: What passes are computed in, losses scaled for float16; None is float32, "auto" bfloat16 where the
@@ -185,7 +186,7 @@ class FinetuneConfig(_Section):
     loss: Loss = "auto"
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     layer_weight: Annotated[float, Field(ge=0)] = 4.0
-    batch_norm: Literal["frozen", "trained"] = "frozen"
+    batch_norm: Literal["auto", "frozen", "trained"] = "auto"
     device: Device | None = None
     autocast: Autocast | None = None
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sekron_search.config import FinetuneConfig
 from sekron_search.data import Batch, to_device
-from sekron_search.divergence import DivergenceName
+from sekron_search.divergence import DivergenceName, divergence
 from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.export import layers_json, with_layers
 from sekron_search.kron.dense import KINDS
@@ -25,11 +26,19 @@ from sekron_search.model import batch_size, device_of, part_of, run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.references import import_reference
 from sekron_search.team import Team
+from sekron_search.team_task import Task
 from sekron_search.tensor_files import read_checkpoint, write_checkpoint
 from sekron_search.training_data import TrainingData
 from sekron_search.training_form import training_form
 from sekron_search.training_state import TrainingState, trainable
 from sekron_search.training_step import Take, taker
+
+#: Networks whose outputs diverge by more than this from the original's are far from it: they learn more where the
+#: statistics of batch-norms are trained too.
+FAR = 1.0
+
+#: Batches on which that is seen.
+COMPARED = 8
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,24 @@ class Distillation:
         data = replace(self.data, limit=steps * self.config.accumulate)
         return replace(self, config=self.config.model_copy(update={"epochs": 1}), data=data, frees_layers=False)
 
+    def settled(self, model: nn.Module) -> Distillation:
+        """The same, with "auto" decided: by how far a network's outputs are from the original's on a few batches."""
+        if self.config.batch_norm != "auto":
+            return self
+        how = "trained" if self.distance(model) > FAR else "frozen"
+        return replace(self, config=self.config.model_copy(update={"batch_norm": how}))
+
+    @torch.no_grad()
+    def distance(self, model: nn.Module) -> float:
+        """Mean divergence of a network's outputs from the original's on the first batches, as they run."""
+        networks = [(net.eval(), device_of(net)) for net in (model, self.teacher)]
+        found = []
+        with _seeded(networks[1][1], self.data.seed):
+            for inputs, _ in islice(self.data.epoch(1), COMPARED):
+                output, reference = (run_model(net, to_device(inputs, device)) for net, device in networks)
+                found.append(float(divergence(self.divergence, to_device(output, networks[1][1]), reference)))
+        return math.fsum(found) / len(found)
+
     def check(self) -> None:
         """Compute the loss of one batch, before any long work depends on it.
 
@@ -133,6 +160,16 @@ class Distillation:
         Raises:
             DivergedError: If the loss or a weight is NaN or infinite; the last good checkpoint stays.
         """
+        return self.settled(model)._train(model, checkpoint, validate, after_epoch, progress)
+
+    def _train(
+        self,
+        model: nn.Module,
+        checkpoint: Path | None,
+        validate: Callable[[nn.Module], float] | None,
+        after_epoch: Callable[[int, float], bool],
+        progress: Callable[[int], None],
+    ) -> list[dict[str, float]]:
         saved = read_checkpoint(checkpoint) if checkpoint is not None and checkpoint.exists() else None
         team = Team.here()
         if team.size > 1:
@@ -228,7 +265,7 @@ class Distillation:
     def _to_training(self, model: nn.Module) -> None:
         """Training mode; batch-norms stay as they will run, unless they are trained too."""
         model.train()
-        if self.config.batch_norm == "frozen":
+        if self.config.batch_norm != "trained":
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.training = False  # not `eval()`, which modules inside of it would follow
@@ -310,34 +347,3 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the processes of a team need to know of a training.
-
-    Args:
-        config: Of it.
-        limit: Batches of an epoch at most.
-        frees_layers: Whether errors of layers count less and less.
-        layers: How the replaced layers are built.
-        state: Of the network.
-        checkpoint: To go on from.
-    """
-
-    config: FinetuneConfig
-    limit: int | None
-    frees_layers: bool
-    layers: Mapping[str, Mapping[str, str]]
-    state: Mapping[str, Tensor]
-    checkpoint: dict[str, Any] | None
-
-    def to_plain(self) -> dict[str, Any]:
-        """As plain data and tensors."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**own, "config": self.config.model_dump(mode="json")}
-
-    @classmethod
-    def from_plain(cls, data: Mapping[str, Any]) -> Task:
-        """What `to_plain` gave."""
-        return cls(**{**data, "config": FinetuneConfig.model_validate(data["config"])})

@@ -49,7 +49,7 @@ class Found:
 
 
 def tuned(distillation: Distillation, network: nn.Module, path: Path, reporter: Reporter) -> Distillation:
-    """A distillation whose learning rate is a number: the configuration's, or the one that is found, once.
+    """A distillation that leaves nothing open: its learning rate is the configuration's, or is found, once.
 
     Args:
         distillation: How the network will be trained.
@@ -57,6 +57,11 @@ def tuned(distillation: Distillation, network: nn.Module, path: Path, reporter: 
         path: Where what was found is kept.
         reporter: Told of the progress.
     """
+    settled = distillation.settled(network)
+    if settled is not distillation:
+        how = "trained too" if settled.config.batch_norm == "trained" else "kept"
+        reporter.say(f"batch-norms: their statistics are {how}")
+        distillation = settled
     if distillation.config.learning_rate != "auto":
         return distillation
     if not path.exists():
@@ -92,6 +97,7 @@ def find_learning_rate(distillation: Distillation, network: nn.Module, reporter:
     Raises:
         DataError: If training diverges at every rate.
     """
+    distillation = distillation.settled(network)
     brief, losses = trial_of(distillation), dict[int, float]()
     seen = len(brief.data)
     # What comes after the batches that trials are trained on; those themselves where nothing does.

@@ -23,7 +23,6 @@ from sekron_search.data import SplitMetric
 from sekron_search.errors import RunFolderError, SekronError
 from sekron_search.export import factory_json, load, save_artefact
 from sekron_search.files import read_json, write_json, write_text
-from sekron_search.finetune import Task
 from sekron_search.job import Job
 from sekron_search.model import output_tensors
 from sekron_search.pick import Pick
@@ -37,6 +36,7 @@ from sekron_search.runtimes.base import MemoryFormat, threads, with_memory_forma
 from sekron_search.search.record import SearchRecord
 from sekron_search.sharing import Sharing
 from sekron_search.team import Team
+from sekron_search.team_task import Task
 from sekron_search.timing import Layout, network_costs
 
 #: Under which key the first process of a team says the report at the end.

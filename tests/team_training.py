@@ -12,11 +12,12 @@ from torch.utils.data import Dataset, TensorDataset
 
 from sekron_search.config import FinetuneConfig
 from sekron_search.files import write_json
-from sekron_search.finetune import Distillation, Task
+from sekron_search.finetune import Distillation
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.model import replace_layers
 from sekron_search.team import Team
+from sekron_search.team_task import Task
 from sekron_search.tensor_files import write_tensors
 from sekron_search.training_data import TrainingData
 

@@ -13,13 +13,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sekron_search.config import FinetuneConfig, make_settings
 from sekron_search.errors import ConfigError, DataError, DivergedError
-from sekron_search.finetune import Distillation
+from sekron_search.finetune import FAR, Distillation
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.structure import Structure
 from sekron_search.layer_outputs import channel_spread, layer_error, seen
+from sekron_search.learning_rate import tuned
 from sekron_search.losses import distillation_loss
-from sekron_search.model import replace_layers
+from sekron_search.model import copy_model, replace_layers
+from sekron_search.progress import Reporter
 from sekron_search.tensor_files import read_checkpoint
 from sekron_search.training_data import TrainingData
 from tests.cases import blobs, small_net
@@ -412,3 +414,22 @@ def test_layers_are_compared_over_their_channels() -> None:
     assert found == {"linear": (2 * 7 * 3, 5), "conv": (2, 4, 7, 3)}
     model(torch.randn(1, 2, 3, 6))
     assert found["conv"] == (2, 4, 7, 3)
+
+
+@pytest.mark.parametrize(("scale", "how"), [(1.0, "frozen"), (30.0, "trained")])
+def test_statistics_are_trained_where_a_network_starts_far_off(tmp_path: Path, scale: float, how: str) -> None:
+    """Also in a training that is gone on with, and while the learning rate is looked for: from where it starts."""
+    task = distillation(batch_norm="auto", epochs=2)
+    start = copy_model(task.teacher)
+    with torch.no_grad():
+        start.get_parameter("linear.weight").mul_(scale)
+    assert (task.distance(start) > FAR) == (how == "trained")
+    assert task.settled(start).config.batch_norm == how
+    assert tuned(task.with_rate(1e-3), start, tmp_path / "rate.json", Reporter()).config.batch_norm == how
+    found = []
+    for config in (task, distillation(batch_norm=how, epochs=2)):
+        model, path = copy_model(start), tmp_path / f"{config.config.batch_norm}.pt"
+        train(config, model, path, after_epoch=lambda epoch, _: epoch < 1)
+        train(config, model := copy_model(start), path)
+        found.append(model.state_dict())
+    torch.testing.assert_close(*found, rtol=0, atol=0)

@@ -41,7 +41,7 @@ LAYERS = [
     ["exchange", "repeatable"],
     ["deployment"],
     ["data"],
-    ["image_files"],
+    ["image_files", "team_task"],
     ["config"],
     ["catalog"],
     ["pick"],

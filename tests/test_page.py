@@ -210,6 +210,13 @@ def test_training_that_diverged_is_told() -> None:
     assert "the weights as they were fitted count" in markdown({**report, "curve": []})
 
 
+def test_another_machine_that_trained_the_network_is_told() -> None:
+    report = sample()
+    here = report["environment"]["processor"]
+    assert "trained on" not in markdown({**report, "trained_on": [here]})
+    assert "trained on abacus" in markdown({**report, "trained_on": [here, "abacus"]})
+
+
 def test_a_network_that_stays_as_it_was_fitted_is_told() -> None:
     told = "The network stays as it was fitted"
     assert told in markdown({**sample(), "as_fitted": True})

@@ -23,6 +23,7 @@ from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.tensor_files import read_checkpoint
 from sekron_search.training_data import TrainingData
+from sekron_search.training_state import processors_of
 from sekron_search.training_step import StepGraph
 from tests.cases import blobs, small_net, write_config
 
@@ -207,3 +208,24 @@ def test_without_a_gpu_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> N
     task = distillation(small_net())
     losses = trained(task, compressed(task.teacher))
     assert losses[-1] < losses[0]
+
+
+def test_where_is_trained_is_no_part_of_what_a_run_is(tmp_path: Path) -> None:
+    plain = Config.load(write_config(tmp_path))
+    there = plain.model_copy(update={"finetune": plain.finetune.model_copy(update={"device": "cpu"})})
+    one, other = job_from_config(plain), job_from_config(there)
+    assert one.fingerprint() == other.fingerprint()
+    assert other.teacher is other.model
+    assert other.distillation is not None
+    assert other.distillation.teacher is other.model
+
+
+def test_all_that_trained_a_network_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, path = distillation(small_net()), tmp_path / "checkpoint.pt"
+    assert processors_of(path) == ()
+    for name, until in (("first", 1), ("second", 2), ("second", 9)):
+        monkeypatch.setattr("sekron_search.training_state.processor_of", lambda _, name=name: name)
+        trained(task, compressed(task.teacher), path, until)
+    assert processors_of(path) == ("first", "second")
+    trained(task, compressed(task.teacher), path)  # there is nothing left to train
+    assert processors_of(path) == ("first", "second")
