@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -91,7 +92,7 @@ class Finished:
         diverged: What ended the training, if the loss became NaN or infinite; what was trained is that of the epoch
             before.
         as_fitted: Whether the network is as it was before.
-        processors: On which it was trained.
+        training: `how_trained` of it.
     """
 
     candidate: Candidate
@@ -100,7 +101,7 @@ class Finished:
     judged: Judged | None = None
     diverged: str | None = None
     as_fitted: bool = False
-    processors: tuple[str, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def metric(self) -> float | None:

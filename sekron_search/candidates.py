@@ -33,7 +33,7 @@ from sekron_search.search.trial import LEANING, Trial, best_feasible
 from sekron_search.sharing import Sharing
 from sekron_search.tensor_files import read_checkpoint, read_tensors, write_tensors
 from sekron_search.timing import network_costs, network_latencies
-from sekron_search.training_state import processors_of
+from sekron_search.training_state import how_trained
 
 #: How often the search is repeated with corrected costs when its networks miss the budget as measured.
 MAX_ROUNDS = 4
@@ -270,7 +270,7 @@ class Finder:
                 curve = distillation.train(
                     with_memory_format(network, self.tables.layout.memory_format),  # fastest forward, and backward
                     checkpoint=home / "checkpoint.pt",
-                    validate=job.validate,
+                    validate=job.validate_in_training,
                     after_epoch=halving.keep_on,
                     progress=task.update,
                 )
@@ -283,8 +283,8 @@ class Finder:
             kept = f"as after epoch {len(curve)}" if curve else "as it was fitted"
             self.reporter.say(f"{what}: {diverged}. The candidate goes on {kept}")
         write_json(home / "curve.json", {"epochs": curve, "diverged": diverged})
-        on = processors_of(home / "checkpoint.pt")
-        return Finished(candidate, curve, network, diverged=diverged, as_fitted=not curve, processors=on)
+        how = how_trained(home / "checkpoint.pt")
+        return Finished(candidate, curve, network, diverged=diverged, as_fitted=not curve, training=how)
 
     def _contenders(self, found: Finished, alone: bool) -> list[Finished]:
         """A candidate as it was trained and as it was fitted, for training can hurt; judged where that is needed."""

@@ -13,7 +13,7 @@ from sekron_search.pick import Pick
 from sekron_search.rundir import RunFolder
 
 #: Settings that say where, not what.
-PLACES = ("out", "tables")
+PLACES = ("out", "tables", "finetune.device")
 
 #: Facts of the environment that have to be alike for latencies to be.
 DEVICE = ("machine", "processor", "device", "runtime", "runtime_version", "num_threads")

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from sekron_search.divergence import DivergenceName
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
-from sekron_search.precision import Autocast, known_device
+from sekron_search.precision import Autocast, device_name, known_device
 from sekron_search.references import Reference, name_or_reference
 from sekron_search.runtimes.base import MemoryFormat
 from sekron_search.runtimes.registry import RUNTIMES
@@ -170,7 +170,7 @@ class FinetuneConfig(_Section):
         batch_norm: "frozen" trains scale and shift, and keeps statistics as they will run; "trained" takes batches';
             "auto" trains them where a network starts far from the original, by the divergence of their outputs.
         device: Where is trained, by default where the run is: a network for a CPU can be trained on a GPU, also when
-            the run is gone on with on another machine.
+            the run is gone on with on another machine. It has to be there when there is something to train.
         autocast: What passes are computed in, losses scaled for float16; None is float32, "auto" bfloat16 where the
             device computes in it, else float32, which is faster than converting.
     """
@@ -187,7 +187,7 @@ class FinetuneConfig(_Section):
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     layer_weight: Annotated[float, Field(ge=0)] = 4.0
     batch_norm: Literal["auto", "frozen", "trained"] = "auto"
-    device: Device | None = None
+    device: Annotated[str, AfterValidator(device_name)] | None = None
     autocast: Autocast | None = None
 
 

@@ -172,9 +172,16 @@ def estimate(job: Job, reporter: Reporter, folder: RunFolder) -> Estimate:
         tuple(LayerPlan(i.name, kinds[_key(i)].structures, len(kinds[_key(i)].shortlist)) for i in layers),
         tuple(stages),
         peak,
-        torch.cuda.max_memory_reserved(job.device) if job.device.type == "cuda" else None,
+        _gpu_bytes(),
         _disk_bytes(job, layers, kinds),
     )
+
+
+def _gpu_bytes() -> int | None:
+    """What was taken of the GPU that is used most; None where none is."""
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return None
+    return max(torch.cuda.max_memory_reserved(index) for index in range(torch.cuda.device_count()))
 
 
 def _key(info: LayerInfo) -> LayerInfo:

@@ -21,7 +21,7 @@ from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.export import layers_json, with_layers
 from sekron_search.kron.dense import KINDS
 from sekron_search.layer_outputs import Reference, channel_spread, layer_error, seen
-from sekron_search.losses import TargetLoss, distillation_loss
+from sekron_search.losses import TargetLoss, check_labels_of, distillation_loss
 from sekron_search.model import batch_size, device_of, part_of, run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.references import import_reference
@@ -31,7 +31,7 @@ from sekron_search.tensor_files import read_checkpoint, write_checkpoint
 from sekron_search.training_data import TrainingData
 from sekron_search.training_form import training_form
 from sekron_search.training_state import TrainingState, trainable
-from sekron_search.training_step import Take, taker
+from sekron_search.training_step import Take, one_behind, seeded, taker
 
 #: Networks whose outputs diverge by more than this from the original's learn more where the statistics of batch-norms
 #: are trained too. Source: measured on networks of ResNet-20 (CIFAR-10) after 1 to 10 epochs: those that start at 0.1
@@ -96,10 +96,13 @@ class Distillation:
         return replace(self, config=self.config.model_copy(update={"epochs": 1}), data=data, frees_layers=False)
 
     def settled(self, model: nn.Module) -> Distillation:
-        """The same, with "auto" decided: by how far a network's outputs are from the original's on a few batches."""
+        """The same, with `batch_norm` "auto" decided by how far a network's outputs are from the original's."""
         if self.config.batch_norm != "auto":
             return self
-        how = "trained" if self.distance(model) > FAR else "frozen"
+        has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        return self._with_norms("trained" if has_norms and not self.distance(model) <= FAR else "frozen")
+
+    def _with_norms(self, how: str) -> Distillation:
         return replace(self, config=self.config.model_copy(update={"batch_norm": how}))
 
     @torch.no_grad()
@@ -107,11 +110,11 @@ class Distillation:
         """Mean divergence of a network's outputs from the original's on the first batches, as they run."""
         networks = [(net.eval(), device_of(net)) for net in (model, self.teacher)]
         found = []
-        with _seeded(networks[1][1], self.data.seed):
+        with seeded(networks[1][1], self.data.seed):
             for inputs, _ in islice(self.data.epoch(1), COMPARED):
                 output, reference = (run_model(net, to_device(inputs, device)) for net, device in networks)
                 found.append(float(divergence(self.divergence, to_device(output, networks[1][1]), reference)))
-        return math.fsum(found) / len(found)
+        return math.fsum(found) / max(len(found), 1)
 
     def check(self) -> None:
         """Compute the loss of one batch, before any long work depends on it.
@@ -161,17 +164,19 @@ class Distillation:
         Raises:
             DivergedError: If the loss or a weight is NaN or infinite; the last good checkpoint stays.
         """
-        return self.settled(model)._train(model, checkpoint, validate, after_epoch, progress)
+        saved = read_checkpoint(checkpoint) if checkpoint is not None and checkpoint.exists() else None
+        settled = self._with_norms(saved["batch_norm"]) if saved and "batch_norm" in saved else self.settled(model)
+        return settled._train(model, checkpoint, saved, validate, after_epoch, progress)
 
     def _train(
         self,
         model: nn.Module,
         checkpoint: Path | None,
+        saved: dict[str, Any] | None,
         validate: Callable[[nn.Module], float] | None,
         after_epoch: Callable[[int, float], bool],
         progress: Callable[[int], None],
     ) -> list[dict[str, float]]:
-        saved = read_checkpoint(checkpoint) if checkpoint is not None and checkpoint.exists() else None
         team = Team.here()
         if team.size > 1:
             layers, weights = layers_json(model), dict(model.state_dict())
@@ -185,7 +190,7 @@ class Distillation:
                 metric = validate(model.eval()) if validate is not None else -loss
                 state.curve.append({"epoch": float(epoch), "loss": loss, "metric": metric})
                 if checkpoint is not None:
-                    write_checkpoint(checkpoint, state.to_save())
+                    write_checkpoint(checkpoint, {**state.to_save(), "batch_norm": self.config.batch_norm})
                 going = after_epoch(epoch, metric)
             return state.curve
 
@@ -194,7 +199,7 @@ class Distillation:
         """Mean loss of a network in training mode, of its outputs alone; statistics that are trained may change."""
         self._to_training(model)
         device = device_of(model)
-        with _seeded(device, self.data.seed):
+        with seeded(device, self.data.seed):
             losses = [float(self._loss(model, [], 0.0, *to_device(batch, device))) for batch in batches]
         return math.fsum(losses) / len(losses)
 
@@ -229,14 +234,14 @@ class Distillation:
 
     def _epoch(self, state: TrainingState, take: Take, epoch: int, progress: Callable[[int], None]) -> float:
         """Mean loss over one epoch of training; what is random in the network is drawn as in any run of this epoch."""
-        with _seeded(device_of(state.model), state.team.seed(self.data.seed * 7919 + epoch)):
+        with seeded(device_of(state.model), state.team.seed(self.data.seed * 7919 + epoch)):
             return self._steps(state, take, epoch, progress)
 
     def _steps(self, state: TrainingState, take: Take, epoch: int, progress: Callable[[int], None]) -> float:
         self._to_training(state.model)
         summed, done = 0.0, 0
         # Reading a loss waits until a GPU has computed it: meanwhile the next batch is made ready.
-        for done, loss in enumerate(_one_behind(self._losses(state, take, epoch)), start=1):
+        for done, loss in enumerate(one_behind(self._losses(state, take, epoch)), start=1):
             summed += float(loss)
             if not math.isfinite(summed):
                 raise self._diverged(state, f"the loss became {summed} in epoch {epoch}, batch {done}")
@@ -261,7 +266,11 @@ class Distillation:
         def loss(inputs: tuple[Any, ...], target: Any, weight: float | Tensor) -> Tensor:
             return self._loss(state.model, replaced, weight, inputs, target)
 
-        return taker(state, loss, len(self.data), self.config.accumulate, records=self.own_loss is None)
+        def check(target: Any) -> None:
+            check_labels_of(self.divergence, self.outputs, target, self.config)
+
+        recorded = check if self.own_loss is None else None
+        return taker(state, loss, len(self.data), self.config.accumulate, recorded)
 
     def _to_training(self, model: nn.Module) -> None:
         """Training mode; batch-norms stay as they will run, unless they are trained too."""
@@ -274,6 +283,14 @@ class Distillation:
     def _diverged(self, state: TrainingState, what: str) -> DivergedError:
         message = f"fine-tuning: {what}; lower finetune.learning_rate (now {self.rate:g})"
         return DivergedError(message, state.curve)
+
+    @cached_property
+    def outputs(self) -> Any:
+        """Shapes of the original's outputs for the first batch."""
+        device = device_of(self.teacher)
+        with seeded(device, self.data.seed), torch.no_grad():
+            inputs, _ = to_device(next(self.data.epoch(1)), device)
+            return to_device(run_model(self.teacher.eval(), inputs), torch.device("meta"))
 
     @property
     def references(self) -> dict[str, Reference]:
@@ -289,7 +306,7 @@ class Distillation:
                 outputs[name] = channel_spread(output), output, output._version
 
             device = trainable(self.teacher)[0].device
-            with _seeded(device, self.data.seed), torch.no_grad(), self._cast(), seen(self.teacher, list(layers), see):
+            with seeded(device, self.data.seed), torch.no_grad(), self._cast(), seen(self.teacher, list(layers), see):
                 inputs, _ = to_device(next(self.data.epoch(1)), device)
                 self.teacher(*part_of(inputs, slice(-(-batch_size(inputs) // Team.here().size))))
             for name, (spread, output, version) in outputs.items():
@@ -329,22 +346,3 @@ class Distillation:
         loss = distillation_loss(self.divergence, output, reference, target, self.config, self.own_loss)
         errors = [layer_error(own, theirs[name], self.references[name].spread) for name, own in ours.items()]
         return loss + layer_weight * torch.stack(errors).mean() if errors else loss
-
-
-def _one_behind(items: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same, each when the next one is there."""
-    before = next(items, None)
-    for item in items:
-        assert before is not None
-        yield before
-        before = item
-    if before is not None:
-        yield before
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """What is drawn follows from the seed, and changes nothing that is drawn later."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from sekron_search.config import FinetuneConfig, Settings
 from sekron_search.costs.profile import DeviceProfile, Provenance
 from sekron_search.curvature import output_curvature
+from sekron_search.data import SplitMetric
 from sekron_search.divergence import reference_outputs
-from sekron_search.errors import DataError, users_own
+from sekron_search.errors import ConfigError, DataError, users_own
 from sekron_search.export import Factory, factory_json
 from sekron_search.finetune import Distillation
 from sekron_search.inspection import inspect_model
 from sekron_search.model import Inputs, batch_size, copy_model
+from sekron_search.precision import is_there
 from sekron_search.runtimes.base import MemoryFormat, Runtime
 from sekron_search.runtimes.registry import make_runtime, runtime_class
 from sekron_search.tensor_files import digest
@@ -144,9 +146,27 @@ class Job:
 
     @cached_property
     def teacher(self) -> nn.Module:
-        """The network, where candidates are trained."""
+        """The network, where candidates are trained.
+
+        Raises:
+            ConfigError: If that device is not there.
+        """
         device = torch.device(self.settings.finetune.device or self.device)
-        return self.model if device == self.device else copy_model(self.model).to(device)
+        if not is_there(device):
+            raise ConfigError(
+                f"config key 'finetune.device': torch sees no CUDA device here, got '{device}'; go on where there is "
+                "one, or train on the CPU: --set finetune.device=cpu"
+            )
+        here = device.type == self.device.type and device.index in (None, self.device.index)
+        return self.model if here else copy_model(self.model).to(device)
+
+    @property
+    def validate_in_training(self) -> Metric | None:
+        """`validate`, of a network where it is trained: a function of the user's gets it where the run is."""
+        validate = self.validate
+        if validate is None or isinstance(validate, SplitMetric) or self.teacher is self.model:
+            return validate
+        return lambda network: validate(copy_model(network).to(self.device))
 
     def distillation_by(self, config: FinetuneConfig) -> Distillation:
         """How a candidate is trained by another configuration than the run's.

@@ -66,6 +66,21 @@ def distillation_loss(
     return (1 - weight) * distilled + weight * labelled
 
 
+def check_labels_of(name: DivergenceName, output: Any, target: Any, config: FinetuneConfig) -> None:
+    """What `distillation_loss` checks of class indices, where it is recorded and can look at no values.
+
+    Args:
+        name, target, config: As there.
+        output: Of the same shapes as there.
+
+    Raises:
+        DataError: If labels are no classes of the network.
+    """
+    for ours, wanted in _with_targets(output, target) if config.label_weight else ():
+        if not wanted.is_floating_point() and not _are_values(name, ours, wanted):
+            check_labels(wanted, ours)
+
+
 def _with_targets(output: Any, target: Any) -> list[tuple[Tensor, Tensor]]:
     """Outputs and their targets: one alone is the first output's, others are of the outputs of their names."""
     if isinstance(target, Tensor):
@@ -90,7 +105,7 @@ def _target_loss(
     Raises:
         DataError: If the target is neither.
     """
-    if wanted.shape == ours.shape and (name == "mse" or wanted.is_floating_point()):
+    if _are_values(name, ours, wanted):
         return values(ours, wanted) if name == "mse" else F.cross_entropy(ours.float(), wanted.float())
     if wanted.is_floating_point():
         raise DataError(
@@ -98,9 +113,14 @@ def _target_loss(
             f"{tuple(wanted.shape)}; expected one of its shape, or integer class labels. Give the data or the network "
             "the other's shape, or finetune.loss a function of your own; finetune.label_weight: 0 leaves targets out"
         )
-    if not (wanted.is_cuda and torch.cuda.is_current_stream_capturing()):  # recorded steps look at no values
+    if not (wanted.is_cuda and torch.cuda.is_current_stream_capturing()):  # see `check_labels_of`
         check_labels(wanted, ours)
     return F.cross_entropy(ours.float(), wanted)
+
+
+def _are_values(name: DivergenceName, ours: Tensor, wanted: Tensor) -> bool:
+    """Whether a target is values, or probabilities for logits, of its output's shape."""
+    return wanted.shape == ours.shape and (name == "mse" or wanted.is_floating_point())
 
 
 def _softened_kl(output: Tensor, reference: Tensor, hot: float) -> Tensor:

@@ -9,17 +9,27 @@ import torch
 Autocast = Literal["auto", "bfloat16", "float16"]
 
 
-def known_device(name: str) -> str:
-    """The name of a device that is there; a `ValueError` if it is none."""
+def device_name(name: str) -> str:
+    """The name of a device, which need not be there; a `ValueError` if it is none."""
     try:
         kind = torch.device(name).type
     except RuntimeError:
         raise ValueError("expected a torch device such as 'cpu', 'cuda' or 'cuda:1'") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device here; use 'cpu'")
     if kind not in ("cpu", "cuda"):
         raise ValueError("expected 'cpu' or 'cuda'")
     return name
+
+
+def known_device(name: str) -> str:
+    """The name of a device that is there; a `ValueError` if it is none."""
+    if device_name(name) != "cpu" and not is_there(torch.device(name)):
+        raise ValueError("torch sees no CUDA device here; use 'cpu'")
+    return name
+
+
+def is_there(device: torch.device) -> bool:
+    """Whether torch can use a device."""
+    return device.type == "cpu" or torch.cuda.is_available()
 
 
 def autocast_dtype(asked: Autocast | None, device: torch.device) -> torch.dtype | None:

@@ -135,6 +135,7 @@ def _run(
             "diverged": _diverged(chosen),
             "audit": audit(finder.assembler, planned, folder, reporter),
             "finishes": None if pick is None else pick.to_json(),
+            "measured_on": Provenance.here(job.runtime(layout.memory_format)).processor,
         }
         write_json(folder.report, report)
         write_report(folder)

@@ -82,6 +82,7 @@ def _tried_batches(distillation: Distillation) -> int:
 
 def _batch_seconds(job: Job, distillation: Distillation) -> float:
     student = copy_model(job.model)
+    distillation = distillation.settled(student)
 
     def train(steps: int) -> float:
         brief = distillation.briefly(steps).with_rate(START / FACTOR)

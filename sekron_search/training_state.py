@@ -136,9 +136,10 @@ class TrainingState:
         self.processors[:] = saved.get("processors", [])
 
 
-def processors_of(checkpoint: Path) -> tuple[str, ...]:
-    """On which a training ran, by its checkpoint; none if there is no checkpoint."""
-    return tuple(read_checkpoint(checkpoint).get("processors", ())) if checkpoint.exists() else ()
+def how_trained(checkpoint: Path) -> dict[str, Any]:
+    """`trained_on`, the processors of a training, and `batch_norm`, by its checkpoint; empty without one."""
+    saved = read_checkpoint(checkpoint) if checkpoint.exists() else {}
+    return {"trained_on": saved.get("processors", []), "batch_norm": saved.get("batch_norm")}
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sekron_search.data import Batch, to_device
 from sekron_search.model import device_of
@@ -24,7 +27,7 @@ Take = Callable[[Batch, float, int], Tensor]
 WARM_UP = 2
 
 
-def taker(state: TrainingState, loss: Loss, count: int, together: int, *, records: bool) -> Take:
+def taker(state: TrainingState, loss: Loss, count: int, together: int, check: Callable[[Any], None] | None) -> Take:
     """What learns from the batches of a training.
 
     Args:
@@ -32,8 +35,8 @@ def taker(state: TrainingState, loss: Loss, count: int, together: int, *, record
         loss: Of a batch that is where the network is.
         count: Batches of an epoch.
         together: Batches whose gradients are averaged for one step.
-        records: Whether the loss may be recorded as a `StepGraph` where that is possible: not if it is a user's, which
-            may do anything.
+        check: Of a batch's target, what the loss checks of it unless it is recorded; None if it must not be, for it is
+            a user's, which may do anything.
     """
     device = device_of(state.model)
 
@@ -48,9 +51,9 @@ def taker(state: TrainingState, loss: Loss, count: int, together: int, *, record
 
     # What is recorded must not wait for other processes, nor look at gradients to see whether they overflow.
     alone = together == 1 and state.team.size == 1 and not state.scaler.is_enabled()
-    if device.type != "cuda" or not alone or not records:
+    if device.type != "cuda" or not alone or check is None:
         return take
-    graph = StepGraph(state, loss)
+    graph = StepGraph(state, loss, check)
 
     def play(batch: Batch, weight: float, number: int) -> Tensor:
         found = graph(batch, weight)
@@ -66,15 +69,17 @@ class StepGraph:
     A compressed network's step is thousands of small kernels, and launching one by one takes longer than all of them
     run. The first batch's step is recorded; batches of its form are copied to where it takes its own from. Batches of
     another form, the last one of a list say, are gone through as ever, and so are all if the step cannot be recorded:
-    where the network looks at values to choose what it computes.
+    where the network looks at values to choose what it computes, draws random numbers on the CPU, or keeps numbers of
+    its own. That is seen by trying, and told by a warning.
 
     Args:
         state: Of the training, of a network on a GPU.
         loss: Of a batch.
+        check: Of a target.
     """
 
-    def __init__(self, state: TrainingState, loss: Loss) -> None:
-        self._state, self._loss, self._device = state, loss, device_of(state.model)
+    def __init__(self, state: TrainingState, loss: Loss, check: Callable[[Any], None]) -> None:
+        self._state, self._loss, self._check, self._device = state, loss, check, device_of(state.model)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._works = True
         self._form: list[Any] = []
@@ -87,6 +92,7 @@ class StepGraph:
             self._record(batch, weight)
         if self._graph is None or _form_of(batch) != self._form:
             return self._step(to_device(batch, self._device), torch.tensor(weight, device=self._device)).clone()
+        self._check(batch[1])
         for own, given in zip(leaves(self._batch), leaves(batch), strict=True):
             if isinstance(own, Tensor):
                 own.copy_(given, non_blocking=True)
@@ -104,26 +110,56 @@ class StepGraph:
         self._form = _form_of(batch)
         self._batch = map_tensors(lambda tensor: tensor.to(self._device).clone(), batch)
         self._weight = torch.tensor(weight, device=self._device)
-        put_back = self._state.kept()
-        stream, graph = torch.cuda.Stream(self._device), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        put_back, before = self._state.kept(), _kept_elsewhere(self._state.model)
+        here, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        stream.wait_stream(here)
         try:
-            with torch.random.fork_rng([self._device]):
-                with torch.cuda.stream(stream):
-                    for _ in range(WARM_UP):
-                        self._step(self._batch, self._weight)
-                torch.cuda.current_stream(self._device).wait_stream(stream)
-                with torch.cuda.graph(graph, stream=stream):
+            with torch.random.fork_rng([self._device]), torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._step(self._batch, self._weight)
+                if (changed := _changed(before, _kept_elsewhere(self._state.model))) is not None:
+                    raise RuntimeError(f"a step changes {changed}")
+                graph = torch.cuda.CUDAGraph()
+                # A user's loader may copy to the GPU by threads of its own meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     self._mean = self._step(self._batch, self._weight)
             self._graph = graph
         except RuntimeError as error:  # torch's, of whatever a recording cannot hold
             self._works = False
             self._state.optimizer.zero_grad()
+            _release_generator(self._device)
             warnings.warn(
                 f"fine-tuning: steps cannot be recorded as CUDA graphs, and take longer ({error})", stacklevel=2
             )
         finally:
+            here.wait_stream(stream)
             put_back()
+
+
+def _kept_elsewhere(model: nn.Module) -> dict[str, Any]:
+    """What a network's passes may change, by name, that no recording would change again."""
+    kept: dict[str, Any] = {
+        "Python's random numbers": random.getstate(),
+        "numpy's random numbers": repr(np.random.get_state(legacy=True)),  # noqa: NPY002 - a user's network may
+        "random numbers of the CPU": torch.get_rng_state().tolist(),
+    }
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | None):
+                kept[f"{path}.{name}"] = value
+        kept |= {f"{path}.{name}": id(buffer) for name, buffer in module.named_buffers(recurse=False)}
+    return kept
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The first that differs."""
+    return next((name for name in {**before, **after} if before.get(name) != after.get(name)), None)
+
+
+def _release_generator(device: torch.device) -> None:
+    """A recording that failed may have left the generator of random numbers waiting for more of it."""
+    generator = torch.cuda.default_generators[torch.device(device).index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _form_of(batch: Batch) -> list[Any]:
@@ -133,3 +169,22 @@ def _form_of(batch: Batch) -> list[Any]:
         (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, plain) else object()
         for leaf in leaves(batch)
     ]
+
+
+def one_behind(items: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same, each when the next one is there."""
+    before = next(items, None)
+    for item in items:
+        assert before is not None
+        yield before
+        before = item
+    if before is not None:
+        yield before
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """What is drawn follows from the seed, and changes nothing that is drawn later."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

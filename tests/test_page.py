@@ -210,11 +210,13 @@ def test_training_that_diverged_is_told() -> None:
     assert "the weights as they were fitted count" in markdown({**report, "curve": []})
 
 
-def test_another_machine_that_trained_the_network_is_told() -> None:
+def test_other_machines_are_told() -> None:
     report = sample()
     here = report["environment"]["processor"]
-    assert "trained on" not in markdown({**report, "trained_on": [here]})
-    assert "trained on abacus" in markdown({**report, "trained_on": [here, "abacus"]})
+    moved = {"training": {"trained_on": [here, "abacus"], "batch_norm": "frozen"}, "measured_on": "slide rule"}
+    for form in (markdown, lambda given: make_page(given, ())):
+        assert not any(text in form(report) for text in ("trained on abacus", "measured on slide rule"))
+        assert all(text in form({**report, **moved}) for text in ("trained on abacus", "measured on slide rule"))
 
 
 def test_a_network_that_stays_as_it_was_fitted_is_told() -> None:

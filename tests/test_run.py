@@ -71,7 +71,9 @@ def test_report_has_what_others_build_on(finished: Path) -> None:
     assert [layer["name"] for layer in report["layers"]] == ["conv1", "conv2", "conv3", "linear"]
     assert sum(c["chosen"] for c in report["front"]) <= 1
     assert all("divergence" in c["objectives"] for c in report["front"])
-    assert report["trained_on"] == [report["environment"]["processor"]]
+    here = report["environment"]["processor"]
+    assert report["as_fitted"] or report["training"] == {"trained_on": [here], "batch_norm": "frozen"}
+    assert report["measured_on"] == here
 
 
 def test_artefact_is_what_the_report_says(finished: Path) -> None:

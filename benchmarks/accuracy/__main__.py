@@ -56,7 +56,7 @@ def sample_of(runs: Runs, budget: str, seed: int, epochs: int) -> dict[str, Any]
         "lost": {split: factor * (before[split] - after[split]) for split in before},
         "lost_without_training": factor * (before["test"] - report["metric_without_training"]),
         **{key: report[key] for key in KEYS},
-        "trained_on": report.get("trained_on", []),
+        **(report.get("training") or {}),
     }
 
 

@@ -22,7 +22,7 @@ from sekron_search.progress import Reporter
 from sekron_search.references import import_reference
 from sekron_search.tensor_files import digest, write_tensors
 from sekron_search.timing import Placed, network_latencies
-from sekron_search.training_state import processors_of
+from sekron_search.training_state import how_trained
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Contest:
             curve = distillation.train(
                 network,
                 checkpoint=home / "checkpoint.pt",
-                validate=job.validate,
+                validate=job.validate_in_training,
                 after_epoch=lambda epoch, metric: True,
                 progress=task.update,
             )
@@ -100,9 +100,8 @@ class Contest:
             "validation_without_training": untrained,
             "validation": marks[kept].metric,
             "test": job.test(network),
-            "batch_norm": distillation.config.batch_norm,
             "learning_rate": read_json(rate) if rate.exists() else None,
-            "trained_on": processors_of(home / "checkpoint.pt"),
+            **how_trained(home / "checkpoint.pt"),
             "curve": curve,
         }
 

@@ -102,7 +102,7 @@ class RunFacts:
             ),
             "curve": self.chosen.curve,
             "as_fitted": self.chosen.as_fitted,
-            "trained_on": list(self.chosen.processors),
+            "training": None if self.chosen.as_fitted else dict(self.chosen.training),
             "learning_rate": None if self.learning_rate is None else dict(self.learning_rate),
             "layers": [
                 _layer(table, index, list(budget.names))

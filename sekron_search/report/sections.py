@@ -138,6 +138,14 @@ def _exported_networks(record: Mapping[str, Any]) -> Table:
     return Table((*columns, Column(f"latency, ms per batch of {record['latency_batch_size']}")), rows)
 
 
+def _elsewhere(report: Mapping[str, Any]) -> list[str]:
+    """Other processors than the run was begun on, where it was moved."""
+    begun = report["environment"]["processor"]
+    trained, measured = (report.get("training") or {}).get("trained_on", []), report.get("measured_on", begun)
+    did = [*(("trained", name) for name in trained), ("measured", measured)]
+    return [f"{what} on {name}" for what, name in did if name != begun]
+
+
 def provenance_section(report: Mapping[str, Any]) -> Section:
     """What the run ran on."""
     facts = report["environment"]
@@ -145,7 +153,7 @@ def provenance_section(report: Mapping[str, Any]) -> Section:
     items = (
         f"{facts['processor']}, {facts['machine']}, {facts['device']}, {facts['num_threads']} threads, "
         f"{facts['runtime']}",
-        *(f"trained on {name}" for name in report.get("trained_on", []) if name != facts["processor"]),
+        *_elsewhere(report),
         f"Python {facts['python']}; {packages}",
         f"seed {facts['seed']}, started {facts['date']}",
     )
