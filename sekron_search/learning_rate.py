@@ -57,11 +57,9 @@ def tuned(distillation: Distillation, network: nn.Module, path: Path, reporter: 
         path: Where what was found is kept.
         reporter: Told of the progress.
     """
-    settled = distillation.settled(network)
-    if settled is not distillation:
-        how = "trained too" if settled.config.batch_norm == "trained" else "kept"
-        reporter.say(f"batch-norms: their statistics are {how}")
-        distillation = settled
+    asked, distillation = distillation.config.batch_norm, distillation.settled(network)
+    if asked == "auto" and distillation.config.batch_norm == "trained":
+        reporter.say("the network starts far from the original: the statistics of batch-norms are trained too")
     if distillation.config.learning_rate != "auto":
         return distillation
     if not path.exists():
