@@ -224,7 +224,7 @@ class Distillation:
         """Take part in a training that the team's first process has begun."""
         data = replace(self.data, limit=task.limit)
         team, brief = Team.here(), replace(self, data=data, frees_layers=task.frees_layers)
-        model = with_layers(self.teacher, task.layers).to(trainable(self.teacher)[0].device)
+        model = with_layers(self.teacher, task.layers).to(device_of(self.teacher))
         model.load_state_dict(task.state)
         # The first process decides what comes of a training that diverges.
         with suppress(DivergedError), brief._started(model, task.checkpoint, team) as (state, take):
@@ -305,7 +305,7 @@ class Distillation:
             def see(name: str, output: Tensor) -> None:
                 outputs[name] = channel_spread(output), output, output._version
 
-            device = trainable(self.teacher)[0].device
+            device = device_of(self.teacher)
             with seeded(device, self.data.seed), torch.no_grad(), self._cast(), seen(self.teacher, list(layers), see):
                 inputs, _ = to_device(next(self.data.epoch(1)), device)
                 self.teacher(*part_of(inputs, slice(-(-batch_size(inputs) // Team.here().size))))
@@ -320,7 +320,7 @@ class Distillation:
         return [name for name, known in self.references.items() if type(model.get_submodule(name)) is not known.kind]
 
     def _cast(self) -> AbstractContextManager[Any]:
-        device = trainable(self.teacher)[0].device
+        device = device_of(self.teacher)
         dtype = autocast_dtype(self.config.autocast, device)
         return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 

@@ -22,14 +22,14 @@ def device_name(name: str) -> str:
 
 def known_device(name: str) -> str:
     """The name of a device that is there; a `ValueError` if it is none."""
-    if device_name(name) != "cpu" and not is_there(torch.device(name)):
+    if not is_there(torch.device(device_name(name))):
         raise ValueError("torch sees no CUDA device here; use 'cpu'")
     return name
 
 
 def is_there(device: torch.device) -> bool:
     """Whether torch can use a device."""
-    return device.type == "cpu" or torch.cuda.is_available()
+    return device.type != "cuda" or torch.cuda.is_available()
 
 
 def autocast_dtype(asked: Autocast | None, device: torch.device) -> torch.dtype | None:

@@ -49,10 +49,10 @@ class TrainingState:
     @classmethod
     def start(cls, model: nn.Module, config: FinetuneConfig, rate: float, steps: int, team: Team) -> TrainingState:
         """The state before the first of so many steps, at a learning rate."""
-        # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
         device = device_of(model)
         on_gpu = device.type == "cuda"  # what changes from step to step has to lie there, or no step can be recorded
         lr = torch.tensor(rate, device=device) if on_gpu else rate
+        # Factors of one layer differ in scale and in how much hangs on them; steps that adapt to each do not mind.
         optimizer: torch.optim.Optimizer
         if config.optimizer == "muon":
             optimizer = Muon(trainable(model), lr, weight_decay=config.weight_decay)

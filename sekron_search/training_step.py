@@ -158,7 +158,7 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
 
 def _release_generator(device: torch.device) -> None:
     """A recording that failed may have left the generator of random numbers waiting for more of it."""
-    generator = torch.cuda.default_generators[torch.device(device).index or 0]
+    generator = torch.cuda.default_generators[device.index or 0]
     generator.graphsafe_set_state(generator.clone_state())
 
 

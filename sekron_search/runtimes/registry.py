@@ -7,6 +7,7 @@ from importlib import import_module
 import torch
 
 from sekron_search.errors import ConfigError
+from sekron_search.precision import is_there
 from sekron_search.references import import_reference
 from sekron_search.runtimes.base import MemoryFormat, Runtime, RuntimeName
 
@@ -50,7 +51,7 @@ def make_runtime(
             f"runtime {name}: it runs on {' or '.join(kind.device_types)}, got device '{device}'; "
             "choose another device, or pytorch-eager or torch-compile"
         )
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not is_there(device):
         raise ConfigError(f"device: torch sees no CUDA device here, got {str(device)!r}; use 'cpu'")
     if memory_format not in kind.memory_formats:
         raise ConfigError(
