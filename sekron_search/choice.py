@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sekron_search.data import SplitMetric, batches, to_device, values_of_samples
 from sekron_search.divergence import divergence
 from sekron_search.job import Job
+from sekron_search.mirrored import mean_with_mirrored
 from sekron_search.model import run_model
 from sekron_search.tensor_files import read_tensors, write_tensors
 
@@ -27,7 +28,8 @@ class Judged:
     Args:
         metric: Of all samples.
         values: (N,), the metric of every sample, of which it is the mean; None where that is not known.
-        divergence: Mean divergence of the outputs on the samples from the original's; NaN where it is not known.
+        divergence: Mean divergence of the outputs on the samples from the original's, or from what it is trained to
+            give instead; NaN where it is not known.
     """
 
     metric: float
@@ -98,6 +100,8 @@ def _on_samples(job: Job, metric: SplitMetric, networks: Sequence[nn.Module]) ->
     for inputs, target in batches(metric.split, metric.batch_size):
         inputs = to_device(inputs, job.device)
         reference = run_model(job.model, inputs)
+        if job.settings.finetune.mirrored_teacher:
+            reference = mean_with_mirrored(job.model, inputs, reference)
         for index, network in enumerate(networks):
             output = run_model(network, inputs)
             values[index].append(values_of_samples(metric.name, output, target))

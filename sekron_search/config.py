@@ -162,6 +162,8 @@ class FinetuneConfig(_Section):
         learning_rate: Its highest, between warm-up and cosine; "auto" finds it in an eighth to a quarter of the time.
         accumulate: Batches whose gradients are averaged for one step, where more do not fit in memory at a time.
         temperature: Of the distillation, for "kl".
+        mirrored_teacher: Whether networks are trained to give the mean of what the original gives for images and for
+            their mirror images, which is better than either where left and right do not matter; it takes another pass.
         loss: Of the outputs: "auto" compares logits by divergence and labels by cross-entropy, other outputs by squared
             errors; "l1" compares these by absolute ones; a function of (output, target), `package.module:function`,
             replaces what the targets are compared by.
@@ -183,6 +185,7 @@ class FinetuneConfig(_Section):
     optimizer: Literal["muon", "adamw"] = "muon"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     temperature: Annotated[float, Field(gt=0)] = 3.0
+    mirrored_teacher: bool = False
     loss: Loss = "auto"
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     layer_weight: Annotated[float, Field(ge=0)] = 4.0

@@ -19,9 +19,9 @@ from sekron_search.data import Batch, to_device
 from sekron_search.divergence import DivergenceName, divergence
 from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.export import layers_json, with_layers
-from sekron_search.kron.dense import KINDS
-from sekron_search.layer_outputs import Reference, channel_spread, layer_error, seen
+from sekron_search.layer_outputs import Reference, layer_error, references_of, seen
 from sekron_search.losses import TargetLoss, check_labels_of, distillation_loss
+from sekron_search.mirrored import mean_with_mirrored
 from sekron_search.model import batch_size, device_of, part_of, run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.references import import_reference
@@ -130,7 +130,8 @@ class Distillation:
         inputs, target = to_device(first, device)
         with torch.no_grad():
             output = run_model(self.teacher.eval(), inputs)
-            distillation_loss(self.divergence, output, output, target, self.config, self.own_loss)
+            reference = self._wanted(inputs, output)
+            distillation_loss(self.divergence, output, reference, target, self.config, self.own_loss)
 
     @cached_property
     def own_loss(self) -> TargetLoss | None:
@@ -299,18 +300,11 @@ class Distillation:
         In a team it is of the same samples in all processes, as many as one has.
         """
         if not self.known:
-            layers = {name: layer for name, layer in self.teacher.named_modules() if type(layer) in KINDS.values()}
-            outputs: dict[str, tuple[Tensor, Tensor, int]] = {}
-
-            def see(name: str, output: Tensor) -> None:
-                outputs[name] = channel_spread(output), output, output._version
-
             device = device_of(self.teacher)
-            with seeded(device, self.data.seed), torch.no_grad(), self._cast(), seen(self.teacher, list(layers), see):
+            with seeded(device, self.data.seed), self._cast():
                 inputs, _ = to_device(next(self.data.epoch(1)), device)
-                self.teacher(*part_of(inputs, slice(-(-batch_size(inputs) // Team.here().size))))
-            for name, (spread, output, version) in outputs.items():
-                self.known[name] = Reference(type(layers[name]), spread, output._version != version)
+                part = part_of(inputs, slice(-(-batch_size(inputs) // Team.here().size)))
+                self.known.update(references_of(self.teacher, part))
         return self.known
 
     def _layers_of(self, model: nn.Module) -> list[str]:
@@ -318,6 +312,10 @@ class Distillation:
         if not self.config.layer_weight:
             return []
         return [name for name, known in self.references.items() if type(model.get_submodule(name)) is not known.kind]
+
+    def _wanted(self, inputs: tuple[Any, ...], output: Any) -> Any:
+        """What networks are to give where the original gives an output."""
+        return mean_with_mirrored(self.teacher, inputs, output) if self.config.mirrored_teacher else output
 
     def _cast(self) -> AbstractContextManager[Any]:
         device = device_of(self.teacher)
@@ -341,6 +339,7 @@ class Distillation:
         with self._cast():
             with torch.no_grad(), seen(self.teacher, replaced, partial(keep, theirs)):
                 reference = self.teacher(*inputs)
+            reference = self._wanted(inputs, reference)
             with seen(model, replaced, partial(keep, ours)):
                 output = model(*inputs)
         loss = distillation_loss(self.divergence, output, reference, target, self.config, self.own_loss)

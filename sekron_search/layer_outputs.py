@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from sekron_search.kron.dense import KINDS
 from sekron_search.kron.linear import KroneckerLinear
 
 #: So many numbers in float32 are still in the cache when they are read again.
@@ -31,6 +32,22 @@ class Reference:
     kind: type[nn.Module]
     spread: Tensor
     is_overwritten: bool
+
+
+def references_of(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Reference]:
+    """What is to be known of all layers of a network that can be replaced, by name, of a pass over some inputs."""
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) in KINDS.values()}
+    outputs: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    def see(name: str, output: Tensor) -> None:
+        outputs[name] = channel_spread(output), output, output._version
+
+    with torch.no_grad(), seen(model, list(layers), see):
+        model(*inputs)
+    return {
+        name: Reference(type(layers[name]), spread, output._version != version)
+        for name, (spread, output, version) in outputs.items()
+    }
 
 
 @contextmanager

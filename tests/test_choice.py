@@ -136,6 +136,30 @@ def test_networks_are_judged_as_they_will_run_once_and_by_all_samples(job: Job, 
     assert [one.divergence for one in again] == [first.divergence, second.divergence]
 
 
+def test_outputs_are_compared_with_what_a_mirrored_teacher_gives(job: Job, tmp_path: Path) -> None:
+    """The mean of left and right halves' brightness, where the original looks at the left one alone."""
+
+    class Half(nn.Module):
+        def __init__(self, left: float) -> None:
+            super().__init__()
+            self.left = left
+
+        def forward(self, images: Tensor) -> Tensor:
+            left, right = images[..., :2].mean((1, 2, 3)), images[..., 2:].mean((1, 2, 3))
+            return torch.stack([self.left * left + (1 - self.left) * right, torch.zeros(len(images))], 1)
+
+    split = TensorDataset(torch.rand(100, 1, 4, 4), torch.zeros(100, dtype=torch.long))
+    networks = [Half(1.0), Half(0.5)]
+    for mirrored, nearest in ((False, 0), (True, 1)):
+        finetune = job.settings.finetune.model_copy(update={"mirrored_teacher": mirrored})
+        settings = job.settings.model_copy(update={"finetune": finetune})
+        asked = replace(job, model=Half(1.0), settings=settings, validate=SplitMetric(split, "accuracy", 64))
+        marks = judged(asked, networks, [1.0, 1.0], tmp_path / f"{mirrored}.safetensors")
+        assert marks[nearest].divergence == pytest.approx(0, abs=1e-6)
+        assert marks[1 - nearest].divergence > 1e-4
+        assert preferred(marks) == nearest
+
+
 def test_images_are_told_apart_by_their_errors(job: Job) -> None:
     assert isinstance(job.validate, SplitMetric)
     split = TensorDataset(torch.arange(40.0)[:, None], torch.full((40, 1), 0.5))

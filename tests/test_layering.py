@@ -53,6 +53,7 @@ LAYERS = [
     ["costs"],
     ["runtimes"],
     ["inspection"],
+    ["mirrored"],
     ["model"],
     ["kron"],
     ["tensor_files"],
