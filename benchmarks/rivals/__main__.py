@@ -38,8 +38,9 @@ MARGINS = {"resnet20": 0.5}
 #: Latencies are equal if they differ by no more than this factor, which clocks are good for.
 NOISE = 1.03
 
-#: What tells samples from each other.
-KEYS = ("network", "budget", "method", "seed", "epochs")
+#: What samples have to have in common to be compared, and what tells them from each other.
+CONDITIONS = ("network", "budget", "epochs", "mirrored_teacher")
+KEYS = (*CONDITIONS, "method", "seed")
 
 Sample = dict[str, Any]
 
@@ -67,10 +68,11 @@ def ours(runs: Runs, budget: Mapping[str, str], seed: int, epochs: int) -> dict[
 
 def sample_of(runs: Runs, budget: str, method: str, seed: int, epochs: int) -> dict[str, Any]:
     """What a method reaches."""
-    case = {"network": runs.network, "budget": budget, "method": method, "seed": seed, "epochs": epochs}
+    job = runs.run({"flops": budget}, seed=seed, epochs=epochs).job
+    mirrored = job.settings.finetune.mirrored_teacher
+    case = dict(zip(KEYS, (runs.network, budget, epochs, mirrored, method, seed), strict=True))
     if method == OURS:
         return case | ours(runs, {"flops": budget}, seed, epochs)
-    job = runs.run({"flops": budget}, seed=seed, epochs=epochs).job
     name = "-".join(str(case[key]).replace(" ", "_").replace(",", "") for key in KEYS)
     home = runs.home / "rivals" / f"{name}-{conditions(job)}"
     return case | Contest(job, ConsoleReporter()).enter(method, float(budget.removesuffix("x")), home)
@@ -117,13 +119,14 @@ def targets_of(samples: list[Sample]) -> list[Target]:
     for condition in dict.fromkeys(condition_of(s) for s in samples):
         methods = by_method([s for s in samples if condition_of(s) == condition])
         rivals = methods.get(best_rival([s for own in methods.values() for s in own.values()]) or "", {})
-        network, budget, epochs = condition
+        network, budget, epochs, mirrored = condition
         task = TASKS[network]
         for method, margin in ((OURS, MARGINS.get(network, 0.0)), (OURS_TIMED, 0.0)):
             pairs = [(own, rivals[seed]) for seed, own in methods.get(method, {}).items() if seed in rivals]
             if not pairs:
                 continue
-            case = f"{network}, {budget} flops, {epochs} epochs, {len(pairs)} seeds: {method}"
+            teacher = ", mirrored teacher" if mirrored else ""
+            case = f"{network}, {budget} flops, {epochs} epochs{teacher}, {len(pairs)} seeds: {method}"
             failed = sum("failed" in own for own, _ in pairs)
             if failed:
                 found.append(Target(f"{case}: seeds that reach nothing", failed, 0, at_least=False))
@@ -137,9 +140,9 @@ def targets_of(samples: list[Sample]) -> list[Target]:
     return found
 
 
-def condition_of(sample: Sample) -> tuple[str, str, int]:
-    """What samples have to have in common to be compared: network, budget, epochs."""
-    return sample["network"], sample["budget"], sample["epochs"]
+def condition_of(sample: Sample) -> tuple[Any, ...]:
+    """The values of `CONDITIONS`."""
+    return tuple(sample[key] for key in CONDITIONS)
 
 
 def main() -> None:
@@ -162,7 +165,7 @@ def main() -> None:
             for seed in args.seeds:
                 for method in args.methods:
                     add(sample_of(runs, budget, method, seed, args.epochs))
-            alike = [s for s in samples if condition_of(s) == (network, budget, args.epochs)]
+            alike = [s for s in samples if condition_of(s) == condition_of(samples[-1])]
             for sample in timed_samples(runs, alike) if OURS in args.methods else ():
                 add(sample)
 

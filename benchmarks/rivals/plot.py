@@ -26,30 +26,35 @@ STYLES = {
 
 
 def plot(path: Path) -> None:
-    """A row per network and number of epochs, a panel of latencies per processor, for they cannot be compared.
+    """A row per network and way of training, a panel of latencies per processor, for they cannot be compared.
 
     Every dot is the mean over the seeds of a method under a budget.
     """
     samples = [s for s in samples_of(path) if "failed" not in s]
-    rows = list(dict.fromkeys((s["network"], s["epochs"]) for s in samples))
+    rows = list(dict.fromkeys(_row_of(s) for s in samples))
     processors = list(dict.fromkeys(s["processor"] for s in samples))
     size = (2.5 + 4.5 * (1 + len(processors)), 4.2 * len(rows))
     figure, panels = plt.subplots(
         len(rows), 1 + len(processors), figsize=size, constrained_layout=True, squeeze=False, sharey="row"
     )
     handles: dict[str, Any] = {}
-    for (network, epochs), (left, *others) in zip(rows, panels, strict=True):
-        own, task = [s for s in samples if (s["network"], s["epochs"]) == (network, epochs)], TASKS[network]
+    for row, (left, *others) in zip(rows, panels, strict=True):
+        network, epochs, mirrored = row
+        own, task = [s for s in samples if _row_of(s) == row], TASKS[network]
         handles |= _panel(left, own, "flops_ratio", task.factor)
         left.set(xlabel="flops, of the original's", ylabel=f"{task.unit.split()[-1]} on the test split")
         for axes, processor in zip(others, processors, strict=True):
             handles |= _panel(axes, [s for s in own if s["processor"] == processor], "latency_ratio", task.factor)
             axes.set(xlabel="measured latency, of the original's")
             axes.set_title(processor, fontsize=10)
-        left.set_title(f"{network}, {epochs} epochs", fontsize=10)
+        left.set_title(f"{network}, {epochs} epochs{', mirrored teacher' if mirrored else ''}", fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)
+
+
+def _row_of(sample: dict[str, Any]) -> tuple[str, int, bool]:
+    return sample["network"], sample["epochs"], sample["mirrored_teacher"]
 
 
 def _panel(axes: Axes, samples: list[dict[str, Any]], key: str, factor: float) -> dict[str, Any]:

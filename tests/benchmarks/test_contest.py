@@ -60,8 +60,8 @@ def test_what_a_rival_cannot_reach_is_told(tmp_path: Path) -> None:
 
 
 def sample(method: str, validation: float, test: float, seed: int = 0, latency: float = 0.5) -> dict[str, Any]:
-    case = {"network": "resnet20", "budget": "0.5x", "seed": seed, "epochs": 3, "method": method}
-    return case | {"validation": validation, "test": test, "latency_ratio": latency}
+    case = {"network": "resnet20", "budget": "0.5x", "epochs": 3, "mirrored_teacher": True}
+    return case | {"method": method, "seed": seed} | {"validation": validation, "test": test, "latency_ratio": latency}
 
 
 def failed(method: str, seed: int = 0) -> dict[str, Any]:
@@ -84,6 +84,12 @@ def test_a_lead_is_over_the_best_rival_on_the_validation_split() -> None:
     assert [t["value"] for t in targets] == pytest.approx([1.0, -0.5, 1.04])
     assert rivals.best_rival([failed(third)]) is None
     assert rivals.targets_of([failed(third), sample("ours", 0.9, 0.9)]) == []
+
+
+def test_networks_of_different_teachers_are_not_compared() -> None:
+    rival = sample(next(iter(RIVALS)), 0.9, 0.8)
+    assert [target.value for target in rivals.targets_of([rival, sample("ours", 0.9, 0.9)])] == pytest.approx([10.0])
+    assert rivals.targets_of([rival | {"mirrored_teacher": False}, sample("ours", 0.9, 0.9)]) == []
 
 
 def test_seeds_are_compared_with_the_same_seeds() -> None:
