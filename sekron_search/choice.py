@@ -28,8 +28,8 @@ class Judged:
     Args:
         metric: Of all samples.
         values: (N,), the metric of every sample, of which it is the mean; None where that is not known.
-        divergence: Mean divergence of the outputs on the samples from the original's, or from what it is trained to
-            give instead; NaN where it is not known.
+        divergence: Mean divergence of the outputs on the samples from those wanted: the original's, or where the
+            teacher is mirrored, what it is trained to give. NaN where it is not known.
     """
 
     metric: float
@@ -59,7 +59,7 @@ def judged(job: Job, networks: Sequence[nn.Module], metrics: Sequence[float], pa
 
 
 def preferred(found: Sequence[Judged]) -> int:
-    """Index of the best network by the metric, or else by how far its outputs are from the original's.
+    """Index of the best network by the metric, or else by how far its outputs are from those wanted.
 
     Of those whose metric chance alone may have put below the best one's, as the differences on the samples show, the
     one whose outputs diverge least: that counts what every output has lost, the metric often only the few samples whose
@@ -91,7 +91,7 @@ def _distance(found: Judged) -> float:
 
 @torch.no_grad()
 def _on_samples(job: Job, metric: SplitMetric, networks: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
-    """Of K networks: the metric of every sample, (K, N), and the mean divergence from the original, (K,)."""
+    """Of K networks: the metric of every sample, (K, N), and the mean divergence from what is wanted, (K,)."""
     name = job.settings.search.divergence
     values: list[list[Tensor]] = [[] for _ in networks]
     summed = torch.zeros(len(networks), dtype=torch.float64)
@@ -100,7 +100,7 @@ def _on_samples(job: Job, metric: SplitMetric, networks: Sequence[nn.Module]) ->
     for inputs, target in batches(metric.split, metric.batch_size):
         inputs = to_device(inputs, job.device)
         reference = run_model(job.model, inputs)
-        if job.settings.finetune.mirrored_teacher:
+        if job.trains and job.settings.finetune.mirrored_teacher:
             reference = mean_with_mirrored(job.model, inputs, reference)
         for index, network in enumerate(networks):
             output = run_model(network, inputs)

@@ -139,10 +139,14 @@ class Job:
         return output_curvature(self.model, layers, self.calibration, classes=classes, seed=self.settings.seed)
 
     @property
+    def trains(self) -> bool:
+        """Whether candidates are trained."""
+        return self.train is not None and self.settings.finetune.epochs > 0
+
+    @property
     def distillation(self) -> Distillation | None:
         """How candidates are trained, if they are."""
-        config = self.settings.finetune
-        return None if self.train is None or config.epochs == 0 else self.distillation_by(config)
+        return self.distillation_by(self.settings.finetune) if self.trains else None
 
     @cached_property
     def teacher(self) -> nn.Module:

@@ -162,8 +162,8 @@ def checked_layers(job: Job) -> Inspection:
     check_repeatable(job.model, job.calibration[0])
     search = job.settings.search
     check_divergence(search.divergence, job.references[0], asked_for="divergence" in search.model_fields_set)
-    if job.distillation is not None:
-        job.distillation.check()
+    if job.trains or job.settings.audit.candidates:
+        job.distillation_by(job.settings.finetune).check()
     return inspection
 
 

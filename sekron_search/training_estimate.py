@@ -18,7 +18,8 @@ STEPS = 3
 #: Learning rates that are tried, as it mostly comes out.
 RATES = 4
 
-#: Evaluations for the choice between a network as it was fitted and as it is trained: theirs, and the original's.
+#: Evaluations for the choice between a network as it was fitted and as it is trained: theirs, and the original's,
+#: of which a mirrored one takes another.
 CHOICE = 3
 
 
@@ -50,7 +51,8 @@ def training_stages(job: Job, metric_s: float, reporter: Reporter) -> list[Stage
         found.append(Stage("learning rate", f"about {RATES} trainings of {steps} steps", tried * batch_s))
     epochs, batches = distillation.config.epochs, count * distillation.total_batches
     amount = f"{count} networks, {epochs} epochs, {batches:,} batches at most"
-    evaluations = count * (epochs + (CHOICE if isinstance(job.validate, SplitMetric) else 0))
+    choice = CHOICE + distillation.config.mirrored_teacher if isinstance(job.validate, SplitMetric) else 0
+    evaluations = count * (epochs + choice)
     return [*found, Stage("fine-tuning", amount, batches * batch_s + evaluations * metric_s)]
 
 

@@ -37,7 +37,12 @@ def distillation(name: str) -> Distillation:
         source = [data[i : i + size] for i in range(0, 64, size)]
     # The layers' errors are relative to the spread of the samples that a process has: without them all is the same.
     config = FinetuneConfig(
-        epochs=2, batch_size=size, learning_rate=1e-2, layer_weight=0.0, accumulate=1 + (name == "loader")
+        epochs=2,
+        batch_size=size,
+        learning_rate=1e-2,
+        layer_weight=0.0,
+        accumulate=1 + (name == "loader"),
+        mirrored_teacher=name == "dataset",
     )
     return Distillation(teacher, TrainingData(source, size, seed=3), config, "kl")
 

@@ -150,11 +150,11 @@ def test_outputs_are_compared_with_what_a_mirrored_teacher_gives(job: Job, tmp_p
 
     split = TensorDataset(torch.rand(100, 1, 4, 4), torch.zeros(100, dtype=torch.long))
     networks = [Half(1.0), Half(0.5)]
-    for mirrored, nearest in ((False, 0), (True, 1)):
-        finetune = job.settings.finetune.model_copy(update={"mirrored_teacher": mirrored})
+    for mirrored, epochs, nearest in ((False, 1, 0), (True, 1, 1), (True, 0, 0)):  # nobody teaches in no epoch
+        finetune = job.settings.finetune.model_copy(update={"mirrored_teacher": mirrored, "epochs": epochs})
         settings = job.settings.model_copy(update={"finetune": finetune})
         asked = replace(job, model=Half(1.0), settings=settings, validate=SplitMetric(split, "accuracy", 64))
-        marks = judged(asked, networks, [1.0, 1.0], tmp_path / f"{mirrored}.safetensors")
+        marks = judged(asked, networks, [1.0, 1.0], tmp_path / f"{mirrored}-{epochs}.safetensors")
         assert marks[nearest].divergence == pytest.approx(0, abs=1e-6)
         assert marks[1 - nearest].divergence > 1e-4
         assert preferred(marks) == nearest

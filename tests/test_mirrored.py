@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sekron_search.config import FinetuneConfig
+from sekron_search.config import Config, FinetuneConfig
 from sekron_search.divergence import kl_divergence
 from sekron_search.errors import DataError
 from sekron_search.finetune import Distillation
+from sekron_search.jobs import job_from_config
 from sekron_search.mirrored import mean_with_mirrored
 from sekron_search.model import copy_model
+from sekron_search.prepare import checked_layers
 from sekron_search.training_data import TrainingData
-from tests.cases import blobs, small_net
+from tests.cases import CONFIG, blobs, small_net, write_config
 
 
 def test_outputs_of_whole_images_are_averaged() -> None:
@@ -64,10 +66,36 @@ def test_what_is_no_image_is_told() -> None:
     says = r"^finetune\.mirrored_teacher: "
     with pytest.raises(DataError, match=says + r"expected images .* shapes \[\(2, 5\)\]; set it"):
         mean_with_mirrored(nn.Identity(), (torch.rand(2, 5),), torch.rand(2, 5))
-    with pytest.raises(
-        DataError, match=r"^finetune\.mirrored_teacher: the network has an output of shape \(2, 3, 20\)"
-    ):
-        mean_with_mirrored(nn.Flatten(2), (torch.rand(2, 3, 4, 5),), torch.rand(2, 3, 20))
+    images = torch.rand(2, 3, 4, 5)
+    for end, shape in (((2,), r"\(2, 3, 20\)"), ((0, -2), r"\(24, 5\)")):  # the latter are pixels, not whole images
+        flatten = nn.Flatten(*end)
+        with pytest.raises(DataError, match=says + "the network makes an output of shape " + shape):
+            mean_with_mirrored(flatten, (images,), flatten(images))
+
+
+class Selecting(nn.Module):
+    """Gives a number for each image whose first column is bright."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [image.sum()[None] for image in images if image[..., 0].mean() > 0.5]
+
+
+def test_outputs_that_hang_on_values_are_told() -> None:
+    images = torch.zeros(2, 1, 4, 4)
+    images[0, ..., 0] = 1
+    images[:, ..., -1] = 1
+    with pytest.raises(DataError, match=r"of shapes \[\(1,\)\], those for their mirror images of \[\(1,\), \(1,\)\]"):
+        mean_with_mirrored(Selecting(), (images,), Selecting()(images))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_means_are_not_rounded(half: torch.dtype) -> None:
+    images = torch.tensor([[[[1.0, 1.0 + torch.finfo(half).eps]]]], dtype=half)
+    found = mean_with_mirrored(nn.Flatten(), (images,), images.flatten(1))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[1.0 + torch.finfo(half).eps / 2] * 2]
+    large = torch.full((1, 1, 1, 2), 6e4, dtype=half)  # near the most that float16 holds
+    assert mean_with_mirrored(nn.Flatten(), (large,), large.flatten(1)).isfinite().all()
 
 
 def distillation(network: nn.Module, **options: Any) -> Distillation:
@@ -75,7 +103,7 @@ def distillation(network: nn.Module, **options: Any) -> Distillation:
     return Distillation(network, TrainingData(blobs(256, seed=3), 32, seed=5), config, "kl")
 
 
-def test_a_network_learns_the_mean_of_both_sides(tmp_path: Path) -> None:
+def test_a_network_learns_the_mean_of_both_sides() -> None:
     """Though it begins as the original, which differs from its own mirror image."""
     original = small_net()
     images = blobs(256, seed=9).tensors[0]
@@ -112,6 +140,20 @@ def test_layers_are_compared_on_the_images_as_they_are() -> None:
         (original(images) / hot).log_softmax(1), (wanted / hot).log_softmax(1), log_target=True, reduction="batchmean"
     )
     torch.testing.assert_close(alone, hot**2 * softened)
+
+
+@pytest.mark.parametrize("finetune", ["epochs: 1", "epochs: 0"])
+def test_what_differs_from_side_to_side_is_refused_before_long_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetune: str
+) -> None:
+    """Also where the audit alone trains networks."""
+    text = CONFIG.replace("epochs: 2,", f"{finetune}, mirrored_teacher: true,") + "audit: {candidates: 6}\n"
+    job = job_from_config(Config.load(write_config(tmp_path, text)))
+    assert checked_layers(job).layers
+    monkeypatch.setattr("sekron_search.mirrored.APART", 1e-6)
+    says = r"^finetune\.mirrored_teacher: the network's outputs for images diverge by 0\.\d+ .* set it to false$"
+    with pytest.raises(DataError, match=says):
+        checked_layers(job)
 
 
 def test_a_check_before_long_work_finds_data_without_images() -> None:

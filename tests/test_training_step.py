@@ -124,10 +124,12 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("batch_norm", ["frozen", "trained"])
-def test_recorded_steps_teach_what_others_do(replays: list[int], optimizer: str, batch_norm: str) -> None:
+@pytest.mark.parametrize(("batch_norm", "mirrored"), [("frozen", False), ("trained", False), ("frozen", True)])
+def test_recorded_steps_teach_what_others_do(
+    replays: list[int], optimizer: str, batch_norm: str, mirrored: bool
+) -> None:
     """As on a CPU, where none are recorded, but for rounding; the given network stays where it was."""
-    options = {"optimizer": optimizer, "batch_norm": batch_norm, "weight_decay": 0.1}
+    options = {"optimizer": optimizer, "batch_norm": batch_norm, "mirrored_teacher": mirrored, "weight_decay": 0.1}
     here, there = distillation(small_net(), **options), distillation(small_net().to(CUDA), **options)
     ours, theirs = compressed(here.teacher), compressed(here.teacher)
     before = weights(ours)

@@ -51,6 +51,7 @@ def sample_of(runs: Runs, budget: str, seed: int, epochs: int) -> dict[str, Any]
         "budget": budget,
         "seed": seed,
         "epochs": epochs,
+        "mirrored_teacher": made.job.settings.finetune.mirrored_teacher,
         "processor": read_json(made.folder.environment)["processor"],
         "unit": runs.task.unit,
         "lost": {split: factor * (before[split] - after[split]) for split in before},
@@ -68,6 +69,8 @@ def targets_of(samples: list[dict[str, Any]]) -> list[Target]:
             own = [s for s in samples if (s["network"], s["budget"], s["epochs"]) == (network, budget, EPOCHS)]
             if not own:
                 continue
+            # A mean is of seeds that learned from the same teacher, that of the last run.
+            own = [s for s in own if s["mirrored_teacher"] == own[-1]["mirrored_teacher"]]
             task, case = TASKS[network], f"{network} at {budget} flops"
             for split, images in task.splits.items():
                 lost = sum(s["lost"][split] for s in own) / len(own)

@@ -8,14 +8,13 @@ same images by the same distillation for the same epochs, its learning rate foun
 layers' outputs count where layers are replaced, which pruning and fresh networks do not do. Latencies are of deployed
 networks beside the original. Under each budget this package is then given the measured latency of the best rival as its
 only budget. Everything is chosen on a validation split; the test split is evaluated once per network. Killed runs are
-gone on with, and results of other methods, seeds and epochs that were written before are kept. Rivals train the
-statistics of batch-norms, which is better for uniform CP and Tucker-2; this package's networks, where they start far
-from the original.
+gone on with, and results of other methods, seeds, epochs and teachers that were written before are kept. Rivals train
+the statistics of batch-norms, which is better for uniform CP and Tucker-2; this package's networks, where they start
+far from the original.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import floor
 from statistics import mean
 from typing import Any
@@ -24,7 +23,7 @@ from benchmarks.command import parser_of
 from benchmarks.results_file import Target, earlier_samples, with_sample, write_results
 from benchmarks.rivals.contest import Contest, conditions, speed
 from benchmarks.rivals.methods import RIVALS
-from benchmarks.runs import Runs
+from benchmarks.runs import Run, Runs
 from benchmarks.tasks import TASKS
 from sekron_search.errors import DivergedError, InfeasibleBudgetError
 from sekron_search.progress import ConsoleReporter
@@ -45,9 +44,8 @@ KEYS = (*CONDITIONS, "method", "seed")
 Sample = dict[str, Any]
 
 
-def ours(runs: Runs, budget: Mapping[str, str], seed: int, epochs: int) -> dict[str, Any]:
-    """What this package reaches under a budget."""
-    own = runs.run(budget, seed=seed, epochs=epochs)
+def ours(own: Run) -> dict[str, Any]:
+    """What this package reaches in a run."""
     try:
         report = own.report
     except (InfeasibleBudgetError, DivergedError) as error:
@@ -68,14 +66,20 @@ def ours(runs: Runs, budget: Mapping[str, str], seed: int, epochs: int) -> dict[
 
 def sample_of(runs: Runs, budget: str, method: str, seed: int, epochs: int) -> dict[str, Any]:
     """What a method reaches."""
-    job = runs.run({"flops": budget}, seed=seed, epochs=epochs).job
-    mirrored = job.settings.finetune.mirrored_teacher
-    case = dict(zip(KEYS, (runs.network, budget, epochs, mirrored, method, seed), strict=True))
+    own = runs.run({"flops": budget}, seed=seed, epochs=epochs)
+    case = {
+        "network": runs.network,
+        "budget": budget,
+        "epochs": epochs,
+        "mirrored_teacher": own.job.settings.finetune.mirrored_teacher,
+        "method": method,
+        "seed": seed,
+    }
     if method == OURS:
-        return case | ours(runs, {"flops": budget}, seed, epochs)
+        return case | ours(own)
     name = "-".join(str(case[key]).replace(" ", "_").replace(",", "") for key in KEYS)
-    home = runs.home / "rivals" / f"{name}-{conditions(job)}"
-    return case | Contest(job, ConsoleReporter()).enter(method, float(budget.removesuffix("x")), home)
+    home = runs.home / "rivals" / f"{name}-{conditions(own.job)}"
+    return case | Contest(own.job, ConsoleReporter()).enter(method, float(budget.removesuffix("x")), home)
 
 
 def by_method(samples: list[Sample]) -> dict[str, dict[int, Sample]]:
@@ -109,7 +113,7 @@ def timed_samples(runs: Runs, samples: list[Sample]) -> list[Sample]:
         if thousandths >= 1000:
             budget = {"flops": rival["budget"], "latency_ms": "1x"}
         case = {key: rival[key] for key in KEYS} | {"method": OURS_TIMED, "rival": best, "asked": budget}
-        found.append(case | ours(runs, budget, seed, rival["epochs"]))
+        found.append(case | ours(runs.run(budget, seed=seed, epochs=rival["epochs"])))
     return found
 
 

@@ -91,7 +91,7 @@ def _kept(report: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     return (
         "The network stays as it was fitted: training has made the validation metric lower, or, where the difference "
-        "is chance, the outputs on the validation data no nearer to the original's.",
+        "is chance, the outputs on the validation data no nearer to those that it was trained to give.",
     )
 
 

@@ -12,7 +12,7 @@ from benchmarks.cifar10.resnet import ResNet20
 from benchmarks.rivals import __main__ as rivals
 from benchmarks.rivals.contest import Contest, conditions
 from benchmarks.rivals.methods import RIVALS
-from benchmarks.runs import Runs
+from benchmarks.runs import Run, Runs
 from sekron_search.choice import judged, preferred
 from sekron_search.config import Config
 from sekron_search.files import read_json
@@ -20,6 +20,7 @@ from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.jobs import job_from_config
 from sekron_search.progress import Reporter
+from sekron_search.rundir import RunFolder
 from sekron_search.tensor_files import read_tensors
 from tests.cases import CONFIG, write_config
 
@@ -111,11 +112,12 @@ def test_seeds_are_compared_with_the_same_seeds() -> None:
 def test_our_time_is_that_of_the_best_rival_of_all_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[dict[str, str], int]] = []
 
-    def ours(runs: Runs, budget: dict[str, str], seed: int, epochs: int) -> dict[str, Any]:
+    def run(self: Runs, budget: dict[str, str], *, seed: int, epochs: int) -> None:
+        assert epochs == 3
         asked.append((budget, seed))
-        return {"test": 0.9}
 
-    monkeypatch.setattr(rivals, "ours", ours)
+    monkeypatch.setattr(Runs, "run", run)
+    monkeypatch.setattr(rivals, "ours", lambda own: {"test": 0.9})
     first, second = list(RIVALS)[:2]
     samples = [
         sample(first, 0.90, 0.9, 0, latency=0.7),
@@ -130,6 +132,22 @@ def test_our_time_is_that_of_the_best_rival_of_all_seeds(monkeypatch: pytest.Mon
         (rivals.OURS_TIMED, first, 1),
     ]
     assert rivals.timed_samples(Runs("resnet20", tmp_path, tmp_path), [failed(first)]) == []
+
+
+def test_samples_tell_what_they_are_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A rival's, and ours; every key by its own value."""
+    job = job_of(tmp_path)
+    finetune = job.settings.finetune.model_copy(update={"mirrored_teacher": True})
+    job = dataclasses.replace(job, settings=job.settings.model_copy(update={"finetune": finetune}))
+    monkeypatch.setattr(Runs, "run", lambda *_, **__: Run(job, RunFolder(tmp_path / "run")))
+    monkeypatch.setattr(rivals, "ours", lambda own: {"test": 0.9})
+    monkeypatch.setattr(Contest, "enter", lambda self, method, share, home: {"test": share})
+    told = {"network": "resnet20", "budget": "0.5x", "epochs": 7, "mirrored_teacher": True, "seed": 4}
+    runs = Runs("resnet20", tmp_path, tmp_path)
+    for method, test in ((rivals.OURS, 0.9), (next(iter(RIVALS)), 0.5)):
+        found = rivals.sample_of(runs, "0.5x", method, seed=4, epochs=7)
+        assert found == told | {"method": method, "test": test}
+        assert set(rivals.KEYS) < set(found)
 
 
 def test_what_is_random_hangs_on_the_seed_and_results_on_the_conditions(tmp_path: Path) -> None:
