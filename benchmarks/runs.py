@@ -67,6 +67,8 @@ class Runs:
                 **yaml.safe_load(self.task.template.read_text())["finetune"],
                 "epochs": epochs,
                 "device": self.device,
+                # Networks that are given were trained on all training images, those for validation too.
+                "choice": "divergence" if self.task.given is not None else "metric",
             },
             budget=dict(budget),
             seed=seed,

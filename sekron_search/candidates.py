@@ -191,9 +191,9 @@ class Finder:
             self._contenders(self._train(candidate, halving, f"fine-tuning {number}/{len(pool)}"), len(pool) == 1)
             for number, candidate in enumerate(pool, start=1)
         ]
-        chosen = _best([one for group in groups for one in group])
+        chosen = self._best([one for group in groups for one in group])
         for group in groups:
-            kept = chosen if chosen in group else _best(group)
+            kept = chosen if chosen in group else self._best(group)
             if kept.as_fitted and kept.curve:
                 self.reporter.say(
                     f"trial {kept.candidate.trial}: training made it no better; it stays as it was fitted"
@@ -303,14 +303,13 @@ class Finder:
             for network, mark in zip(networks, marks, strict=True)
         ]
 
+    def _best(self, found: Sequence[Finished]) -> Finished:
+        """By what is known of the validation data, or else what training says."""
+        known = [one.judged for one in found if one.judged is not None]
+        if len(known) < len(found):
+            return max(found, key=lambda one: one.worth)
+        return found[preferred(known, self.job.settings.finetune.choice)]
+
     def home(self, assignment: Assignment) -> Path:
         """Folder of a candidate."""
         return self.folder.candidates / self.network.digest(assignment)
-
-
-def _best(found: Sequence[Finished]) -> Finished:
-    """By the validation metric, or else what training says."""
-    known = [one.judged for one in found if one.judged is not None]
-    if len(known) < len(found):
-        return max(found, key=lambda one: one.worth)
-    return found[preferred(known)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,15 +59,20 @@ def judged(job: Job, networks: Sequence[nn.Module], metrics: Sequence[float], pa
     return [Judged(float(values.mean()), values, distance) for values, distance in pairs]
 
 
-def preferred(found: Sequence[Judged]) -> int:
+def preferred(found: Sequence[Judged], by: Literal["metric", "divergence"] = "metric") -> int:
     """Index of the best network by the metric, or else by how far its outputs are from those wanted.
 
     Of those whose metric chance alone may have put below the best one's, as the differences on the samples show, the
     one whose outputs diverge least: that counts what every output has lost, the metric often only the few samples whose
     answer has changed. All that are to be compared are compared at once: small losses that are chance would add up.
+
+    Args:
+        found: What is known of the networks.
+        by: With "divergence" that alone counts.
     """
     best = max(range(len(found)), key=lambda index: found[index].metric)
-    alike = [index for index, one in enumerate(found) if index == best or not _is_told_apart(found[best], one)]
+    free = by == "divergence"
+    alike = [i for i, one in enumerate(found) if free or i == best or not _is_told_apart(found[best], one)]
     return min(alike, key=lambda index: (_distance(found[index]), -found[index].metric))
 
 

@@ -171,6 +171,10 @@ class FinetuneConfig(_Section):
         layer_weight: Weight at the start of the error of replaced layers' outputs; it falls to 0 like a cosine.
         batch_norm: "frozen" trains scale and shift, and keeps statistics as they will run; "trained" takes batches';
             "auto" trains them where a network starts far from the original, by the divergence of their outputs.
+        choice: By what the best of several networks, and a trained one or the same as it was fitted, are told apart:
+            "metric", or where chance may have put it lower the divergence from what is learned, on the validation
+            data; or that "divergence" alone, for validation data that the original was trained on: it knows them by
+            heart, so that their labels say how much of that is left.
         device: Where is trained, by default where the run is: a network for a CPU can be trained on a GPU, also when
             the run is gone on with on another machine. It has to be there when there is something to train.
         autocast: What passes are computed in, losses scaled for float16; None is float32, "auto" bfloat16 where the
@@ -190,6 +194,7 @@ class FinetuneConfig(_Section):
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     layer_weight: Annotated[float, Field(ge=0)] = 4.0
     batch_norm: Literal["auto", "frozen", "trained"] = "auto"
+    choice: Literal["metric", "divergence"] = "metric"
     device: Annotated[str, AfterValidator(device_name)] | None = None
     autocast: Autocast | None = None
 

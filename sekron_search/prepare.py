@@ -13,8 +13,9 @@ from sekron_search.calibration import collect_metrics, memory_groups
 from sekron_search.config import Config, Settings
 from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile
+from sekron_search.data import SplitMetric
 from sekron_search.divergence import check_divergence, reference_outputs
-from sekron_search.errors import DataError, InfeasibleBudgetError
+from sekron_search.errors import ConfigError, DataError, InfeasibleBudgetError
 from sekron_search.files import read_json, write_json
 from sekron_search.fitting import FitJob, Fitter
 from sekron_search.inspection import Inspection, inspect_model
@@ -153,6 +154,7 @@ def checked_layers(job: Job) -> Inspection:
 
     Raises:
         DataError: If nothing can be replaced, or network, data and settings do not fit together.
+        ConfigError: If networks are to be chosen by what is not known of the validation data.
     """
     inspection = worthwhile(inspect_model(job.model, job.example_inputs), job.settings.space)
     if not inspection.layers:
@@ -162,6 +164,12 @@ def checked_layers(job: Job) -> Inspection:
     check_repeatable(job.model, job.calibration[0])
     search = job.settings.search
     check_divergence(search.divergence, job.references[0], asked_for="divergence" in search.model_fields_set)
+    if job.settings.finetune.choice == "divergence" and not isinstance(job.validate, SplitMetric):
+        came = "no data" if job.validate is None else "a function of yours"
+        raise ConfigError(
+            "config key 'finetune.choice': 'divergence' compares outputs on the validation samples; expected data and "
+            f"a metric by name for them, got {came}; give both, or set the key to 'metric'"
+        )
     if job.trains or job.settings.audit.candidates:
         job.distillation_by(job.settings.finetune).check()
     return inspection

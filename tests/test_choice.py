@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from sekron_search.candidates import Finder
 from sekron_search.choice import Judged, judged, preferred
 from sekron_search.config import Config
 from sekron_search.data import SplitMetric
 from sekron_search.divergence import kl_divergence
+from sekron_search.errors import ConfigError
 from sekron_search.job import Job
 from sekron_search.jobs import job_from_config
+from sekron_search.prepare import checked_layers
 from tests.cases import CONFIG, write_config
 
 
@@ -99,6 +103,30 @@ def test_few_samples_tell_little(wrong: int, of: int, apart: bool) -> None:
     """McNemar's z of n against none is the root of n."""
     found = [shares(of=of, distance=2.0), shares(*range(wrong), of=of, distance=1.0)]
     assert preferred(found) == (0 if apart else 1)
+
+
+def test_by_divergence_alone_the_metric_does_not_count() -> None:
+    found = [shares(distance=3.0), shares(*range(500), distance=1.0), shares(1, distance=float("nan"))]
+    assert preferred(found) == 0
+    assert preferred(found, "divergence") == 1
+
+
+@pytest.mark.parametrize(("choice", "nearest"), [("metric", 0), ("divergence", 1)])
+def test_candidates_are_told_apart_as_the_configuration_says(job: Job, choice: str, nearest: int) -> None:
+    finetune = job.settings.finetune.model_copy(update={"choice": choice})
+    asked = replace(job, settings=job.settings.model_copy(update={"finetune": finetune}))
+    found: Any = [SimpleNamespace(judged=shares(distance=3.0)), SimpleNamespace(judged=shares(*range(9), distance=1.0))]
+    mine: Any = SimpleNamespace(job=asked)
+    assert Finder._best(mine, found) is found[nearest]
+
+
+def test_a_choice_by_what_is_not_known_is_refused_before_long_work(tmp_path: Path) -> None:
+    text = CONFIG.replace("epochs: 2,", "epochs: 2, choice: divergence,")
+    job = job_from_config(Config.load(write_config(tmp_path, text)))
+    assert checked_layers(job).layers
+    for validate, came in ((None, "no data"), (lambda network: 1.0, "a function of yours")):
+        with pytest.raises(ConfigError, match=f"'finetune.choice': 'divergence' compares .* got {came}; give both"):
+            checked_layers(replace(job, validate=validate))
 
 
 def test_small_losses_do_not_add_up() -> None:

@@ -88,7 +88,7 @@ class Contest:
             )
         networks, metrics = (network, start), (curve[-1]["metric"], untrained)
         marks = judged(job, networks, metrics, home / "judged.safetensors")
-        kept = preferred(marks)  # as of this package's networks
+        kept = preferred(marks, job.settings.finetune.choice)  # as of this package's networks
         network = networks[kept]
         write_tensors(home / "weights.safetensors", dict(network.state_dict()))
         flops, whole = (traced_flops(net, job.example_inputs).total for net in (network, job.model))

@@ -90,8 +90,8 @@ def _kept(report: Mapping[str, Any]) -> tuple[str, ...]:
     if not report.get("as_fitted"):
         return ()
     return (
-        "The network stays as it was fitted: training has made the validation metric lower, or, where the difference "
-        "is chance, the outputs on the validation data no nearer to those that it was trained to give.",
+        "The network stays as it was fitted: training has made the validation metric lower, or, where that is chance "
+        "or does not count, the outputs on the validation data no nearer to those that it was trained to give.",
     )
 
 
