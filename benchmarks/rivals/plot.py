@@ -28,10 +28,11 @@ STYLES = {
 def plot(path: Path) -> None:
     """A row per network and way of training, a panel of latencies per processor, for they cannot be compared.
 
-    Every dot is the mean over the seeds of a method under a budget.
+    Every dot is the mean over the seeds of a method under a budget; one budget alone makes no picture.
     """
     samples = [s for s in samples_of(path) if "failed" not in s]
     rows = list(dict.fromkeys(_row_of(s) for s in samples))
+    rows = [row for row in rows if len({s["budget"] for s in samples if _row_of(s) == row}) > 1]
     processors = list(dict.fromkeys(s["processor"] for s in samples))
     size = (2.5 + 4.5 * (1 + len(processors)), 4.2 * len(rows))
     figure, panels = plt.subplots(
