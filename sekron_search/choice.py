@@ -70,9 +70,10 @@ def preferred(found: Sequence[Judged], by: Literal["metric", "divergence"] = "me
         found: What is known of the networks.
         by: With "divergence" that alone counts.
     """
-    best = max(range(len(found)), key=lambda index: found[index].metric)
-    free = by == "divergence"
-    alike = [i for i, one in enumerate(found) if free or i == best or not _is_told_apart(found[best], one)]
+    alike = list(range(len(found)))
+    if by == "metric":
+        best = max(alike, key=lambda index: found[index].metric)
+        alike = [index for index in alike if index == best or not _is_told_apart(found[best], found[index])]
     return min(alike, key=lambda index: (_distance(found[index]), -found[index].metric))
 
 

@@ -339,7 +339,7 @@ def _disk_bytes(job: Job, layers: Sequence[LayerInfo], kinds: dict[LayerInfo, _K
     bound = dict(job.settings.bounds.items()).get("params")
     share = bound.value if bound is not None and bound.relative else 1.0
     weights = share * sum(t.numel() * t.element_size() for t in job.model.state_dict().values())
-    trained = CHECKPOINT if job.distillation is not None else 0
+    trained = CHECKPOINT if job.trains else 0
     trained_too = job.settings.finetune.candidates * (1 + trained)
     return int(tables + weights * (1 + _fitted(job) + trained_too) + REPORT_BYTES)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sekron_search.divergence import DivergenceName, divergence
 from sekron_search.errors import DataError
-from sekron_search.model import Inputs
+from sekron_search.model import Inputs, shapes
 from sekron_search.nested import leaves, map_leaves, map_tensors, tensors
 
 #: Axes of the smallest image batch: (N, C, H, W); the last one is mirrored.
@@ -44,13 +44,13 @@ def mean_with_mirrored(network: nn.Module, inputs: Inputs, output: Any) -> Any:
     if image is None:
         raise DataError(
             f"{_KEY}: expected images (N, C, H, W) among the network's arguments, got tensors of shapes "
-            f"{_shapes(inputs)}; set it to false"
+            f"[{shapes(inputs)}]; set it to false"
         )
     mirrored = network(*map_tensors(_mirror_images, inputs))
-    if _shapes(mirrored) != _shapes(output):
+    if shapes(mirrored) != shapes(output):
         raise DataError(
-            f"{_KEY}: the outputs for images are of shapes {_shapes(output)}, those for their mirror images of "
-            f"{_shapes(mirrored)}; expected the same, which a network that selects outputs by their values does not "
+            f"{_KEY}: the outputs for images are of shapes [{shapes(output)}], those for their mirror images of "
+            f"[{shapes(mirrored)}]; expected the same, which a network that selects outputs by their values does not "
             "give; set it to false"
         )
     others = iter(leaves(mirrored))
@@ -97,7 +97,3 @@ def _is_image(tensor: Tensor) -> bool:
 
 def _mirror_images(tensor: Tensor) -> Tensor:
     return tensor.flip(-1) if _is_image(tensor) else tensor
-
-
-def _shapes(value: Any) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in tensors(value)]

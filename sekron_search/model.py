@@ -81,7 +81,7 @@ def batch_size(inputs: Inputs) -> int:
         if tensor.dim() > 0 and tensor.shape[0] > 0:
             return int(tensor.shape[0])
     raise DataError(
-        f"expected an example input with a tensor whose first axis is the batch, got {_shapes(inputs) or 'nothing'}"
+        f"expected an example input with a tensor whose first axis is the batch, got {shapes(inputs) or 'nothing'}"
     )
 
 
@@ -114,14 +114,14 @@ def joined(batches: Sequence[Inputs]) -> Inputs:
         columns = iter(list(zip(*map(leaves, batches), strict=True)))
         result: Inputs = map_leaves(lambda leaf: join(next(columns)), batches[0])
     except (RuntimeError, ValueError):
-        shapes = " and ".join(map(_shapes, batches))
-        raise DataError(f"expected batches that differ in nothing but the number of samples, got {shapes}") from None
+        came = " and ".join(map(shapes, batches))
+        raise DataError(f"expected batches that differ in nothing but the number of samples, got {came}") from None
     return result
 
 
-def _shapes(inputs: Inputs) -> str:
-    """The shapes of a network's arguments, for messages."""
-    return ", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else type(i).__name__ for i in leaves(inputs))
+def shapes(value: Any) -> str:
+    """The shapes of what a network takes or gives, classes of what is no tensor, for messages."""
+    return ", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else type(i).__name__ for i in leaves(value))
 
 
 def first_batches(batches: Sequence[Inputs], samples: int) -> Sequence[Inputs]:
@@ -195,7 +195,7 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
         if is_out_of_memory(error):
             raise
         raise DataError(
-            f"the network does not run on inputs of shapes [{_shapes(inputs)}]: {type(error).__name__}: {error}. "
+            f"the network does not run on inputs of shapes [{shapes(inputs)}]: {type(error).__name__}: {error}. "
             "Check the shape of the example input and of the data; where the network takes several arguments, they "
             "are a tuple, and what a dataset gives for a sample is (that tuple, target)"
         ) from error

@@ -31,17 +31,18 @@ def plot(path: Path) -> None:
     Every dot is the mean over the seeds of a method under a budget; one budget alone makes no picture.
     """
     samples = [s for s in samples_of(path) if "failed" not in s]
-    rows = list(dict.fromkeys(_row_of(s) for s in samples))
-    rows = [row for row in rows if len({s["budget"] for s in samples if _row_of(s) == row}) > 1]
+    rows: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
+    for sample in samples:
+        rows.setdefault((sample["network"], sample["epochs"], sample["mirrored_teacher"]), []).append(sample)
+    rows = {row: own for row, own in rows.items() if len({s["budget"] for s in own}) > 1}
     processors = list(dict.fromkeys(s["processor"] for s in samples))
     size = (2.5 + 4.5 * (1 + len(processors)), 4.2 * len(rows))
     figure, panels = plt.subplots(
         len(rows), 1 + len(processors), figsize=size, constrained_layout=True, squeeze=False, sharey="row"
     )
     handles: dict[str, Any] = {}
-    for row, (left, *others) in zip(rows, panels, strict=True):
-        network, epochs, mirrored = row
-        own, task = [s for s in samples if _row_of(s) == row], TASKS[network]
+    for ((network, epochs, mirrored), own), (left, *others) in zip(rows.items(), panels, strict=True):
+        task = TASKS[network]
         handles |= _panel(left, own, "flops_ratio", task.factor)
         left.set(xlabel="flops, of the original's", ylabel=f"{task.unit.split()[-1]} on the test split")
         for axes, processor in zip(others, processors, strict=True):
@@ -52,10 +53,6 @@ def plot(path: Path) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)
-
-
-def _row_of(sample: dict[str, Any]) -> tuple[str, int, bool]:
-    return sample["network"], sample["epochs"], sample["mirrored_teacher"]
 
 
 def _panel(axes: Axes, samples: list[dict[str, Any]], key: str, factor: float) -> dict[str, Any]:

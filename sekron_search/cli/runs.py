@@ -180,7 +180,7 @@ def _foretell(config: Config, folder: RunFolder, *, resume: bool, as_json: bool)
     print("budget: " + ", ".join(f"{name} at most {asked}" for name, asked in job.settings.bounds.items()))
     print(f"runtime: {runtime.name} on {runtime.device}, threads: {runtime.thread_count}")
     print(f"device of the search: {job.device}")
-    if job.distillation is not None:
+    if job.trains:
         print(f"device of the fine-tuning: {job.settings.finetune.device or job.device}")
     print()
     _print_estimate(found)
