@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import importlib
 import io
 import os
 from collections.abc import Iterable
@@ -46,9 +47,11 @@ class Team:
         if not dist.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # Its threads have to end before the interpreter does, which aborts otherwise. They end with the group, and
+            # this module, which torch.compile imports, would keep it in its default arguments if it came later.
+            importlib.import_module("torch.distributed.nn.functional")
             # What processes tell each other goes through gloo: waiting for it keeps no GPU busy.
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-            # Its threads have to end before the interpreter does, which aborts otherwise.
             atexit.register(dist.destroy_process_group)
         return cls(dist.get_rank(), dist.get_world_size())
 
