@@ -46,7 +46,9 @@ def plot(path: Path) -> None:
         handles |= _panel(left, own, "flops_ratio", task.factor)
         left.set(xlabel="flops, of the original's", ylabel=f"{task.unit.split()[-1]} on the test split")
         for axes, processor in zip(others, processors, strict=True):
-            handles |= _panel(axes, [s for s in own if s["processor"] == processor], "latency_ratio", task.factor)
+            there = [s for s in own if s["processor"] == processor]
+            axes.set_visible(bool(there))
+            handles |= _panel(axes, there, "latency_ratio", task.factor)
             axes.set(xlabel="measured latency, of the original's")
             axes.set_title(processor, fontsize=10)
         left.set_title(f"{network}, {epochs} epochs{', mirrored teacher' if mirrored else ''}", fontsize=10)
