@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.search.toy_worker", "tests.processes", "sekron_search.worker"])
@@ -23,16 +26,27 @@ def take_part(folder: str, storage: str | None) -> None:
     work(RunFolder(folder), Reporter(), storage=storage, artifacts=None, patience_s=60)
 
 
-def stopped(pid: int) -> None:
-    """Stop a process where it is; what it is doing is then sure."""
-    os.kill(pid, signal.SIGSTOP)
+def take_part_without_end(folder: str, storage: str | None) -> None:
+    """The same, but the first trial goes on until the process is killed."""
+    from sekron_search.assembly import Assembler
+
+    with mock.patch.object(Assembler, "evaluate", side_effect=lambda *_: time.sleep(3600)):
+        take_part(folder, storage)
 
 
-def resumed(pid: int) -> None:
-    """Let a stopped process go on."""
-    os.kill(pid, signal.SIGCONT)
+def stopped_without_lock(pid: int, journal: Path) -> None:
+    """Stop a process while nobody holds the lock of a journal, so that it can be killed without breaking that."""
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        if not journal.with_name(journal.name + ".lock").exists():
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
 
 
-def is_writing(journal: Path) -> bool:
-    """Whether some process holds the lock of a journal."""
-    return journal.with_name(journal.name + ".lock").exists()
+def wait_until(what: Callable[[], bool], otherwise: str) -> None:
+    """Wait for up to two minutes; the test fails with these words if it has not come about then."""
+    give_up = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < give_up, otherwise
+        time.sleep(0.02)

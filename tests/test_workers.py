@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from sekron_search.sharing import Sharing
 from sekron_search.table_responses import _Alone
 from sekron_search.worker import work
 from tests.cases import CONFIG, blobs, small_net, write_config
-from tests.processes import CONTEXT, is_writing, resumed, stopped, take_part
+from tests.processes import CONTEXT, stopped_without_lock, take_part, take_part_without_end, wait_until
 from tests.servers import free_port, new_database
 
 ROOT = Path(__file__).parent.parent
@@ -100,19 +99,10 @@ def trials_of(store: Store) -> list[FrozenTrial]:
     return optuna.load_study(study_name=search.name, storage=store.backend).get_trials()
 
 
-def stopped_in_a_trial(store: Store, journal: Path, pids: Sequence[int]) -> FrozenTrial:
-    """A trial that a worker was in the middle of when it was stopped, once some are finished."""
-    give_up = time.monotonic() + 120
-    while time.monotonic() < give_up:
-        if sum(t.state == TrialState.COMPLETE for t in trials_of(store)) >= 2:
-            for pid in pids:
-                stopped(pid)
-                own = [t for t in trials_of(store) if f"process {pid} of" in t.user_attrs["worker"]]
-                if own and own[-1].state == TrialState.RUNNING and not is_writing(journal):
-                    return own[-1]
-                resumed(pid)
-        time.sleep(0.02)
-    raise AssertionError("no worker was seen in the middle of a trial")
+def running_trial_of(pid: int, store: Store) -> FrozenTrial | None:
+    """The trial that a worker's process is in, if it is in one."""
+    own = [t for t in trials_of(store) if f"process {pid} of" in t.user_attrs.get("worker", "")]
+    return own[-1] if own and own[-1].state == TrialState.RUNNING else None
 
 
 @pytest.fixture(params=["journal", "postgresql"])
@@ -126,32 +116,42 @@ def test_a_killed_worker_changes_nothing(
     """Three workers, one of them the command, and one of the others killed."""
     sharing = Sharing(storage)
     out = interrupted(config, alone, tmp_path / "out", sharing, monkeypatch)
-    command = worker(out, *(() if storage is None else ("--storage", storage)))
-    others = [CONTEXT.Process(target=take_part, args=(str(out), storage)) for _ in range(2)]
-    store = open_store(storage or RunFolder(out).study)
+    journal = RunFolder(out).study
+    store = open_store(storage or journal)
+    victim = CONTEXT.Process(target=take_part_without_end, args=(str(out), storage))
+    other = CONTEXT.Process(target=take_part, args=(str(out), storage))
+    command: subprocess.Popen[str] | None = None
     try:
-        for process in others:
-            process.start()
-        pids = [process.pid for process in others if process.pid is not None]
-        lost = stopped_in_a_trial(store, RunFolder(out).study, pids)
-        (victim,) = (p for p in others if f"process {p.pid} of" in lost.user_attrs["worker"])
+        victim.start()
+        assert victim.pid is not None
+        pid = victim.pid
+        wait_until(lambda: running_trial_of(pid, store) is not None, "the first worker began no trial")
+        command = worker(out, *(() if storage is None else ("--storage", storage)))
+        other.start()
+        wait_until(
+            lambda: sum(t.state == TrialState.COMPLETE for t in trials_of(store)) >= 2, "the others finish no trial"
+        )
+        stopped_without_lock(pid, journal)
+        lost = running_trial_of(pid, store)
+        assert lost is not None
         victim.kill()
         victim.join()
         while not searches(store)[0].closed and command.poll() is None:
             time.sleep(0.05)
         sharing.conclude(RunFolder(out))
         said, complained = command.communicate(timeout=120)
-        for process in others:
-            process.join(120)
+        other.join(120)
         trials = trials_of(store)
     finally:
         store.release()
-        command.kill()
-        for process in others:
-            process.kill()
+        if command is not None:
+            command.kill()
+        for process in (victim, other):
+            if process.pid is not None:
+                process.kill()
     assert command.returncode == 0, complained
     assert "the run searches no more; this worker did" in said
-    assert sorted(process.exitcode or 0 for process in others) == [-9, 0]
+    assert (victim.exitcode, other.exitcode) == (-9, 0)
     by_slot = Counter(t.user_attrs["slot"] for t in trials if t.state == TrialState.COMPLETE)
     assert by_slot == dict.fromkeys(range(TRIALS), 1)
     assert trials[lost.number].state == TrialState.FAIL

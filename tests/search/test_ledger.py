@@ -21,7 +21,7 @@ from sekron_search.search.liveness import Process, Watch
 from sekron_search.search.searches import Search, searches
 from sekron_search.search.storage import masked, open_store, serve
 from sekron_search.search.trial import Trial, pareto_trials
-from tests.processes import CONTEXT, resumed, stopped
+from tests.processes import CONTEXT, stopped_without_lock, wait_until
 from tests.search import toy_worker
 from tests.search.toy_worker import OBJECTIVES, evaluate, outcome, work
 from tests.servers import PASSWORD, free_port, new_database
@@ -138,13 +138,17 @@ def test_many_processes_own_each_slot_once(url: str, tmp_path: Path) -> None:
 def test_a_killed_workers_trial_is_done_by_another(url: str, tmp_path: Path) -> None:
     name, slots, log = uuid.uuid4().hex, 16, tmp_path / "log"
     with opened(url, name) as ledger:
-        workers = start(url, name, 3, log, slots=slots, pause_s=0.1)
-        victim, slot = working_on(log, workers, after=3)
+        (victim,) = start(url, name, 1, log, slots=slots, pause_s=3600)
+        wait_until(lambda: "claimed" in log.read_text(), "the first worker began no trial")
+        slot = int(log.read_text().split()[-1])
+        others = start(url, name, 2, log, slots=slots, pause_s=0)
+        wait_until(lambda: log.read_text().count("finished") >= 3, "the others finish no trial")
+        assert victim.pid is not None
+        stopped_without_lock(victim.pid, Path(url))
         victim.kill()
-        victim.join()
-        for process in workers:
+        for process in (victim, *others):
             process.join(60)
-        assert sorted(process.exitcode or 0 for process in workers) == [-9, 0, 0]
+        assert [process.exitcode for process in (victim, *others)] == [-9, 0, 0]
         assert ledger.finished() == (expected := alone(tmp_path, slots))
         assert front(ledger.finished()) == front(expected)
     trials = everything(url, name)
@@ -153,27 +157,6 @@ def test_a_killed_workers_trial_is_done_by_another(url: str, tmp_path: Path) -> 
     dead = [t for t in trials if t.state == TrialState.FAIL and f"process {victim.pid} of" in t.user_attrs["worker"]]
     assert any(t.user_attrs["slot"] == slot and "is gone" in t.user_attrs["why it failed"] for t in dead)
     assert not [t for t in trials if t.state == TrialState.RUNNING]
-
-
-def working_on(log: Path, workers: list[BaseProcess], *, after: int) -> tuple[BaseProcess, int]:
-    """A worker in the middle of a trial, once so many are finished, and the slot; it is stopped there."""
-    for _ in range(3000):
-        if log.read_text().count("finished") >= after:
-            for worker in workers:
-                if worker.pid is not None and doing(log, worker.pid)[0] == "claimed":
-                    stopped(worker.pid)
-                    what, slot = doing(log, worker.pid)
-                    if what == "claimed":
-                        return worker, slot
-                    resumed(worker.pid)
-        time.sleep(0.01)
-    raise AssertionError("no worker was seen in a trial")
-
-
-def doing(log: Path, pid: int) -> tuple[str, int]:
-    """What a worker has noted last."""
-    own = [line.split() for line in log.read_text().splitlines() if line.startswith(f"{pid} ")]
-    return (own[-1][1], int(own[-1][2])) if own else ("starting", -1)
 
 
 def test_a_silent_worker_is_given_up_on_and_cannot_finish(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
