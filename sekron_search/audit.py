@@ -244,7 +244,7 @@ class Examiner:
                 with_memory_format(network, self.assembler.tables.layout.memory_format),
                 checkpoint=home / "checkpoint.pt",
                 validate=job.validate_in_training,
-                after_epoch=lambda epoch, metric: True,
+                after_epoch=lambda row: True,
                 progress=lambda done: None,
             )
         except DivergedError as error:  # as in a run: the last good epoch counts, or the network as it was fitted

@@ -186,7 +186,7 @@ class Finder:
         """Fine-tune the candidates that meet the budget as measured; the best one, trained or as it was fitted."""
         pool = [c for c in searched.candidates if c.excess(self.budget) <= 1] or searched.candidates
         pool = sorted(pool, key=lambda c: c.divergence)[: self.job.settings.finetune.candidates]
-        halving = Halving()
+        halving = Halving(self.job.settings.finetune.choice)
         groups = [
             self._contenders(self._train(candidate, halving, f"fine-tuning {number}/{len(pool)}"), len(pool) == 1)
             for number, candidate in enumerate(pool, start=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -146,7 +146,7 @@ class Distillation:
         *,
         checkpoint: Path | None,
         validate: Callable[[nn.Module], float] | None,
-        after_epoch: Callable[[int, float], bool],
+        after_epoch: Callable[[Mapping[str, float]], bool],
         progress: Callable[[int], None],
     ) -> list[dict[str, float]]:
         """Train a network in place, on the device where the original is; from the checkpoint on, if there is one.
@@ -155,14 +155,14 @@ class Distillation:
             model: The compressed network; ends with the weights of its last epoch, in evaluation mode.
             checkpoint: File that is rewritten after every epoch; None keeps nothing.
             validate: Metric after every epoch, higher is better; without it the negative training loss counts.
-            after_epoch: Called with (epoch from 1, metric), also for the epochs of a checkpoint; False ends it.
+            after_epoch: Called with the row of the curve, also for the epochs of a checkpoint; False ends it.
             progress: Called with the number of batches done in all.
 
         In a team, all its processes train, those that wait in `assist` too; validation, checkpoints and what is decided
         after an epoch are the first one's.
 
         Returns:
-            The curve: epoch, loss and metric of every epoch.
+            The curve: epoch (from 1), loss and metric of every epoch.
 
         Raises:
             DivergedError: If the loss or a weight is NaN or infinite; the last good checkpoint stays.
@@ -177,7 +177,7 @@ class Distillation:
         checkpoint: Path | None,
         saved: dict[str, Any] | None,
         validate: Callable[[nn.Module], float] | None,
-        after_epoch: Callable[[int, float], bool],
+        after_epoch: Callable[[Mapping[str, float]], bool],
         progress: Callable[[int], None],
     ) -> list[dict[str, float]]:
         team = Team.here()
@@ -186,7 +186,7 @@ class Distillation:
             task = Task(self.config, self.data.limit, self.frees_layers, layers, weights, saved)
             team.told(task.to_plain())
         with self._started(model, saved, team) as (state, take):
-            going = [after_epoch(int(row["epoch"]), row["metric"]) for row in state.curve][-1:] != [False]
+            going = [after_epoch(row) for row in state.curve][-1:] != [False]
             while team.told(going and len(state.curve) < self.config.epochs):
                 epoch = len(state.curve) + 1
                 loss = self._epoch(state, take, epoch, progress)
@@ -194,7 +194,7 @@ class Distillation:
                 state.curve.append({"epoch": float(epoch), "loss": loss, "metric": metric})
                 if checkpoint is not None:
                     write_checkpoint(checkpoint, {**state.to_save(), "batch_norm": self.config.batch_norm})
-                going = after_epoch(epoch, metric)
+                going = after_epoch(state.curve[-1])
             return state.curve
 
     @torch.no_grad()

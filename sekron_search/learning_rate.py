@@ -160,7 +160,7 @@ def _loss_after(brief: Distillation, network: nn.Module, compared: Sequence[Batc
                 copy_model(network),
                 checkpoint=None,
                 validate=compare,
-                after_epoch=lambda epoch, metric: False,
+                after_epoch=lambda row: False,
                 progress=task.update,
             )
         except DivergedError:

@@ -60,7 +60,7 @@ def trained(name: str, folder: Path) -> tuple[list[dict[str, float]], dict[str, 
             model,
             checkpoint=folder / f"{name}.pt",
             validate=None,
-            after_epoch=lambda epoch, _, last=last: epoch < last,  # type: ignore[misc]
+            after_epoch=lambda row, last=last: row["epoch"] < last,  # type: ignore[misc]
             progress=lambda done: None,
         )
     return curve, dict(model.state_dict())

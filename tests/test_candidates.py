@@ -80,6 +80,31 @@ def test_without_a_metric_the_loss_of_those_that_were_trained_decides() -> None:
     assert finished(3.0).worth > finished(divergence=0.1).worth, "a loss is no divergence"
 
 
+@pytest.mark.parametrize(("choice", "epochs"), [("metric", [8, 8]), ("divergence", [8, 1])])
+def test_halving_goes_by_what_networks_are_chosen_by(
+    finder: Finder, monkeypatch: pytest.MonkeyPatch, choice: str, epochs: list[int]
+) -> None:
+    finetune = finder.job.settings.finetune.model_copy(update={"choice": choice})
+    finder.job = replace(finder.job, settings=finder.job.settings.model_copy(update={"finetune": finetune}))
+    outcomes = iter([{"loss": 0.1, "metric": 0.5}, {"loss": 0.2, "metric": 0.6}])
+
+    def train(self: Distillation, model: nn.Module, *, after_epoch: Any, **other: Any) -> list[dict[str, float]]:
+        outcome, curve = next(outcomes), []
+        for epoch in range(1, 9):
+            curve.append({"epoch": float(epoch), **outcome})
+            if not after_epoch(curve[-1]):
+                break
+        return curve
+
+    monkeypatch.setattr(sekron_search.candidates, "tuned", lambda distillation, *_: distillation)
+    monkeypatch.setattr(Distillation, "train", train)
+    searched = finder.search()
+    assert len(searched.candidates) == 2
+    finder.finish(replace(searched, excess=1.0))
+    pool = sorted(searched.candidates, key=lambda c: c.divergence)
+    assert [len(read_json(finder.home(c.assignment) / "curve.json")["epochs"]) for c in pool] == epochs
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.99, 1.0])
 def test_what_training_makes_no_better_stays_as_it_was_fitted(
     finder: Finder, monkeypatch: pytest.MonkeyPatch, scale: float

@@ -64,7 +64,7 @@ def test_a_resumed_training_ends_where_the_whole_one_does(tmp_path: Path) -> Non
     task = distillation()
     whole, resumed = compressed(task.teacher), compressed(task.teacher)
     curve = train(task, whole, tmp_path / "whole.pt")
-    stopped = train(task, resumed, tmp_path / "parts.pt", after_epoch=lambda epoch, _: epoch < 1)
+    stopped = train(task, resumed, tmp_path / "parts.pt", after_epoch=lambda row: row["epoch"] < 1)
     assert len(stopped) == 1
     again = compressed(task.teacher)
     assert train(task, again, tmp_path / "parts.pt") == curve
@@ -83,7 +83,7 @@ def test_errors_of_layers_count_less_and_less(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Distillation, "_loss", noted)
     task = distillation(layer_weight=4.0)
-    train(task, compressed(task.teacher), tmp_path / "parts.pt", after_epoch=lambda epoch, _: epoch < 1)
+    train(task, compressed(task.teacher), tmp_path / "parts.pt", after_epoch=lambda row: row["epoch"] < 1)
     train(task, compressed(task.teacher), tmp_path / "parts.pt")
     assert len(weights) == task.total_batches == 12
     assert weights == sorted(weights, reverse=True)
@@ -98,7 +98,7 @@ def test_errors_of_layers_count_less_and_less(tmp_path: Path, monkeypatch: pytes
 def test_a_loss_that_explodes_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     task = distillation()
     model = compressed(task.teacher)
-    train(task, model, tmp_path / "checkpoint.pt", after_epoch=lambda epoch, _: epoch < 1)
+    train(task, model, tmp_path / "checkpoint.pt", after_epoch=lambda row: row["epoch"] < 1)
     broken = distillation()
     with torch.no_grad():
         next(broken.teacher.parameters()).fill_(float("nan"))
@@ -167,7 +167,7 @@ def test_half_precision_trains_and_resumes_to_the_same(tmp_path: Path, dtype: st
     model, again = compressed(task.teacher), compressed(task.teacher)
     curve = train(task, model, tmp_path / "whole.pt")
     assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
-    train(task, compressed(task.teacher), tmp_path / "parts.pt", after_epoch=lambda epoch, _: epoch < 2)
+    train(task, compressed(task.teacher), tmp_path / "parts.pt", after_epoch=lambda row: row["epoch"] < 2)
     assert train(task, again, tmp_path / "parts.pt") == curve
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
 
@@ -357,7 +357,7 @@ def test_what_a_shuffling_loader_draws_first_changes_no_training(tmp_path: Path)
         config = FinetuneConfig(epochs=3, learning_rate=1e-2, layer_weight=8)
         task = Distillation(teacher, TrainingData(loader, 16), config, "mse")
         before = torch.get_rng_state()
-        found = train(task, compressed(teacher), tmp_path / name, after_epoch=lambda epoch, _: epoch < epochs)
+        found = train(task, compressed(teacher), tmp_path / name, after_epoch=lambda row: row["epoch"] < epochs)
         assert torch.equal(torch.get_rng_state(), before)
         return found
 
@@ -429,7 +429,7 @@ def test_statistics_are_trained_where_a_network_starts_far_off(tmp_path: Path, s
     found = []
     for config in (task, distillation(batch_norm=how, epochs=2)):
         model, path = copy_model(start), tmp_path / f"{config.config.batch_norm}.pt"
-        train(config, model, path, after_epoch=lambda epoch, _: epoch < 1)
+        train(config, model, path, after_epoch=lambda row: row["epoch"] < 1)
         train(config, model := copy_model(start), path)
         found.append(model.state_dict())
     torch.testing.assert_close(*found, rtol=0, atol=0)

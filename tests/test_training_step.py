@@ -98,7 +98,7 @@ def trained(task: Distillation, model: nn.Module, checkpoint: Path | None = None
         model,
         checkpoint=checkpoint,
         validate=None,
-        after_epoch=lambda epoch, _: epoch < until,
+        after_epoch=lambda row: row["epoch"] < until,
         progress=lambda _: None,
     )
     return [row["loss"] for row in curve]

@@ -83,7 +83,7 @@ class Contest:
                 network,
                 checkpoint=home / "checkpoint.pt",
                 validate=job.validate_in_training,
-                after_epoch=lambda epoch, metric: True,
+                after_epoch=lambda row: True,
                 progress=task.update,
             )
         networks, metrics = (network, start), (curve[-1]["metric"], untrained)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf, isfinite
+from typing import Literal
 
 import optuna
 
@@ -136,10 +137,14 @@ class Halving:
 
     Lives in memory: it is rebuilt from the recorded curves, so a resumed run decides alike.
 
+    Args:
+        by: "metric" (higher is better), or "divergence": the loss of training, most of which it is.
+
     Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning (ASHA).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by: Literal["metric", "divergence"] = "metric") -> None:
+        self._by = by
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
         self._study = optuna.create_study(direction="maximize", pruner=pruner)
         self._trial = self._study.ask()
@@ -148,7 +153,8 @@ class Halving:
         """Begin with the next candidate."""
         self._trial = self._study.ask()
 
-    def keep_on(self, epoch: int, metric: float) -> bool:
-        """Record the candidate's metric (higher is better) after an epoch (from 1); whether to train on."""
-        self._trial.report(metric, epoch)
+    def keep_on(self, row: Mapping[str, float]) -> bool:
+        """Record the candidate's row of its curve after an epoch; whether to train on."""
+        worth = row["metric"] if self._by == "metric" else -row["loss"]
+        self._trial.report(worth, int(row["epoch"]))
         return not self._trial.should_prune()
