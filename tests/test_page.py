@@ -100,6 +100,33 @@ def test_the_page_and_the_markdown_say_the_same(page: Page) -> None:
             assert layer["runner_up"]["structure"] in text
 
 
+@pytest.mark.parametrize(
+    ("value_ms", "said"),
+    [
+        (8.0, "8.000 (0.800x): not asked for"),
+        (10.5, "10.500 (1.050x, within the noise): not asked for"),
+        (12.5, "12.500 (1.250x): not asked for, SLOWER"),
+    ],
+)
+def test_a_latency_that_nothing_was_asked_of_is_told(value_ms: float, said: str) -> None:
+    report = sample()
+    report["budgets"] = [budget for budget in report["budgets"] if budget["name"] != "latency_ms"]
+    report["latency"] = None
+    report["optimality"]["gains"] = [g for g in report["optimality"]["gains"] if g["name"] != "latency_ms"]
+    report["original"] |= {"latency_ms": 10.0, "latency_noise_ms": 0.5}
+    report["compressed"] |= {"latency_ms": value_ms, "latency_noise_ms": 0.5}
+    (line,) = (line for line in summary(report) if line.startswith("latency_ms"))
+    assert line == f"latency_ms: original 10.000, compressed {said}"
+    page, text = Page(make_page(report, [])).text, markdown(report)
+    for shown in (page, text):
+        assert line in shown
+        assert ("With latency_ms: 1x in the budget" in shown) == (value_ms > 12)
+    assert ("| SLOWER |" in text) == (value_ms > 12)
+    asked = sample()
+    asked["compressed"]["latency_ms"] = 1e3
+    assert not any("SLOWER" in line for line in summary(asked)), "what was asked for is met or missed"
+
+
 def latency_verdict(bound_ms: float, value_ms: float, predicted_for: str | None = None) -> str:
     report = sample()
     report["latency"]["predicted_for"] = predicted_for

@@ -59,6 +59,8 @@ def summary(report: Mapping[str, Any]) -> list[str]:
             f"{name}: asked at most {shown(name, budget['bound'])} ({budget['asked']}), "
             f"got {shown(name, budget['value'])}: {_verdict(report, budget)}"
         )
+    if not _is_asked(report, "latency_ms"):
+        lines.append(_unasked_latency(report))
     before, after = report["original"]["metric"], report["compressed"]["metric"]
     if before is not None and after is not None:
         untrained = report["metric_without_training"]
@@ -67,6 +69,31 @@ def summary(report: Mapping[str, Any]) -> list[str]:
             f"{report['metric_name']}: original {before:.4f}, compressed {after:.4f} ({sure}untrained {untrained:.4f})"
         )
     return lines
+
+
+def _is_asked(report: Mapping[str, Any], name: str) -> bool:
+    return any(budget["name"] == name for budget in report["budgets"])
+
+
+def _unasked_latency(report: Mapping[str, Any]) -> str:
+    """What became of the latency, where nothing was asked of it."""
+    before, after = (report[side]["latency_ms"] for side in ("original", "compressed"))
+    noise = ", within the noise" if not _is_beyond_noise(report["original"], report["compressed"]) else ""
+    return (
+        f"latency_ms: original {shown('latency_ms', before)}, compressed {shown('latency_ms', after)} "
+        f"({_change(before, after)}{noise}): not asked for{', SLOWER' if _is_slower(report) else ''}"
+    )
+
+
+def _is_slower(report: Mapping[str, Any]) -> bool:
+    """Whether the network takes longer than the original, beyond the noise, and nothing was asked of that."""
+    original, compressed = report["original"], report["compressed"]
+    longer = compressed["latency_ms"] > original["latency_ms"] and _is_beyond_noise(original, compressed)
+    return longer and not _is_asked(report, "latency_ms")
+
+
+def _change(before: float, after: float) -> str:
+    return f"{after / before:.3f}x"
 
 
 def _interval(report: Mapping[str, Any], share: float) -> str:
@@ -100,11 +127,21 @@ def costs_section(report: Mapping[str, Any]) -> Section:
     head = "Measured on the saved and re-loaded network, beside the original."
     if is_predicted(report):
         head += " Its latency is predicted, for another machine."
-    blocks: list[Block] = [head, _table(report), _noise(report), *_uncertainty(report)]
+    blocks: list[Block] = [head, _table(report), *_advice(report), _noise(report), *_uncertainty(report)]
     if report["uncounted_operators"]:
         names = ", ".join(f"{name} ({count})" for name, count in sorted(report["uncounted_operators"].items()))
         blocks.append(f"flops are fvcore's count. It does not count these operators of the network: {names}.")
     return Section("Costs", tuple(blocks))
+
+
+def _advice(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """What helps where fewer multiply-adds take longer; nothing where they do not."""
+    if not _is_slower(report):
+        return ()
+    return (
+        "The network became slower: nothing was asked of its latency, and fewer multiply-adds are often not faster. "
+        "With latency_ms: 1x in the budget too, the options of layers that are no faster are left out.",
+    )
 
 
 def _noise(report: Mapping[str, Any]) -> str:
@@ -147,7 +184,9 @@ def _table(report: Mapping[str, Any]) -> Table:
         if name in budgets:
             asked = f"{shown(name, budgets[name]['bound'])} ({budgets[name]['asked']})"
             verdict = _verdict(report, budgets[name])
-        change = f"{sides[1][name] / sides[0][name]:.3f}x"
+        elif name == "latency_ms" and _is_slower(report):
+            verdict = "SLOWER"
+        change = _change(sides[0][name], sides[1][name])
         if name == "latency_ms" and not _is_beyond_noise(*sides):
             change += ", within the noise"
         rows.append((label, *cells, change, asked, verdict))
