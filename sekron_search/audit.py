@@ -243,7 +243,7 @@ class Examiner:
             curve = distillation.train(
                 with_memory_format(network, self.assembler.tables.layout.memory_format),
                 checkpoint=home / "checkpoint.pt",
-                validate=job.validate_in_training,
+                measure=job.measure_in_training,
                 after_epoch=lambda row: True,
                 progress=lambda done: None,
             )

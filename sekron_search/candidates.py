@@ -12,7 +12,7 @@ from torch import nn
 
 from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
-from sekron_search.choice import Judged, judged, preferred
+from sekron_search.choice import Judged, judged, measured_in_training, preferred
 from sekron_search.errors import DataError, DivergedError, InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, write_json
@@ -33,7 +33,7 @@ from sekron_search.search.trial import LEANING, Trial, best_feasible
 from sekron_search.sharing import Sharing
 from sekron_search.tensor_files import read_checkpoint, read_tensors, write_tensors
 from sekron_search.timing import network_costs, network_latencies
-from sekron_search.training_state import how_trained
+from sekron_search.training_state import Measure, how_trained
 
 #: How often the search is repeated with corrected costs when its networks miss the budget as measured.
 MAX_ROUNDS = 4
@@ -270,7 +270,7 @@ class Finder:
                 curve = distillation.train(
                     with_memory_format(network, self.tables.layout.memory_format),  # fastest forward, and backward
                     checkpoint=home / "checkpoint.pt",
-                    validate=job.validate_in_training,
+                    measure=self._measure(),
                     after_epoch=halving.keep_on,
                     progress=task.update,
                 )
@@ -285,6 +285,13 @@ class Finder:
         write_json(home / "curve.json", {"epochs": curve, "diverged": diverged})
         how = how_trained(home / "checkpoint.pt")
         return Finished(candidate, curve, network, diverged=diverged, as_fitted=not curve, training=how)
+
+    def _measure(self) -> Measure | None:
+        """What is measured after every epoch: what halving goes by too, if several are trained."""
+        job, settings = self.job, self.job.settings.finetune
+        if settings.choice == "divergence" and settings.candidates > 1:
+            return lambda network: measured_in_training(job, network)
+        return job.measure_in_training
 
     def _contenders(self, found: Finished, alone: bool) -> list[Finished]:
         """A candidate as it was trained and as it was fitted, for training can hurt; judged where that is needed."""

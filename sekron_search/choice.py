@@ -15,7 +15,7 @@ from sekron_search.data import SplitMetric, batches, to_device, values_of_sample
 from sekron_search.divergence import divergence
 from sekron_search.job import Job
 from sekron_search.mirrored import mean_with_mirrored
-from sekron_search.model import run_model
+from sekron_search.model import device_of, run_model
 from sekron_search.tensor_files import read_tensors, write_tensors
 
 #: A metric is told apart from the best one if it is lower by more than so many standard errors of their difference.
@@ -52,11 +52,22 @@ def judged(job: Job, networks: Sequence[nn.Module], metrics: Sequence[float], pa
     if not isinstance(job.validate, SplitMetric):
         return [Judged(metric) for metric in metrics]
     if not path.exists():
-        values, divergences = _on_samples(job, job.validate, networks)
+        values, divergences = _on_samples(job, job.model, networks)
         write_tensors(path, {"values": values, "divergences": divergences})
     kept = read_tensors(path)
     pairs = zip(kept["values"], kept["divergences"].tolist(), strict=True)
     return [Judged(float(values.mean()), values, distance) for values, distance in pairs]
+
+
+def measured_in_training(job: Job, network: nn.Module) -> dict[str, float]:
+    """The validation metric, and the divergence, of a network where it is trained; see `Judged` of either.
+
+    Args:
+        job: Its validation metric is one by name.
+        network: It and the original end in evaluation mode.
+    """
+    values, divergences = _on_samples(job, job.teacher, [network])
+    return {"metric": float(values.mean()), "divergence": float(divergences[0])}
 
 
 def preferred(found: Sequence[Judged], by: Literal["metric", "divergence"] = "metric") -> int:
@@ -97,18 +108,22 @@ def _distance(found: Judged) -> float:
 
 
 @torch.no_grad()
-def _on_samples(job: Job, metric: SplitMetric, networks: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
-    """Of K networks: the metric of every sample, (K, N), and the mean divergence from what is wanted, (K,)."""
-    name = job.settings.search.divergence
+def _on_samples(job: Job, original: nn.Module, networks: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+    """Of K networks: the metric of every sample, (K, N), and the mean divergence from what is wanted, (K,).
+
+    The networks are on the device of the original.
+    """
+    metric, name, device = job.validate, job.settings.search.divergence, device_of(original)
+    assert isinstance(metric, SplitMetric)
     values: list[list[Tensor]] = [[] for _ in networks]
     summed = torch.zeros(len(networks), dtype=torch.float64)
-    for network in (job.model, *networks):
+    for network in (original, *networks):
         network.eval()
     for inputs, target in batches(metric.split, metric.batch_size):
-        inputs = to_device(inputs, job.device)
-        reference = run_model(job.model, inputs)
+        inputs = to_device(inputs, device)
+        reference = run_model(original, inputs)
         if job.trains and job.settings.finetune.mirrored_teacher:
-            reference = mean_with_mirrored(job.model, inputs, reference)
+            reference = mean_with_mirrored(original, inputs, reference)
         for index, network in enumerate(networks):
             output = run_model(network, inputs)
             values[index].append(values_of_samples(metric.name, output, target))

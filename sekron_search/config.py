@@ -174,7 +174,7 @@ class FinetuneConfig(_Section):
         choice: By what the best of several networks, and a trained one or the same as it was fitted, are told apart:
             "metric", or where chance may have put it lower the divergence from what is learned, on the validation
             data; or that "divergence" alone, for validation data that the original was trained on: it knows them by
-            heart, so that their labels say how much of that is left. Halving then goes by the loss of training.
+            heart, so that their labels say how much of that is left. Halving goes by the same.
         device: Where is trained, by default where the run is: a network for a CPU can be trained on a GPU, also when
             the run is gone on with on another machine. It has to be there when there is something to train.
         autocast: What passes are computed in, losses scaled for float16; None is float32, "auto" bfloat16 where the

@@ -30,7 +30,7 @@ from sekron_search.team_task import Task
 from sekron_search.tensor_files import read_checkpoint, write_checkpoint
 from sekron_search.training_data import TrainingData
 from sekron_search.training_form import training_form
-from sekron_search.training_state import TrainingState, trainable
+from sekron_search.training_state import Measure, TrainingState, trainable
 from sekron_search.training_step import Take, one_behind, seeded, taker
 
 #: Networks whose outputs diverge by more than this from the original's learn more where the statistics of batch-norms
@@ -145,7 +145,7 @@ class Distillation:
         model: nn.Module,
         *,
         checkpoint: Path | None,
-        validate: Callable[[nn.Module], float] | None,
+        measure: Measure | None,
         after_epoch: Callable[[Mapping[str, float]], bool],
         progress: Callable[[int], None],
     ) -> list[dict[str, float]]:
@@ -154,7 +154,7 @@ class Distillation:
         Args:
             model: The compressed network; ends with the weights of its last epoch, in evaluation mode.
             checkpoint: File that is rewritten after every epoch; None keeps nothing.
-            validate: Metric after every epoch, higher is better; without it the negative training loss counts.
+            measure: Adds to the row of every epoch; without a `metric` (higher is better) it is the negative loss.
             after_epoch: Called with the row of the curve, also for the epochs of a checkpoint; False ends it.
             progress: Called with the number of batches done in all.
 
@@ -169,14 +169,14 @@ class Distillation:
         """
         saved = read_checkpoint(checkpoint) if checkpoint is not None and checkpoint.exists() else None
         settled = self._with_norms(saved["batch_norm"]) if saved and "batch_norm" in saved else self.settled(model)
-        return settled._train(model, checkpoint, saved, validate, after_epoch, progress)
+        return settled._train(model, checkpoint, saved, measure, after_epoch, progress)
 
     def _train(
         self,
         model: nn.Module,
         checkpoint: Path | None,
         saved: dict[str, Any] | None,
-        validate: Callable[[nn.Module], float] | None,
+        measure: Measure | None,
         after_epoch: Callable[[Mapping[str, float]], bool],
         progress: Callable[[int], None],
     ) -> list[dict[str, float]]:
@@ -190,8 +190,8 @@ class Distillation:
             while team.told(going and len(state.curve) < self.config.epochs):
                 epoch = len(state.curve) + 1
                 loss = self._epoch(state, take, epoch, progress)
-                metric = validate(model.eval()) if validate is not None else -loss
-                state.curve.append({"epoch": float(epoch), "loss": loss, "metric": metric})
+                row = {"epoch": float(epoch), "loss": loss, "metric": -loss}
+                state.curve.append(row | dict(measure(model.eval()) if measure is not None else {}))
                 if checkpoint is not None:
                     write_checkpoint(checkpoint, {**state.to_save(), "batch_norm": self.config.batch_norm})
                 going = after_epoch(state.curve[-1])

@@ -26,6 +26,7 @@ from sekron_search.runtimes.base import MemoryFormat, Runtime
 from sekron_search.runtimes.registry import make_runtime, runtime_class
 from sekron_search.tensor_files import digest
 from sekron_search.training_data import TrainingData
+from sekron_search.training_state import Measure
 
 Metric = Callable[[nn.Module], float]
 
@@ -165,12 +166,14 @@ class Job:
         return self.model if here else copy_model(self.model).to(device)
 
     @property
-    def validate_in_training(self) -> Metric | None:
+    def measure_in_training(self) -> Measure | None:
         """`validate`, of a network where it is trained: a function of the user's gets it where the run is."""
         validate = self.validate
-        if validate is None or isinstance(validate, SplitMetric) or self.teacher is self.model:
-            return validate
-        return lambda network: validate(copy_model(network).to(self.device))
+        if validate is None:
+            return None
+        if isinstance(validate, SplitMetric) or self.teacher is self.model:
+            return lambda network: {"metric": validate(network)}
+        return lambda network: {"metric": validate(copy_model(network).to(self.device))}
 
     def distillation_by(self, config: FinetuneConfig) -> Distillation:
         """How a candidate is trained by another configuration than the run's.

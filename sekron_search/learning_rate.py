@@ -150,16 +150,16 @@ def _loss_after(brief: Distillation, network: nn.Module, compared: Sequence[Batc
     """Of a short training, on some batches; infinity if it diverges."""
     found: list[float] = []
 
-    def compare(trained: nn.Module) -> float:
+    def compare(trained: nn.Module) -> dict[str, float]:
         found.append(brief.loss_of(trained, compared))
-        return -found[-1]
+        return {}
 
     with reporter.task(f"trying the learning rate {brief.rate:.2g}", len(brief.data)) as task:
         try:
             brief.train(
                 copy_model(network),
                 checkpoint=None,
-                validate=compare,
+                measure=compare,
                 after_epoch=lambda row: False,
                 progress=task.update,
             )

@@ -89,7 +89,7 @@ def _batch_seconds(job: Job, distillation: Distillation) -> float:
     def train(steps: int) -> float:
         brief = distillation.briefly(steps).with_rate(START / FACTOR)
         watch = Stopwatch(device_of(job.teacher))
-        brief.train(student, checkpoint=None, validate=None, after_epoch=lambda row: True, progress=lambda d: None)
+        brief.train(student, checkpoint=None, measure=None, after_epoch=lambda row: True, progress=lambda d: None)
         return watch.seconds()
 
     train(1)

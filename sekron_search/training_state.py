@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from sekron_search.muon import Muon
 from sekron_search.precision import autocast_dtype
 from sekron_search.team import Team
 from sekron_search.tensor_files import read_checkpoint
+
+#: Measures a network in the middle of its training, by the names that its curve gives the values.
+Measure = Callable[[nn.Module], Mapping[str, float]]
 
 #: Gradients are scaled down to this norm over all parameters: the first steps of a bad start stay small.
 MAX_GRADIENT_NORM = 5.0

@@ -36,12 +36,15 @@ def take_part_without_end(folder: str, storage: str | None) -> None:
 
 def stopped_without_lock(pid: int, journal: Path) -> None:
     """Stop a process while nobody holds the lock of a journal, so that it can be killed without breaking that."""
-    while True:
+
+    def stopped() -> bool:
         os.kill(pid, signal.SIGSTOP)
-        if not journal.with_name(journal.name + ".lock").exists():
-            return
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(0.01)
+        if journal.with_name(journal.name + ".lock").exists():
+            os.kill(pid, signal.SIGCONT)
+            return False
+        return True
+
+    wait_until(stopped, "the journal was never without a lock")
 
 
 def wait_until(what: Callable[[], bool], otherwise: str) -> None:

@@ -59,7 +59,7 @@ def trained(name: str, folder: Path) -> tuple[list[dict[str, float]], dict[str, 
         curve = task.train(
             model,
             checkpoint=folder / f"{name}.pt",
-            validate=None,
+            measure=None,
             after_epoch=lambda row, last=last: row["epoch"] < last,  # type: ignore[misc]
             progress=lambda done: None,
         )

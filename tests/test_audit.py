@@ -110,7 +110,7 @@ def test_candidates_are_trained_as_the_runs_own_for_the_epochs_of_the_audit(
     curve = Distillation(job.model, job.train, config, "kl").train(
         network,
         checkpoint=tmp_path / "checkpoint.pt",
-        validate=job.validate,
+        measure=job.measure_in_training,
         after_epoch=lambda *_: True,
         progress=lambda _: None,
     )

@@ -20,6 +20,7 @@ from sekron_search.jobs import job_from_config
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
+from sekron_search.search.study import Halving
 from sekron_search.search.trial import Trial
 from sekron_search.timing import network_costs
 from tests.cases import CONFIG, write_config
@@ -84,35 +85,54 @@ def test_without_a_metric_the_loss_of_those_that_were_trained_decides() -> None:
 def test_halving_goes_by_what_networks_are_chosen_by(
     finder: Finder, monkeypatch: pytest.MonkeyPatch, choice: str, epochs: list[int]
 ) -> None:
+    """The second network is the better one by the metric, and by the losses, and the worse one by its outputs."""
     finetune = finder.job.settings.finetune.model_copy(update={"choice": choice})
     finder.job = replace(finder.job, settings=finder.job.settings.model_copy(update={"finetune": finetune}))
-    outcomes = iter([{"loss": 0.1, "metric": 0.5}, {"loss": 0.2, "metric": 0.6}])
+    searched = finder.search()
+    pool = sorted(searched.candidates, key=lambda c: c.divergence)
+    assert len(pool) == 2
+    outcomes = iter([{"loss": 0.2, "metric": 0.5}, {"loss": 0.1, "metric": 0.6}])
+    rows = []
 
-    def train(self: Distillation, model: nn.Module, *, after_epoch: Any, **other: Any) -> list[dict[str, float]]:
+    def train(
+        self: Distillation, model: nn.Module, *, measure: Any, after_epoch: Any, **other: Any
+    ) -> list[dict[str, float]]:
         outcome, curve = next(outcomes), []
         for epoch in range(1, 9):
-            curve.append({"epoch": float(epoch), **outcome})
+            curve.append({**measure(model), "epoch": float(epoch), **outcome})
+            rows.append(curve[-1])
             if not after_epoch(curve[-1]):
                 break
         return curve
 
     monkeypatch.setattr(sekron_search.candidates, "tuned", lambda distillation, *_: distillation)
     monkeypatch.setattr(Distillation, "train", train)
-    searched = finder.search()
-    assert len(searched.candidates) == 2
     finder.finish(replace(searched, excess=1.0))
-    pool = sorted(searched.candidates, key=lambda c: c.divergence)
     assert [len(read_json(finder.home(c.assignment) / "curve.json")["epochs"]) for c in pool] == epochs
+    if choice == "divergence":
+        assert rows[0]["divergence"] < rows[-1]["divergence"]
+    else:
+        assert "divergence" not in rows[0], "it takes time"
+
+
+def test_halving_goes_by_the_metric_where_a_curve_of_before_has_no_divergence() -> None:
+    halving = Halving("divergence")
+    kept = []
+    for metric in (0.5, 0.4):
+        halving.start()
+        kept.append([halving.keep_on({"epoch": epoch, "loss": 0.0, "metric": metric}) for epoch in (1.0, 2.0)])
+    assert kept[0] == [True, True]
+    assert False in kept[1]
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.99, 1.0])
 def test_what_training_makes_no_better_stays_as_it_was_fitted(
     finder: Finder, monkeypatch: pytest.MonkeyPatch, scale: float
 ) -> None:
-    def train(self: Distillation, model: nn.Module, *, validate: Any, **other: Any) -> list[dict[str, float]]:
+    def train(self: Distillation, model: nn.Module, *, measure: Any, **other: Any) -> list[dict[str, float]]:
         for parameter in model.parameters():
             parameter.data *= scale
-        return [{"epoch": 1.0, "loss": 0.0, "metric": validate(model)}]
+        return [{"epoch": 1.0, "loss": 0.0, **measure(model)}]
 
     monkeypatch.setattr(Distillation, "train", train)
     (candidate,) = finder.search().candidates[:1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sekron_search.candidates import Finder
-from sekron_search.choice import Judged, judged, preferred
+from sekron_search.choice import Judged, judged, measured_in_training, preferred
 from sekron_search.config import Config
 from sekron_search.data import SplitMetric
 from sekron_search.divergence import kl_divergence
@@ -186,6 +186,9 @@ def test_outputs_are_compared_with_what_a_mirrored_teacher_gives(job: Job, tmp_p
         assert marks[nearest].divergence == pytest.approx(0, abs=1e-6)
         assert marks[1 - nearest].divergence > 1e-4
         assert preferred(marks) == nearest
+        for network, mark in zip(networks, marks, strict=True):  # halving goes by the same
+            measured = measured_in_training(asked, network)
+            assert measured == {"metric": mark.metric, "divergence": pytest.approx(mark.divergence, abs=1e-9)}
 
 
 def test_images_are_told_apart_by_their_errors(job: Job) -> None:

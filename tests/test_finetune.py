@@ -39,7 +39,7 @@ def distillation(**options: Any) -> Distillation:
 
 
 def train(task: Distillation, model: nn.Module, checkpoint: Path, **options: Any) -> list[dict[str, float]]:
-    quiet: dict[str, Any] = {"validate": None, "after_epoch": lambda *_: True, "progress": lambda _: None}
+    quiet: dict[str, Any] = {"measure": None, "after_epoch": lambda *_: True, "progress": lambda _: None}
     return task.train(model, checkpoint=checkpoint, **{**quiet, **options})
 
 

@@ -35,11 +35,11 @@ def fake_losses(monkeypatch: pytest.MonkeyPatch, loss: Any) -> list[float]:
     """Short trainings reach a loss that is a function of the rate; the rates that were tried."""
     tried: list[float] = []
 
-    def train(self: Distillation, model: nn.Module, *, validate: Any, **_: Any) -> list[dict[str, float]]:
+    def train(self: Distillation, model: nn.Module, *, measure: Any, **_: Any) -> list[dict[str, float]]:
         tried.append(self.rate)
         if math.isinf(loss(self.rate)):
             raise DivergedError("too far")
-        validate(model)
+        measure(model)
         return []
 
     monkeypatch.setattr(Distillation, "train", train)
@@ -141,7 +141,7 @@ def test_a_short_training_is_a_whole_one_of_fewer_batches() -> None:
     curve = task.train(
         compressed(task.teacher),
         checkpoint=None,
-        validate=None,
+        measure=None,
         after_epoch=lambda *_: True,
         progress=counted.append,
     )

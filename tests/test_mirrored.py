@@ -117,7 +117,7 @@ def test_a_network_learns_the_mean_of_both_sides() -> None:
                 task.train(
                     model,
                     checkpoint=None,
-                    validate=None,
+                    measure=None,
                     after_epoch=lambda *_: True,
                     progress=lambda _: None,
                 )

@@ -97,7 +97,7 @@ def trained(task: Distillation, model: nn.Module, checkpoint: Path | None = None
     curve = task.train(
         model,
         checkpoint=checkpoint,
-        validate=None,
+        measure=None,
         after_epoch=lambda row: row["epoch"] < until,
         progress=lambda _: None,
     )

@@ -136,8 +136,7 @@ def test_a_killed_worker_changes_nothing(
         assert lost is not None
         victim.kill()
         victim.join()
-        while not searches(store)[0].closed and command.poll() is None:
-            time.sleep(0.05)
+        wait_until(lambda: searches(store)[0].closed or command.poll() is not None, "the search did not end")
         sharing.conclude(RunFolder(out))
         said, complained = command.communicate(timeout=120)
         other.join(120)

@@ -82,7 +82,7 @@ class Contest:
             curve = distillation.train(
                 network,
                 checkpoint=home / "checkpoint.pt",
-                validate=job.validate_in_training,
+                measure=job.measure_in_training,
                 after_epoch=lambda row: True,
                 progress=task.update,
             )

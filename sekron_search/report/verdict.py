@@ -140,7 +140,7 @@ def _advice(report: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     return (
         "The network became slower: nothing was asked of its latency, and fewer multiply-adds are often not faster. "
-        "With latency_ms: 1x in the budget too, the options of layers that are no faster are left out.",
+        "With latency_ms: 1x in the budget too, options that are slower than their layers are left out.",
     )
 
 

@@ -138,7 +138,7 @@ class Halving:
     Lives in memory: it is rebuilt from the recorded curves, so a resumed run decides alike.
 
     Args:
-        by: "metric" (higher is better), or "divergence": the loss of training, most of which it is.
+        by: "metric" (higher is better) or "divergence" (lower is better), which curves of earlier versions lack.
 
     Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning (ASHA).
     """
@@ -155,6 +155,6 @@ class Halving:
 
     def keep_on(self, row: Mapping[str, float]) -> bool:
         """Record the candidate's row of its curve after an epoch; whether to train on."""
-        worth = row["metric"] if self._by == "metric" else -row["loss"]
+        worth = -row["divergence"] if self._by == "divergence" and "divergence" in row else row["metric"]
         self._trial.report(worth, int(row["epoch"]))
         return not self._trial.should_prune()

@@ -78,7 +78,7 @@ def everything(url: str, name: str) -> list[optuna.trial.FrozenTrial]:
 def start(url: str, name: str, count: int, log: Path, *, slots: int, pause_s: float) -> list[BaseProcess]:
     log.touch()
     found: list[BaseProcess] = [
-        CONTEXT.Process(target=work, args=(url, name, slots, pause_s, str(log))) for _ in range(count)
+        CONTEXT.Process(target=work, args=(url, name, slots, pause_s, str(log)), daemon=True) for _ in range(count)
     ]
     for process in found:
         process.start()
