@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,10 @@ def measured_in_training(job: Job, network: nn.Module) -> dict[str, float]:
         network: It and the original end in evaluation mode.
     """
     values, divergences = _on_samples(job, job.teacher, [network])
-    return {"metric": float(values.mean()), "divergence": float(divergences[0])}
+    metric = float(values.mean())
+    distance = _distance(Judged(metric, divergence=float(divergences[0])))
+    # The curve is kept as JSON, which has no infinity.
+    return {"metric": metric, "divergence": min(distance, sys.float_info.max)}
 
 
 def preferred(found: Sequence[Judged], by: Literal["metric", "divergence"] = "metric") -> int:

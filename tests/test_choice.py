@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -189,6 +190,8 @@ def test_outputs_are_compared_with_what_a_mirrored_teacher_gives(job: Job, tmp_p
         for network, mark in zip(networks, marks, strict=True):  # halving goes by the same
             measured = measured_in_training(asked, network)
             assert measured == {"metric": mark.metric, "divergence": pytest.approx(mark.divergence, abs=1e-9)}
+        broken = measured_in_training(asked, Half(float("nan")))["divergence"]
+        assert 1e300 < broken < math.inf, "the furthest off, and a number that JSON has"
 
 
 def test_images_are_told_apart_by_their_errors(job: Job) -> None:
