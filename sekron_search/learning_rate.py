@@ -148,21 +148,16 @@ def _minimum(left: float, middle: float, right: float) -> float:
 
 def _loss_after(brief: Distillation, network: nn.Module, compared: Sequence[Batch], reporter: Reporter) -> float:
     """Of a short training, on some batches; infinity if it diverges."""
-    found: list[float] = []
-
-    def compare(trained: nn.Module) -> dict[str, float]:
-        found.append(brief.loss_of(trained, compared))
-        return {}
-
     with reporter.task(f"trying the learning rate {brief.rate:.2g}", len(brief.data)) as task:
         try:
-            brief.train(
+            curve = brief.train(
                 copy_model(network),
                 checkpoint=None,
-                measure=compare,
+                measure=lambda trained: {"compared": brief.loss_of(trained, compared)},
                 after_epoch=lambda row: False,
                 progress=task.update,
             )
         except DivergedError:
             return math.inf
-    return found[-1] if math.isfinite(found[-1]) else math.inf
+    loss = curve[-1]["compared"]
+    return loss if math.isfinite(loss) else math.inf

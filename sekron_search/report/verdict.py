@@ -59,7 +59,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
             f"{name}: asked at most {shown(name, budget['bound'])} ({budget['asked']}), "
             f"got {shown(name, budget['value'])}: {_verdict(report, budget)}"
         )
-    if not _is_asked(report, "latency_ms"):
+    if not _asks_latency(report):
         lines.append(_unasked_latency(report))
     before, after = report["original"]["metric"], report["compressed"]["metric"]
     if before is not None and after is not None:
@@ -71,29 +71,29 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _is_asked(report: Mapping[str, Any], name: str) -> bool:
-    return any(budget["name"] == name for budget in report["budgets"])
+def _asks_latency(report: Mapping[str, Any]) -> bool:
+    return any(budget["name"] == "latency_ms" for budget in report["budgets"])
 
 
 def _unasked_latency(report: Mapping[str, Any]) -> str:
     """What became of the latency, where nothing was asked of it."""
-    before, after = (report[side]["latency_ms"] for side in ("original", "compressed"))
-    noise = ", within the noise" if not _is_beyond_noise(report["original"], report["compressed"]) else ""
-    return (
-        f"latency_ms: original {shown('latency_ms', before)}, compressed {shown('latency_ms', after)} "
-        f"({_change(before, after)}{noise}): not asked for{', SLOWER' if _is_slower(report) else ''}"
-    )
+    before, after = (shown("latency_ms", report[side]["latency_ms"]) for side in ("original", "compressed"))
+    slower = ", SLOWER" if _is_slower(report) else ""
+    return f"latency_ms: original {before}, compressed {after} ({_change(report, 'latency_ms')}): not asked for{slower}"
 
 
 def _is_slower(report: Mapping[str, Any]) -> bool:
     """Whether the network takes longer than the original, beyond the noise, and nothing was asked of that."""
     original, compressed = report["original"], report["compressed"]
     longer = compressed["latency_ms"] > original["latency_ms"] and _is_beyond_noise(original, compressed)
-    return longer and not _is_asked(report, "latency_ms")
+    return longer and not _asks_latency(report)
 
 
-def _change(before: float, after: float) -> str:
-    return f"{after / before:.3f}x"
+def _change(report: Mapping[str, Any], name: str) -> str:
+    """A cost as a multiple of the original's, and whether latencies are apart at all."""
+    original, compressed = report["original"], report["compressed"]
+    noise = ", within the noise" if name == "latency_ms" and not _is_beyond_noise(original, compressed) else ""
+    return f"{compressed[name] / original[name]:.3f}x{noise}"
 
 
 def _interval(report: Mapping[str, Any], share: float) -> str:
@@ -186,9 +186,6 @@ def _table(report: Mapping[str, Any]) -> Table:
             verdict = _verdict(report, budgets[name])
         elif name == "latency_ms" and _is_slower(report):
             verdict = "SLOWER"
-        change = _change(sides[0][name], sides[1][name])
-        if name == "latency_ms" and not _is_beyond_noise(*sides):
-            change += ", within the noise"
-        rows.append((label, *cells, change, asked, verdict))
+        rows.append((label, *cells, _change(report, name), asked, verdict))
     columns = (Column("", "text"), Column("original"), Column("compressed"), Column("change"), Column("asked at most"))
     return Table((*columns, Column("verdict", "text")), tuple(rows))

@@ -143,7 +143,7 @@ class Halving:
     Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning (ASHA).
     """
 
-    def __init__(self, by: Literal["metric", "divergence"] = "metric") -> None:
+    def __init__(self, by: Literal["metric", "divergence"]) -> None:
         self._by = by
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
         self._study = optuna.create_study(direction="maximize", pruner=pruner)
