@@ -85,7 +85,7 @@ def _measured(
         lambda: write_text(out, found.to_yaml()),
         seed=seed,
         quick=quick,
-        known_granularity=multiple if multiple != 1 else None,  # 1: it was not measured
+        known_granularity=multiple,
     )
     write_text(out, found.to_yaml())
     return found
@@ -125,7 +125,7 @@ def _empty_profile(given: dict[str, Any]) -> tuple[Any, Any, None]:
     return DeviceProfile.empty(used), used, None
 
 
-def _exact_profile(config: Path, out: Path, given: dict[str, Any], reporter: Any) -> tuple[Any, Any, int]:
+def _exact_profile(config: Path, out: Path, given: dict[str, Any], reporter: Any) -> tuple[Any, Any, int | None]:
     """The exact latencies of everything that a config's tables hold, their runtime, and the granularity of channels.
 
     What was measured stays in a folder beside `out` until all of it is there, so that a killed call is gone on with.
@@ -147,7 +147,9 @@ def _exact_profile(config: Path, out: Path, given: dict[str, Any], reporter: Any
     folder = RunFolder(out.with_name(f"{out.name}.unfinished"))
     with folder.claimed(job.fingerprint(), resume=True):
         found = measure_profile(job, folder, reporter)
-        multiple = int(read_json(folder.layout)["granularity"])
+        # Without a budget of latency it is not measured. What was, 1 too, is what the options were made with.
+        is_measured = "latency_ms" in job.settings.bounds.names
+        multiple = int(read_json(folder.layout)["granularity"]) if is_measured else None
     shutil.rmtree(folder.path)
     memory_format: Any = found.provenance.memory_format
     return found, job.runtime(memory_format), multiple
