@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from sekron_search.model import LayerInfo, layer_weight
 from sekron_search.search.space import SearchSpace
 from sekron_search.tables import FittedLayer, load_table
 from tests.cases import blobs, small_net
+from tests.processes import wait_until
 
 SPACE = SearchSpace(families=("sekron", "cp"), max_factors=2, rank_levels=2, max_options=3)
 
@@ -140,10 +140,7 @@ def test_a_worker_ends_with_its_standard_input(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 60
-    while _runs(worker) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _runs(worker)
+    wait_until(lambda: not _runs(worker), "the worker goes on without its parent")
 
 
 def _runs(pid: int) -> bool:

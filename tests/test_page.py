@@ -226,6 +226,20 @@ def test_curves_of_all_that_was_trained_are_drawn(tmp_path: Path) -> None:
     other["curve"] = rows
     drawn = make_plots(report)["finetuning"].axes[0].get_lines()
     assert [line.get_label() for line in drawn] == [f"trial {other['trial']}", "chosen"]
+    table = candidates_section(report).blocks[1]
+    assert isinstance(table, Table)
+    assert [column.title for column in table.columns[-2:]] == ["epochs trained", "validation after them"]
+    own = {row[0].rsplit("/", 1)[1]: row[-2:] for row in table.rows}
+    last = report["curve"][-1]
+    chosen = next(c for c in report["candidates"] if c["chosen"])
+    assert own[other["folder"]] == ("2", "0.7500")
+    assert own[chosen["folder"]] == (str(int(last["epoch"])), f"{last['metric']:.4f}")
+
+
+def test_where_one_candidate_was_trained_the_table_does_not_repeat_its_curve() -> None:
+    table = candidates_section(sample()).blocks[1]
+    assert isinstance(table, Table)
+    assert table.columns[-1].title == "validation"
 
 
 def test_training_that_diverged_is_told() -> None:

@@ -46,8 +46,9 @@ def front_section(report: Mapping[str, Any]) -> Section:
 
 
 def candidates_section(report: Mapping[str, Any]) -> Section:
-    """The candidates that were fitted and measured."""
+    """The candidates that were fitted and measured, and where several were trained, how long and what they reached."""
     costs = [budget["name"] for budget in report["budgets"]]
+    several = any(row.get("curve") and not row["chosen"] for row in report["candidates"])
     rows = tuple(
         (
             f"candidates/{row['folder']}",
@@ -56,17 +57,24 @@ def candidates_section(report: Mapping[str, Any]) -> Section:
             f"{row['divergence_before_sequential_fit']:.4g}",
             *(shown(name, row["costs"][name]) for name in costs),
             "" if row["metric"] is None else f"{row['metric']:.4f}",
+            *(_after_training(row.get("curve") or (report["curve"] if row["chosen"] else ())) if several else ()),
         )
         for row in report["candidates"]
     )
     columns = [Column("folder", "code"), Column("trial"), Column("divergence")]
     columns += [Column("before the fit layer after layer"), *map(Column, costs), Column("validation")]
+    columns += [Column("epochs trained"), Column("validation after them")] if several else []
     chosen = next((i for i, row in enumerate(report["candidates"]) if row["chosen"]), None)
     leaning = any(trial["source"] == LEANING for trial in report["trials"])
     others = ", and those that lean to layers of cheap weights" if leaning else ""
     least = " Those that diverge least then are trained." if leaning else ""
     text = f"The best trials{others}, fitted layer after layer and measured, before training.{least}"
     return Section("Candidates", (text, Table(tuple(columns), rows, chosen)))
+
+
+def _after_training(curve: Sequence[Mapping[str, float]]) -> tuple[str, str]:
+    """Epochs of a candidate's training, and the validation metric after the last."""
+    return (f"{curve[-1]['epoch']:.0f}", f"{curve[-1]['metric']:.4f}") if curve else ("", "")
 
 
 def training_section(report: Mapping[str, Any]) -> Section | None:
