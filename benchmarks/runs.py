@@ -29,12 +29,14 @@ class Runs:
         data: Holds data/cifar10_jpeg.tar.xz, data/sr_hr.tar and models/resnet20_cifar10_jpeg.pt.
         home: Folder of the runs, of their tables, and of the weights of networks that have to be trained.
         device: On which compressed networks are fine-tuned.
+        start: Weights of the network, in the place of those that are given or trained.
     """
 
     network: str
     data: Path
     home: Path
     device: str = "cpu"
+    start: Path | None = None
 
     @property
     def task(self) -> Task:
@@ -44,6 +46,8 @@ class Runs:
     @cached_property
     def weights(self) -> Path:
         """Of the network, which is trained if there are none."""
+        if self.start is not None:
+            return self.start
         if self.task.given is not None:
             return self.task.given(self.data)
         path = self.home / f"{self.network}.safetensors"
