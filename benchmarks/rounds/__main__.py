@@ -70,7 +70,8 @@ def sample_of(runs: Runs, first: str, budget: str, seed: int, epochs: int) -> di
     second = again(runs, runs.run({"flops": first}, seed=seed, epochs=epochs), budget, seed)
     assert direct.report
     assert second.report
-    home, network = second.folder.path, second.network
+    home, network = second.folder.path.with_name(f"{second.folder.path.name}-trained"), second.network
+    home.mkdir(exist_ok=True)
     found = {
         "one round": judged(direct.job, [direct.network], [0.0], home / "one_round.safetensors")[0],
         "two rounds, before the second training": judged(
