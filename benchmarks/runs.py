@@ -13,9 +13,11 @@ from torch import nn
 
 from benchmarks.tasks import TASKS, Task
 from sekron_search import load
+from sekron_search.finetune import Distillation
 from sekron_search.job import Job
 from sekron_search.jobs import job_from_config
-from sekron_search.progress import ConsoleReporter
+from sekron_search.learning_rate import tuned
+from sekron_search.progress import ConsoleReporter, Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 
@@ -102,5 +104,29 @@ class Run:
 
     @property
     def network(self) -> nn.Module:
-        """The compressed network of the finished run."""
+        """The compressed network of the run, which is made for it."""
+        _ = self.report
         return load(self.folder.path)
+
+
+def trained(
+    distillation: Distillation, network: nn.Module, job: Job, home: Path, reporter: Reporter
+) -> list[dict[str, float]]:
+    """The curve of a network's training.
+
+    Args:
+        distillation: How it is trained, but for a learning rate that has to be found.
+        network: It is changed.
+        job: Measures it after every epoch.
+        home: Folder in which rate and checkpoint are kept; a training that was killed is gone on with.
+        reporter: Told of the progress.
+    """
+    distillation = tuned(distillation, network, home / "learning_rate.json", reporter)
+    with reporter.task("fine-tuning", distillation.total_batches) as task:
+        return distillation.train(
+            network,
+            checkpoint=home / "checkpoint.pt",
+            measure=job.measure_in_training,
+            after_epoch=lambda row: True,
+            progress=task.update,
+        )

@@ -226,20 +226,43 @@ def test_curves_of_all_that_was_trained_are_drawn(tmp_path: Path) -> None:
     other["curve"] = rows
     drawn = make_plots(report)["finetuning"].axes[0].get_lines()
     assert [line.get_label() for line in drawn] == [f"trial {other['trial']}", "chosen"]
+    rows[-1]["divergence"] = 0.125
+    last, chosen = report["curve"][-1], next(c for c in report["candidates"] if c["chosen"])
+    columns, cells = trained_of(report)
+    assert columns == ["epochs trained", "validation, trained", "divergence there, trained"]
+    assert cells[other["folder"]] == ("2", "0.7500", "0.125")
+    assert cells[chosen["folder"]] == (f"{last['epoch']:.0f}", f"{last['metric']:.4f}", "")
+
+
+def trained_of(report: dict[str, Any]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """The columns of the candidates' table that tell of training, and what they say of each candidate's folder."""
     table = candidates_section(report).blocks[1]
     assert isinstance(table, Table)
-    assert [column.title for column in table.columns[-2:]] == ["epochs trained", "validation after them"]
-    own = {row[0].rsplit("/", 1)[1]: row[-2:] for row in table.rows}
-    last = report["curve"][-1]
-    chosen = next(c for c in report["candidates"] if c["chosen"])
-    assert own[other["folder"]] == ("2", "0.7500")
-    assert own[chosen["folder"]] == (str(int(last["epoch"])), f"{last['metric']:.4f}")
+    titles = [column.title for column in table.columns]
+    first = titles.index("validation") + 1
+    return titles[first:], {row[0].split("/")[1]: row[first:] for row in table.rows}
+
+
+def test_without_a_metric_no_loss_is_called_one() -> None:
+    """Rows of curves hold the negative loss then."""
+    report = sample()
+    report["validation_metric"] = None
+    for candidate in report["candidates"]:
+        candidate |= {"metric": None, "curve": report["curve"]}
+    columns, cells = trained_of(report)
+    assert columns == ["epochs trained"]
+    assert all(told == (f"{len(report['curve'])}",) for told in cells.values())
+    section = training_section(report)
+    assert section is not None
+    table = section.blocks[-1]
+    assert isinstance(table, Table)
+    assert [column.title for column in table.columns] == ["epoch", "loss"]
+    assert make_figures(report)["finetuning"][0]["layout"]["title"]["text"] == "training loss"
+    assert len(make_plots(report)["finetuning"].axes) == 2
 
 
 def test_where_one_candidate_was_trained_the_table_does_not_repeat_its_curve() -> None:
-    table = candidates_section(sample()).blocks[1]
-    assert isinstance(table, Table)
-    assert table.columns[-1].title == "validation"
+    assert trained_of(sample())[0] == []
 
 
 def test_training_that_diverged_is_told() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.rivals.methods import RIVALS
+from benchmarks.runs import trained
 from sekron_search.choice import judged, preferred
 from sekron_search.config import FinetuneConfig
 from sekron_search.costs.profile import Provenance
@@ -16,7 +17,6 @@ from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, tr
 from sekron_search.errors import ConfigError, DivergedError, InfeasibleBudgetError
 from sekron_search.files import read_json, write_json
 from sekron_search.job import Job
-from sekron_search.learning_rate import tuned
 from sekron_search.model import copy_model
 from sekron_search.progress import Reporter
 from sekron_search.references import import_reference
@@ -77,15 +77,7 @@ class Contest:
         assert job.validate is not None
         assert job.test is not None
         untrained, start = job.validate(network), copy_model(network)
-        distillation = tuned(job.distillation_by(training_of(job)), network, rate, self.reporter)
-        with self.reporter.task("fine-tuning", distillation.total_batches) as task:
-            curve = distillation.train(
-                network,
-                checkpoint=home / "checkpoint.pt",
-                measure=job.measure_in_training,
-                after_epoch=lambda row: True,
-                progress=task.update,
-            )
+        curve = trained(job.distillation_by(training_of(job)), network, job, home, self.reporter)
         networks, metrics = (network, start), (curve[-1]["metric"], untrained)
         marks = judged(job, networks, metrics, home / "judged.safetensors")
         kept = preferred(marks, job.settings.finetune.choice)  # as of this package's networks

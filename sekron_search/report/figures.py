@@ -156,15 +156,15 @@ def _training(report: Mapping[str, Any]) -> list[Figure]:
     others = other_curves(report)
     x = {"title": "epoch", "rangemode": "tozero", "dtick": max(1, len(report["curve"]) // 8)}
     figures = []
-    for key, title, colour, symbol in (
-        ("metric", f"{report['metric_name']} on the validation split", BLUE, "circle"),
-        ("loss", "training loss", ORANGE, "square"),
-    ):
+    for key, title, colour in curves_of(report):
         data = [
             {**_curve(curve, key), "name": f"trial {trial}", "line": {"color": GREY, "width": 1}, "marker": {"size": 4}}
             for trial, curve in others.items()
         ]
-        style = {"marker": {"symbol": symbol, "size": 7}, "line": {"color": colour, "width": 2}}
+        style = {
+            "marker": {"symbol": "circle" if key == "metric" else "square", "size": 7},
+            "line": {"color": colour, "width": 2},
+        }
         data.append({**_curve(report["curve"], key), "name": "chosen", **style})
         values = {y for curve in data for y in curve["y"]}
         y = {"title": "", **({"range": around(*values)} if len(values) == 1 else {})}
@@ -184,6 +184,14 @@ def around(value: float) -> list[float]:
 def _curve(curve: Sequence[Mapping[str, float]], key: str) -> Figure:
     points = {"x": [row["epoch"] for row in curve], "y": [row[key] for row in curve]}
     return {"type": "scatter", "mode": "lines+markers", **points}
+
+
+def curves_of(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What curves show: key of their rows, title, colour. Without a metric their rows hold the negative loss as one."""
+    loss = ("loss", "training loss", ORANGE)
+    if report["validation_metric"] is None:
+        return [loss]
+    return [("metric", f"{report['metric_name']} on the validation split", BLUE), loss]
 
 
 def other_curves(report: Mapping[str, Any]) -> dict[int, Sequence[Mapping[str, float]]]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sekron_search.report.audit import best_cheap
-from sekron_search.report.figures import additive_fronts, around, other_curves, taken
+from sekron_search.report.figures import additive_fronts, around, curves_of, other_curves, taken
 from sekron_search.report.style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PALE
 from sekron_search.search.pareto import front
 
@@ -186,12 +186,11 @@ def _optimality_plot(report: dict[str, Any]) -> Figure:
 def _curve_plot(report: dict[str, Any]) -> Figure:
     found = report["learning_rate"]
     figure = Figure(figsize=(9 if found is not None else 6.5, 3.4), layout="constrained")
-    left, middle, *rest = figure.subplots(1, 2 if found is None else 3)
+    shown = curves_of(report)
+    panels = list(figure.subplots(1, len(shown) + (found is not None), squeeze=False)[0])
     epochs = [row["epoch"] for row in report["curve"]]
-    for axes, key, colour, marker, label in (
-        (left, "metric", BLUE, "o", f"{report['metric_name']} on the validation split"),
-        (middle, "loss", ORANGE, "s", "training loss"),
-    ):
+    for axes, (key, label, colour) in zip(panels, shown, strict=False):
+        marker = "o" if key == "metric" else "s"
         for trial, curve in other_curves(report).items():
             values = [row[key] for row in curve]
             axes.plot([row["epoch"] for row in curve], values, color=GREY, linewidth=1, label=f"trial {trial}")
@@ -203,7 +202,7 @@ def _curve_plot(report: dict[str, Any]) -> Figure:
         if len({y for line in axes.get_lines() for y in line.get_ydata()}) == 1:
             axes.set_ylim(*around(values[0]))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in rest:
+    for axes in panels[len(shown) :]:
         tried = sorted((rate, loss) for rate, loss in found["trials"] if loss is not None)
         axes.semilogx([rate for rate, _ in tried], [loss for _, loss in tried], color=GREY, marker="s")
         axes.axvline(found["learning_rate"], color=GREEN, linestyle="--", linewidth=1.2, label=taken(found))

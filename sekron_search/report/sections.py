@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sekron_search.report.document import Column, Items, Picture, Section, Table
-from sekron_search.report.figures import raised_from
+from sekron_search.report.figures import curves_of, other_curves, raised_from
 from sekron_search.report.verdict import UNITS, shown
 from sekron_search.search.trial import LEANING
 
@@ -48,7 +48,7 @@ def front_section(report: Mapping[str, Any]) -> Section:
 def candidates_section(report: Mapping[str, Any]) -> Section:
     """The candidates that were fitted and measured, and where several were trained, how long and what they reached."""
     costs = [budget["name"] for budget in report["budgets"]]
-    several = any(row.get("curve") and not row["chosen"] for row in report["candidates"])
+    trained, after_training = _after_training(report)
     rows = tuple(
         (
             f"candidates/{row['folder']}",
@@ -57,24 +57,35 @@ def candidates_section(report: Mapping[str, Any]) -> Section:
             f"{row['divergence_before_sequential_fit']:.4g}",
             *(shown(name, row["costs"][name]) for name in costs),
             "" if row["metric"] is None else f"{row['metric']:.4f}",
-            *(_after_training(row.get("curve") or (report["curve"] if row["chosen"] else ())) if several else ()),
+            *reached,
         )
-        for row in report["candidates"]
+        for row, reached in zip(report["candidates"], after_training, strict=True)
     )
     columns = [Column("folder", "code"), Column("trial"), Column("divergence")]
     columns += [Column("before the fit layer after layer"), *map(Column, costs), Column("validation")]
-    columns += [Column("epochs trained"), Column("validation after them")] if several else []
+    columns += trained
     chosen = next((i for i, row in enumerate(report["candidates"]) if row["chosen"]), None)
     leaning = any(trial["source"] == LEANING for trial in report["trials"])
     others = ", and those that lean to layers of cheap weights" if leaning else ""
     least = " Those that diverge least then are trained." if leaning else ""
-    text = f"The best trials{others}, fitted layer after layer and measured, before training.{least}"
+    later = " Columns on the right: how long each was trained, the worse ones not to the end." if trained else ""
+    text = f"The best trials{others}, fitted layer after layer and measured, before training.{least}{later}"
     return Section("Candidates", (text, Table(tuple(columns), rows, chosen)))
 
 
-def _after_training(curve: Sequence[Mapping[str, float]]) -> tuple[str, str]:
-    """Epochs of a candidate's training, and the validation metric after the last."""
-    return (f"{curve[-1]['epoch']:.0f}", f"{curve[-1]['metric']:.4f}") if curve else ("", "")
+def _after_training(report: Mapping[str, Any]) -> tuple[list[Column], list[tuple[str, ...]]]:
+    """Of several candidates that were trained, for how many epochs and what they reached; nothing of a single one."""
+    if not other_curves(report):
+        return [], [()] * len(report["candidates"])
+    curves = [row.get("curve") or (report["curve"] if row["chosen"] else ()) for row in report["candidates"]]
+    ends = [curve[-1] if curve else {} for curve in curves]
+    shown = {"epoch": ("epochs trained", ".0f")}
+    if report["validation_metric"] is not None:
+        shown["metric"] = ("validation, trained", ".4f")
+    if any("divergence" in end for end in ends):  # where halving goes by it
+        shown["divergence"] = ("divergence there, trained", ".4g")
+    cells = [tuple(format(end[key], form) if key in end else "" for key, (_, form) in shown.items()) for end in ends]
+    return [Column(title) for title, _ in shown.values()], cells
 
 
 def training_section(report: Mapping[str, Any]) -> Section | None:
@@ -87,8 +98,10 @@ def training_section(report: Mapping[str, Any]) -> Section | None:
         stopped = (f"Training diverged in epoch {diverged['epoch']}; {kept} count. {diverged['message']}",)
     if not report["curve"]:
         return Section("Fine-tuning", (*stopped, *_learning_rate(report))) if stopped else None
-    rows = tuple((f"{row['epoch']:.0f}", f"{row['loss']:.4f}", f"{row['metric']:.4f}") for row in report["curve"])
-    table = Table(tuple(map(Column, ("epoch", "loss", "validation"))), rows)
+    titles = {"loss": "loss", "metric": "validation"}
+    shown = sorted(key for key, _, _ in curves_of(report))
+    rows = tuple((f"{row['epoch']:.0f}", *(f"{row[key]:.4f}" for key in shown)) for row in report["curve"])
+    table = Table(tuple(map(Column, ("epoch", *(titles[key] for key in shown)))), rows)
     picture = Picture("finetuning", "Fine-tuning")
     return Section("Fine-tuning", (*stopped, *_kept(report), picture, *_learning_rate(report), table))
 
