@@ -229,7 +229,7 @@ def test_curves_of_all_that_was_trained_are_drawn(tmp_path: Path) -> None:
     rows[-1]["divergence"] = 0.125
     last, chosen = report["curve"][-1], next(c for c in report["candidates"] if c["chosen"])
     columns, cells = trained_of(report)
-    assert columns == ["epochs trained", "validation, trained", "divergence there, trained"]
+    assert columns == ["epochs trained", "validation, trained", "divergence, trained"]
     assert cells[other["folder"]] == ("2", "0.7500", "0.125")
     assert cells[chosen["folder"]] == (f"{last['epoch']:.0f}", f"{last['metric']:.4f}", "")
 

@@ -192,8 +192,8 @@ def _curve_plot(report: dict[str, Any]) -> Figure:
     for axes, (key, label, colour) in zip(panels, shown, strict=False):
         marker = "o" if key == "metric" else "s"
         for trial, curve in other_curves(report).items():
-            values = [row[key] for row in curve]
-            axes.plot([row["epoch"] for row in curve], values, color=GREY, linewidth=1, label=f"trial {trial}")
+            points = [row["epoch"] for row in curve], [row[key] for row in curve]
+            axes.plot(*points, color=GREY, linewidth=1, marker=".", label=f"trial {trial}")  # one epoch makes no line
         values = [row[key] for row in report["curve"]]
         axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label="chosen")
         if len(axes.get_lines()) > 1:

@@ -68,7 +68,7 @@ def candidates_section(report: Mapping[str, Any]) -> Section:
     leaning = any(trial["source"] == LEANING for trial in report["trials"])
     others = ", and those that lean to layers of cheap weights" if leaning else ""
     least = " Those that diverge least then are trained." if leaning else ""
-    later = " Columns on the right: how long each was trained, the worse ones not to the end." if trained else ""
+    later = " Then trained, the worse ones not to the end: the last columns." if trained else ""
     text = f"The best trials{others}, fitted layer after layer and measured, before training.{least}{later}"
     return Section("Candidates", (text, Table(tuple(columns), rows, chosen)))
 
@@ -83,7 +83,7 @@ def _after_training(report: Mapping[str, Any]) -> tuple[list[Column], list[tuple
     if report["validation_metric"] is not None:
         shown["metric"] = ("validation, trained", ".4f")
     if any("divergence" in end for end in ends):  # where halving goes by it
-        shown["divergence"] = ("divergence there, trained", ".4g")
+        shown["divergence"] = ("divergence, trained", ".4g")
     cells = [tuple(format(end[key], form) if key in end else "" for key, (_, form) in shown.items()) for end in ends]
     return [Column(title) for title, _ in shown.values()], cells
 
