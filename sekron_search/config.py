@@ -159,8 +159,7 @@ class FinetuneConfig(_Section):
         candidates: How many of the networks that diverge least, once fitted, are trained, with successive halving.
         batch_size, weight_decay: Of training, by whichever optimizer.
         optimizer: "muon" changes matrices as much in all directions, "adamw" every number by itself.
-        learning_rate: Its highest, between warm-up and cosine; "auto" finds it in a fifth to a third of a short
-            training's time, less of a longer one's.
+        learning_rate: Its highest, between warm-up and cosine; "auto" finds it in at most a third of the time.
         accumulate: Batches whose gradients are averaged for one step, where more do not fit in memory at a time.
         temperature: Of the distillation, for "kl".
         mirrored_teacher: Whether networks are trained to give the mean of what the original gives for images and for

@@ -54,7 +54,7 @@ def sample_of(runs: Runs, first: str, budget: str, seed: int, epochs: int) -> di
     if job.distillation is None:
         raise ConfigError(f"--epochs: expected one or more, for rounds are trained, got {epochs}")
     second = again(runs, runs.run({"flops": first}, seed=seed, epochs=epochs), budget, seed)
-    network, one = second.network, direct.network
+    one, network = direct.network, second.network
     conditions = digest([job.fingerprint(), list(network.state_dict().items())])[:10]
     home = second.folder.path.with_name(f"{second.folder.path.name}-trained-{conditions}")
     home.mkdir(exist_ok=True)
@@ -64,9 +64,12 @@ def sample_of(runs: Runs, first: str, budget: str, seed: int, epochs: int) -> di
     unknown = [nan] * len(networks)  # a metric that is one by name is measured anew
     marks = judged(job, list(networks.values()), unknown, home / "judged.safetensors")
     return {
-        **dict(
-            zip(KEYS, (runs.network, first, budget, epochs, job.settings.finetune.mirrored_teacher, seed), strict=True)
-        ),
+        "network": runs.network,
+        "first": first,
+        "budget": budget,
+        "epochs": epochs,
+        "mirrored_teacher": job.settings.finetune.mirrored_teacher,
+        "seed": seed,
         "params": {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()},
         "divergence": {name: mark.divergence for name, mark in zip(networks, marks, strict=True)},
         "validation": {name: mark.metric for name, mark in zip(networks, marks, strict=True)},

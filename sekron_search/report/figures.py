@@ -186,10 +186,15 @@ def _curve(curve: Sequence[Mapping[str, float]], key: str) -> Figure:
     return {"type": "scatter", "mode": "lines+markers", **points}
 
 
+def has_metric(report: Mapping[str, Any]) -> bool:
+    """Whether the metric in rows of curves is one: without a metric they hold the negative loss in its place."""
+    return report["validation_metric"] is not None
+
+
 def curves_of(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """What curves show: key of their rows, title, colour. Without a metric their rows hold the negative loss as one."""
+    """What curves show: key of their rows, title, colour."""
     loss = ("loss", "training loss", ORANGE)
-    if report["validation_metric"] is None:
+    if not has_metric(report):
         return [loss]
     return [("metric", f"{report['metric_name']} on the validation split", BLUE), loss]
 

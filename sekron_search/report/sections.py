@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sekron_search.report.document import Column, Items, Picture, Section, Table
-from sekron_search.report.figures import curves_of, other_curves, raised_from
+from sekron_search.report.figures import has_metric, other_curves, raised_from
 from sekron_search.report.verdict import UNITS, shown
 from sekron_search.search.trial import LEANING
 
@@ -80,7 +80,7 @@ def _after_training(report: Mapping[str, Any]) -> tuple[list[Column], list[tuple
     curves = [row.get("curve") or (report["curve"] if row["chosen"] else ()) for row in report["candidates"]]
     ends = [curve[-1] if curve else {} for curve in curves]
     shown = {"epoch": ("epochs trained", ".0f")}
-    if report["validation_metric"] is not None:
+    if has_metric(report):
         shown["metric"] = ("validation, trained", ".4f")
     if any("divergence" in end for end in ends):  # where halving goes by it
         shown["divergence"] = ("divergence, trained", ".4g")
@@ -98,10 +98,9 @@ def training_section(report: Mapping[str, Any]) -> Section | None:
         stopped = (f"Training diverged in epoch {diverged['epoch']}; {kept} count. {diverged['message']}",)
     if not report["curve"]:
         return Section("Fine-tuning", (*stopped, *_learning_rate(report))) if stopped else None
-    titles = {"loss": "loss", "metric": "validation"}
-    shown = sorted(key for key, _, _ in curves_of(report))
-    rows = tuple((f"{row['epoch']:.0f}", *(f"{row[key]:.4f}" for key in shown)) for row in report["curve"])
-    table = Table(tuple(map(Column, ("epoch", *(titles[key] for key in shown)))), rows)
+    titles = {"loss": "loss"} | ({"metric": "validation"} if has_metric(report) else {})
+    rows = tuple((f"{row['epoch']:.0f}", *(f"{row[key]:.4f}" for key in titles)) for row in report["curve"])
+    table = Table(tuple(map(Column, ("epoch", *titles.values()))), rows)
     picture = Picture("finetuning", "Fine-tuning")
     return Section("Fine-tuning", (*stopped, *_kept(report), picture, *_learning_rate(report), table))
 

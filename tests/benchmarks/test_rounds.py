@@ -12,7 +12,6 @@ from torch import nn
 from benchmarks.rounds import __main__ as rounds
 from benchmarks.runs import Runs
 from benchmarks.tasks import TASKS
-from sekron_search import load
 from sekron_search.config import Config
 from sekron_search.finetune import Distillation
 from sekron_search.tensor_files import read_tensors, write_tensors
@@ -44,7 +43,7 @@ def test_a_second_round_starts_from_trained_weights_and_is_trained_towards_the_o
     monkeypatch.setattr(rounds, "trained", trained)
     found = rounds.sample_of(runs, "0.6x", "0.4x", seed=0, epochs=1)
     one = runs.run({"flops": "0.6x"}, seed=0, epochs=1)
-    first, second = (load(run.folder.path) for run in (one, rounds.again(runs, one, "0.4x", seed=0)))
+    first, second = one.network, rounds.again(runs, one, "0.4x", seed=0).network
     images = blobs(16, seed=5).tensors[0]
     restored = small_net(seed=1)
     restored.load_state_dict(read_tensors(tmp_path / "runs" / "rounds" / one.folder.path.name / "trained.safetensors"))
