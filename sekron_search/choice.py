@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sekron_search.data import SplitMetric, batches, to_device, values_of_samples
-from sekron_search.divergence import divergence
+from sekron_search.divergence import ChosenBy, divergence
 from sekron_search.job import Job
 from sekron_search.mirrored import mean_with_mirrored
 from sekron_search.model import device_of, run_model
@@ -74,7 +73,7 @@ def measured_in_training(job: Job, network: nn.Module) -> dict[str, float]:
     return {"metric": metric, "divergence": min(distance, sys.float_info.max)}
 
 
-def preferred(found: Sequence[Judged], by: Literal["metric", "divergence"] = "metric") -> int:
+def preferred(found: Sequence[Judged], by: ChosenBy = "metric") -> int:
     """Index of the best network by the metric, or else by how far its outputs are from those wanted.
 
     Of those whose metric chance alone may have put below the best one's, as the differences on the samples show, the

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from sekron_search.divergence import DivergenceName
+from sekron_search.divergence import ChosenBy, DivergenceName
 from sekron_search.errors import ConfigError
 from sekron_search.files import read_yaml
 from sekron_search.precision import Autocast, device_name, known_device
@@ -194,7 +194,7 @@ class FinetuneConfig(_Section):
     label_weight: Annotated[float, Field(ge=0, le=1)] = 0.1
     layer_weight: Annotated[float, Field(ge=0)] = 4.0
     batch_norm: Literal["auto", "frozen", "trained"] = "auto"
-    choice: Literal["metric", "divergence"] = "metric"
+    choice: ChosenBy = "metric"
     device: Annotated[str, AfterValidator(device_name)] | None = None
     autocast: Autocast | None = None
 

@@ -15,6 +15,9 @@ from sekron_search.model import Inputs, batch_size, output_tensors, run_model
 
 DivergenceName = Literal["kl", "mse"]
 
+#: What trained networks are told apart by: their metric, or how far their outputs are from the original's.
+ChosenBy = Literal["metric", "divergence"]
+
 
 def kl_divergence(output: Tensor, reference: Tensor) -> Tensor:
     """Mean over the samples of T^2 KL(reference || output) of the class distributions, for logits (N, classes, ...).

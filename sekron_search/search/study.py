@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf, isfinite
-from typing import Literal
 
 import optuna
 
+from sekron_search.divergence import ChosenBy
 from sekron_search.progress import Reporter
 from sekron_search.search.budget import CostName, meets
 from sekron_search.search.ledger import Claim, Ledger
@@ -143,7 +143,7 @@ class Halving:
     Source: Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning (ASHA).
     """
 
-    def __init__(self, by: Literal["metric", "divergence"]) -> None:
+    def __init__(self, by: ChosenBy) -> None:
         self._by = by
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
         self._study = optuna.create_study(direction="maximize", pruner=pruner)
