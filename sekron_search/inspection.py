@@ -239,6 +239,21 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
             handle.remove()
         for module, mode in training.items():
             module.training = mode
+    _check_output(output)
+    returned = {id(leaf) for leaf in leaves(output)}
+    for name, record in records.items():
+        # A batch-norm takes up a shift only if nothing else sees it, if it has the statistics of one input alone, and
+        # if its channels are the layer's: those of a linear layer stand last.
+        seen_elsewhere = record.uses != 1 or id(record.output) in returned
+        if record.norm is not None and (
+            seen_elsewhere or norm_calls[record.norm] != 1 or not _channels_first(model.get_submodule(name), record)
+        ):
+            record.norm = None
+    return records
+
+
+def _check_output(output: Any) -> None:
+    """Raise DataError unless there is something finite in a network's output whose change can be measured."""
     tensors = output_tensors(output)
     if (hidden := hidden_tensors(output)) is not None:
         raise DataError(
@@ -253,16 +268,6 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
         raise DataError(
             "the network gives NaN or infinity on the example inputs; check its weights and the inputs' scale"
         )
-    returned = {id(leaf) for leaf in leaves(output)}
-    for name, record in records.items():
-        # A batch-norm takes up a shift only if nothing else sees it, if it has the statistics of one input alone, and
-        # if its channels are the layer's: those of a linear layer stand last.
-        seen_elsewhere = record.uses != 1 or id(record.output) in returned
-        if record.norm is not None and (
-            seen_elsewhere or norm_calls[record.norm] != 1 or not _channels_first(model.get_submodule(name), record)
-        ):
-            record.norm = None
-    return records
 
 
 def _channels_first(module: nn.Module, record: _Record) -> bool:
