@@ -8,9 +8,7 @@ same images by the same distillation for the same epochs, its learning rate foun
 layers' outputs count where layers are replaced, which pruning and fresh networks do not do. Latencies are of deployed
 networks beside the original. Under each budget this package is then given the measured latency of the best rival as its
 only budget. Everything is chosen on a validation split; the test split is evaluated once per network. Killed runs are
-gone on with, and results of other methods, seeds, epochs and teachers that were written before are kept. Rivals train
-the statistics of batch-norms, which is better for uniform CP and Tucker-2; this package's networks, where they start
-far from the original.
+gone on with, and results of other methods, seeds, epochs and teachers that were written before are kept.
 """
 
 from __future__ import annotations

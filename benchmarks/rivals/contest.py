@@ -11,7 +11,6 @@ from torch import nn
 from benchmarks.rivals.methods import RIVALS
 from benchmarks.runs import trained
 from sekron_search.choice import judged, preferred
-from sekron_search.config import FinetuneConfig
 from sekron_search.costs.profile import Provenance
 from sekron_search.costs.traced import NormStatistics, reestimate_batch_norm, traced_flops
 from sekron_search.errors import ConfigError, DivergedError, InfeasibleBudgetError
@@ -30,7 +29,7 @@ class Contest:
     """The conditions, which are the same for all.
 
     Args:
-        job: The network, its data, the metrics, and how is trained: epochs, distillation, seed; but see `training_of`.
+        job: The network, its data, the metrics, and how is trained: epochs, distillation, seed.
             What its settings say of budgets and of a search counts for nothing here.
         reporter: Told of the progress.
     """
@@ -77,7 +76,8 @@ class Contest:
         assert job.validate is not None
         assert job.test is not None
         untrained, start = job.validate(network), copy_model(network)
-        curve = trained(job.distillation_by(training_of(job)), network, job, home, self.reporter)
+        assert job.distillation is not None
+        curve = trained(job.distillation, network, job, home, self.reporter)
         networks, metrics = (network, start), (curve[-1]["metric"], untrained)
         marks = judged(job, networks, metrics, home / "judged.safetensors")
         kept = preferred(marks, job.settings.finetune.choice)  # as of this package's networks
@@ -98,19 +98,11 @@ class Contest:
         }
 
 
-def training_of(job: Job) -> FinetuneConfig:
-    """How rivals' networks are trained: as this package's are, but that statistics of batch-norms are trained too.
-
-    Kept statistics help networks that begin near the original; rivals' do not, or have other channels than it.
-    """
-    return job.settings.finetune.model_copy(update={"batch_norm": "trained"})
-
-
 def conditions(job: Job) -> str:
     """A hash of all that a rival's result hangs on, but for the method and the flops."""
     told = job.fingerprint()
     settings = {name: told["settings"][name] for name in ("metric", "calibration", "latency", "seed")}
-    settings["finetune"] = training_of(job).model_dump(mode="json", exclude={"device"})
+    settings["finetune"] = job.settings.finetune.model_dump(mode="json", exclude={"device"})
     return digest([settings, *(told[name] for name in ("model", "inputs", "source", "train"))])[:10]
 
 

@@ -42,7 +42,7 @@ def test_a_rival_is_trained_and_measured_once(tmp_path: Path, monkeypatch: pytes
     assert 0 < found["params"] < sum(p.numel() for p in contest.job.model.parameters())
     assert found["latency_ratio"] > 0
     assert found["processor"]
-    assert found["batch_norm"] == "trained"
+    assert found["batch_norm"] == "frozen"
     marks = judged(contest.job, [nn.Identity()] * 2, [0.0, 0.0], tmp_path / "rival" / "judged.safetensors")
     assert [one.metric for one in marks] == pytest.approx(
         [found["curve"][-1]["metric"], found["validation_without_training"]]
@@ -53,6 +53,14 @@ def test_a_rival_is_trained_and_measured_once(tmp_path: Path, monkeypatch: pytes
     assert read_tensors(tmp_path / "rival" / "weights.safetensors")
     monkeypatch.delattr(Distillation, "train")
     assert contest.enter(name, 0.5, tmp_path / "rival") == found
+
+
+def test_statistics_of_rivals_are_trained_by_the_rule_of_this_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sekron_search.finetune.FAR", 0.0)
+    found = Contest(job_of(tmp_path), Reporter()).enter("structured pruning", 0.5, tmp_path / "rival")
+    assert found["batch_norm"] == "trained"
 
 
 def test_what_a_rival_cannot_reach_is_told(tmp_path: Path) -> None:
