@@ -35,7 +35,7 @@ RuntimeChoice = Annotated[str, name_or_reference(*RUNTIMES, what="class")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -262,9 +262,10 @@ class Settings(_Section):
         return value
 
     @model_validator(mode="after")
-    def _loss_fits(self) -> Settings:
-        if self.finetune.loss == "l1" and self.search.divergence == "kl":
-            raise ValueError("finetune.loss 'l1' compares values, not logits: set search.divergence to 'mse'")
+    def _compares_values(self) -> Settings:
+        for key, value in {"finetune.loss": self.finetune.loss, "metric": self.metric}.items():
+            if value in ("l1", "neg_mse", "psnr") and self.search.divergence == "kl":
+                raise ValueError(f"{key} '{value}' compares values, not logits: set search.divergence to 'mse'")
         return self
 
     @property
@@ -309,27 +310,25 @@ class Config(Settings):
     def _resolved(self, base: Path) -> Config:
         """With all paths absolute, and those that must exist checked."""
 
-        def absolute(path: Path | None, key: str, *, must_exist: bool = True) -> Path | None:
+        def full(path: Path | None, key: str, *, must_exist: bool = True) -> Path | None:
             if path is None:
                 return None
             try:
-                full = (base / path.expanduser()).resolve()
-                there = full.exists()
+                found = (base / path.expanduser()).resolve()
+                there = found.exists()
             except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, of a user who is not known
                 raise ConfigError(f"config key '{key}': no path: {str(path)[:100]!r}: {error}") from None
             if must_exist and not there:
-                raise ConfigError(f"config key '{key}': no such file or folder: {full}")
-            return full
+                raise ConfigError(f"config key '{key}': no such file or folder: {found}")
+            return found
 
         return self.model_copy(
             update={
-                "model": self.model.model_copy(update={"weights": absolute(self.model.weights, "model.weights")}),
-                "data": self.data.model_copy(update={"path": absolute(self.data.path, "data.path")}),
-                "latency": self.latency.model_copy(
-                    update={"profile": absolute(self.latency.profile, "latency.profile")}
-                ),
-                "tables": absolute(self.tables, "tables", must_exist=False),
-                "out": absolute(self.out, "out", must_exist=False),
+                "model": self.model.model_copy(update={"weights": full(self.model.weights, "model.weights")}),
+                "data": self.data.model_copy(update={"path": full(self.data.path, "data.path")}),
+                "latency": self.latency.model_copy(update={"profile": full(self.latency.profile, "latency.profile")}),
+                "tables": full(self.tables, "tables", must_exist=False),
+                "out": full(self.out, "out", must_exist=False),
             }
         )
 

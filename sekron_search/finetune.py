@@ -20,7 +20,7 @@ from sekron_search.divergence import DivergenceName, divergence
 from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.export import layers_json, with_layers
 from sekron_search.layer_outputs import Reference, layer_error, references_of, seen
-from sekron_search.losses import TargetLoss, check_labels_of, distillation_loss
+from sekron_search.losses import TargetLoss, check_labels_of, check_loss, distillation_loss
 from sekron_search.mirrored import check_alike, mean_with_mirrored
 from sekron_search.model import batch_size, device_of, part_of, run_model
 from sekron_search.precision import autocast_dtype
@@ -133,7 +133,7 @@ class Distillation:
             reference = self._wanted(inputs, output)
             if self.config.mirrored_teacher:
                 check_alike(self.divergence, output, reference)
-            distillation_loss(self.divergence, output, reference, target, self.config, self.own_loss)
+        check_loss(self.divergence, output, reference, target, self.config, self.own_loss)
 
     @cached_property
     def own_loss(self) -> TargetLoss | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from sekron_search.config import FinetuneConfig
 from sekron_search.data import check_labels
 from sekron_search.divergence import DivergenceName, relative_l1, relative_mse
-from sekron_search.errors import DataError, users_own
+from sekron_search.errors import ConfigError, DataError, users_own
 from sekron_search.model import output_tensors
-from sekron_search.nested import named_leaves
+from sekron_search.nested import map_tensors, named_leaves
 
 #: A loss of (output, target).
 TargetLoss = Callable[[Any, Any], Tensor]
@@ -64,6 +64,66 @@ def distillation_loss(
     else:
         return distilled
     return (1 - weight) * distilled + weight * labelled
+
+
+def check_loss(
+    name: DivergenceName, output: Any, reference: Any, target: Any, config: FinetuneConfig, own: TargetLoss | None
+) -> None:
+    """Compute the loss of a batch, of the original's own outputs, and check that something can be learned from it.
+
+    Args:
+        name, reference, target, config, own: As of `distillation_loss`.
+        output: Of the original.
+
+    Raises:
+        DataError: If outputs or loss are NaN or infinite, targets are none that the loss is of or are missing where
+            nothing else counts, or the user's own loss has no gradient.
+        ConfigError: If the user's own loss would never be used.
+    """
+    if own is not None and config.label_weight == 0:
+        raise ConfigError(
+            f"config key 'finetune.loss': {config.loss} is a loss of the targets, which finetune.label_weight: 0 "
+            "leaves out; give them a weight above 0, or leave finetune.loss out"
+        )
+    if not all(bool(t.isfinite().all()) for t in output_tensors(output)):
+        raise DataError("train: the network gives NaN or infinity on the first batch; check the inputs and their scale")
+    if config.label_weight and own is None:
+        _check_targets(name, _with_targets(output, target), config.label_weight)
+    learns = []
+
+    def watched(output: Any, target: Any) -> Any:
+        value = own(output, target) if own is not None else None
+        learns.append(getattr(value, "requires_grad", True))
+        return value
+
+    with torch.enable_grad():
+        output = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, output)
+        loss = distillation_loss(name, output, reference, target, config, watched if own is not None else None)
+    if not all(learns):
+        raise DataError(
+            f"finetune.loss {config.loss!r}: the value has no gradient, so nothing could be learned from it; "
+            "compute it from the output with torch, without detach(), item() or no_grad()"
+        )
+    loss = loss.detach()
+    if not bool(loss.isfinite()):
+        what = "finetune.loss" if own is not None else "train"
+        raise DataError(f"{what}: the loss of the original network on the first batch is {loss.item()}; check the data")
+
+
+def _check_targets(name: DivergenceName, pairs: Sequence[tuple[Tensor, Tensor]], label_weight: float) -> None:
+    """Raise DataError unless there are targets where they alone count, and values for logits are probabilities."""
+    if label_weight == 1 and not pairs:
+        raise DataError("train: finetune.label_weight is 1, so that targets alone count, and the data has none")
+    for ours, wanted in pairs:
+        if name == "mse" or not (wanted.is_floating_point() and _are_values(name, ours, wanted)):
+            continue
+        # Mixed and smoothed labels add up to 1, however they were rounded.
+        if bool((wanted < 0).any()) or bool(((wanted.float().sum(1) - 1).abs() > 0.01).any()):
+            raise DataError(
+                f"train: targets of shape {tuple(wanted.shape)}, as the outputs have, are compared with logits and are "
+                "no probabilities of classes, which add up to 1 over axis 1; for images and other values set "
+                "search.divergence to 'mse', else give finetune.loss a function of your own"
+            )
 
 
 def check_labels_of(name: DivergenceName, output: Any, target: Any, config: FinetuneConfig) -> None:

@@ -51,6 +51,12 @@ pytestmark = pytest.mark.filterwarnings(
         (SPACE, "space: nothing.yaml", "nothing.yaml: cannot be read"),
         ("budget:", "budget: [", "not YAML"),
         ("flops: 0.6x", "flops: true", "budget.flops: expected a positive number"),
+        (
+            "epochs: 2,",
+            "learning_rate: 0,",
+            "key 'finetune.learning_rate': input should be 'auto' or input should be gr",
+        ),
+        ("epochs: 2,", "temperature: .inf,", "key 'finetune.temperature': input should be a finite number; got inf"),
         ("budget:", "device: abacus\nbudget:", "key 'device': expected a torch device such as 'cpu'"),
         ("budget:", "device: meta\nbudget:", "key 'device': expected 'cpu' or 'cuda'"),
     ],

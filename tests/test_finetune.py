@@ -283,8 +283,12 @@ def test_values_are_compared_by_absolute_errors_where_that_is_asked_for() -> Non
     deviations = [(t - t.mean()).abs().mean() for t in (images, target)]
     expected = 0.5 * 0.1 / deviations[0] + 0.5 * (output - target).abs().mean() / deviations[1]
     assert float(distillation_loss("mse", output, images, target, config)) == pytest.approx(float(expected), rel=1e-5)
-    with pytest.raises(ConfigError, match=r"'l1' compares values, not logits: set search\.divergence to 'mse'"):
-        make_settings({"flops": "0.5x"}, {"finetune": {"loss": "l1"}})
+    wrong: dict[str, dict[str, Any]] = {"l1": {"finetune": {"loss": "l1"}}, "psnr": {"metric": "psnr"}}
+    for name, settings in wrong.items():
+        with pytest.raises(
+            ConfigError, match=rf"'{name}' compares values, not logits: set search\.divergence to 'mse'$"
+        ):
+            make_settings({"flops": "0.5x"}, settings)
 
 
 def half_of_it(output: Any, target: Any) -> torch.Tensor:
@@ -337,6 +341,50 @@ def test_the_users_own_loss_stands_for_the_labels(tmp_path: Path) -> None:
             distillation(loss=f"{__name__}:{name}").check()
     with pytest.raises(ConfigError, match=r"finetune\.loss'.*cannot import"):
         distillation(loss="nowhere.at_all:loss").check()
+
+
+def without_gradient(output: Any, target: Any) -> Tensor:
+    """A loss that nothing can be learned from."""
+    return nn.functional.cross_entropy(output, target).detach()
+
+
+def not_a_number(output: Any, target: Any) -> Tensor:
+    """A loss that is never finite."""
+    return nn.functional.cross_entropy(output, target) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"loss": f"{__name__}:without_gradient"}, DataError, r"finetune\.loss '.*': the value has no gradient"),
+        ({"loss": f"{__name__}:not_a_number"}, DataError, r"finetune\.loss: the loss .* on the first batch is nan"),
+        ({"loss": f"{__name__}:half_of_it", "label_weight": 0}, ConfigError, r"finetune\.label_weight: 0 leaves out"),
+    ],
+)
+def test_a_loss_that_nothing_can_be_learned_from_is_told_before_the_search(
+    options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        distillation(**options).check()
+
+
+def test_training_data_that_nothing_can_be_learned_from_are_told_before_the_search() -> None:
+    images, labels = blobs(64).tensors
+
+    def check(data: TensorDataset, **options: Any) -> None:
+        config = FinetuneConfig(learning_rate=1e-2, **options)
+        Distillation(small_net(), TrainingData(data, 32), config, "kl").check()
+
+    probabilities = nn.functional.one_hot(labels, 4).float() * 0.9 + 0.025
+    check(TensorDataset(images, probabilities))
+    check(TensorDataset(images))
+    with pytest.raises(DataError, match=r"train: the network gives NaN or infinity on the first batch"):
+        check(TensorDataset(images * float("nan"), labels))
+    for wrong in (2 * probabilities, probabilities - 0.5):
+        with pytest.raises(DataError, match=r"shape \(32, 4\).*no probabilities .* search\.divergence to 'mse'"):
+            check(TensorDataset(images, wrong))
+    with pytest.raises(DataError, match=r"finetune\.label_weight is 1, .* and the data has none"):
+        check(TensorDataset(images), label_weight=1.0)
 
 
 @pytest.mark.parametrize("wrong", ["l2", "module.function", ":loss", "os.path:"])

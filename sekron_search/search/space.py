@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,9 @@ from sekron_search.references import name_or_reference
 
 #: A family by name, or a function of (weight shape, most factors) that gives its skeletons.
 Family = Annotated[str, name_or_reference(*FAMILIES)]
+
+#: How pydantic names, in the path of a key, which of several kinds that a value may be of it was compared with.
+_ALTERNATIVE = re.compile(r"literal\[.*\]|constrained-\w+")
 
 
 class SearchSpace(BaseModel):
@@ -71,18 +75,25 @@ class SearchSpace(BaseModel):
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """One line per problem that pydantic found: the key's path, what came, what was expected."""
-    lines = []
+    """One line per key that pydantic found wrong: its path, what was expected, what came."""
+    unknown: list[str] = []
+    expected: dict[str, list[str]] = {}
+    came: dict[str, str] = {}
     for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+        path = ".".join(str(part) for part in problem["loc"] if not _ALTERNATIVE.fullmatch(str(part)))
         if problem["type"] == "extra_forbidden":
-            known = _keys_at(model, problem["loc"][:-1])
-            lines.append(f"key '{path}' is not known; expected one of: {', '.join(known)}")
-        else:
-            came = repr(problem["input"]) if problem["type"] != "missing" else "nothing"
-            told = problem["msg"].removeprefix("Value error, ").removeprefix(f"{path}: ")
-            lines.append(f"key '{path}': {told[0].lower()}{told[1:]}; got {came:.80}")
-    return f"{where}: " + "; ".join(lines)
+            known = ", ".join(_keys_at(model, problem["loc"][:-1]))
+            unknown.append(f"key '{path}' is not known; expected one of: {known}")
+            continue
+        told = problem["msg"].removeprefix("Value error, ").removeprefix(f"{path}: ")
+        expected.setdefault(path, []).append(f"{told[0].lower()}{told[1:]}")
+        came[path] = "nothing" if problem["type"] == "missing" else f"{problem['input']!r:.80}"
+    # What is wrong between keys names them itself.
+    wrong = [
+        f"key '{path}': {' or '.join(told)}; got {came[path]}" if path else "; ".join(told)
+        for path, told in expected.items()
+    ]
+    return f"{where}: " + "; ".join(unknown + wrong)
 
 
 def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
