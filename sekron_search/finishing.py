@@ -291,9 +291,12 @@ def _begin(folder: RunFolder, target: RunFolder, found: _Found) -> None:
                 f"run folder {target.path}: it finishes another network than {found.pick.source} of run "
                 f"{found.pick.run} is now, which was made anew since; choose another --out"
             )
-    for path in (folder.layout, folder.original, folder.profile, folder.calibration, folder.learning_rate):
-        _copy(path, target.path / path.name)
     home = folder.candidates / found.record.network.digest(picked.assignment)
+    kept = [folder.layout, folder.original, folder.profile, folder.calibration]
+    if (home / "checkpoint.pt").exists():  # begun at that rate; a network that nobody has trained finds its own
+        kept.append(folder.learning_rate)
+    for path in kept:
+        _copy(path, target.path / path.name)
     for name in ("weights.safetensors", "candidate.json", "checkpoint.pt"):
         _copy(home / name, target.candidates / home.name / name)
     if not target.search.exists():

@@ -72,6 +72,8 @@ def test_another_trial_becomes_a_run_of_its_own(finished: RunFolder, no_search: 
     assert [c["trial"] for c in report["candidates"]] == [other["trial"]]
     assert report["finishes"]["run"] == finished.identity
     assert len(report["curve"]) == 2
+    rates = [read_json(folder.learning_rate)["trials"] for folder in (finished, RunFolder(result.path))]
+    assert rates[0] != rates[1], "the rate of a network that was not trained before is its own"
     network = sekron_search.load(result.path)
     assert traced_flops(network, torch.randn(1, 3, 8, 8)).total == report["compressed"]["flops"]
     accuracy = evaluate(network, small_data().test, "accuracy", batch_size=512)
@@ -88,6 +90,7 @@ def test_the_trial_that_the_run_chose_comes_out_the_same(finished: RunFolder, tm
     own = read_json(finished.report)
     chosen = next(c["trial"] for c in own["candidates"] if c["chosen"])
     target, report = finish_run(finished, Reporter(), trial=chosen, out=tmp_path / "again")
+    assert target.learning_rate.read_bytes() == finished.learning_rate.read_bytes()
     assert report["divergence"] == own["divergence"]
     assert report["compressed"]["metric"] == own["compressed"]["metric"]
     assert [(b["name"], b["value"], b["met"]) for b in report["budgets"]] == [
