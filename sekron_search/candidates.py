@@ -264,21 +264,30 @@ class Finder:
             return Finished(candidate, [], network, as_fitted=True)
         distillation = tuned(job.distillation, network, self.folder.learning_rate, self.reporter)
         halving.start()
-        diverged = None
+        diverged, notes = None, [""]
+
+        def keep_on(row: Mapping[str, float]) -> bool:
+            metric = "" if job.validate is None else f", {job.settings.metric_name} {row['metric']:.4g}"
+            notes.append(f"epoch {row['epoch']:.0f}: loss {row['loss']:.3g}{metric}")
+            return halving.keep_on(row)
+
         with self.reporter.task(what, distillation.total_batches) as task:
             try:
                 curve = distillation.train(
                     with_memory_format(network, self.tables.layout.memory_format),  # fastest forward, and backward
                     checkpoint=home / "checkpoint.pt",
                     measure=self._measure(),
-                    after_epoch=halving.keep_on,
-                    progress=task.update,
+                    after_epoch=keep_on,
+                    progress=lambda done: task.update(done, notes[-1]),
                 )
+                task.update(len(curve) * len(distillation.data), notes[-1])
             except DivergedError as error:
                 # Another learning rate would be another run: this one makes the best of what it has.
                 curve, diverged, network = error.curve, str(error), self.load(candidate)
                 if curve:
                     network.load_state_dict(read_checkpoint(home / "checkpoint.pt")["model"])
+        if diverged is None and len(curve) < distillation.config.epochs:
+            self.reporter.say(f"{what}: trial {candidate.trial} is given up ({notes[-1]}): others were better by then")
         if diverged is not None:
             kept = f"as after epoch {len(curve)}" if curve else "as it was fitted"
             self.reporter.say(f"{what}: {diverged}. The candidate goes on {kept}")

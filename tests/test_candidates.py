@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from sekron_search.files import read_json
 from sekron_search.finetune import Distillation
 from sekron_search.jobs import job_from_config
 from sekron_search.prepare import prepare
-from sekron_search.progress import Reporter
+from sekron_search.progress import Reporter, Task
 from sekron_search.rundir import RunFolder
 from sekron_search.search.study import Halving
 from sekron_search.search.trial import Trial
@@ -81,6 +83,27 @@ def test_without_a_metric_the_loss_of_those_that_were_trained_decides() -> None:
     assert finished(3.0).worth > finished(divergence=0.1).worth, "a loss is no divergence"
 
 
+class Noted(Reporter):
+    """Keeps what it is told, of tasks the notes."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.notes: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Task]:
+        notes = self.notes
+
+        class Noting(Task):
+            def update(self, done: int, note: str = "") -> None:
+                notes.append(f"{description}: {note}")
+
+        yield Noting(description, total)
+
+
 @pytest.mark.parametrize(("choice", "epochs"), [("metric", [8, 8]), ("divergence", [8, 1])])
 def test_halving_goes_by_what_networks_are_chosen_by(
     finder: Finder, monkeypatch: pytest.MonkeyPatch, choice: str, epochs: list[int]
@@ -88,6 +111,7 @@ def test_halving_goes_by_what_networks_are_chosen_by(
     """The second network is the better one by the metric, and by the losses, and the worse one by its outputs."""
     finetune = finder.job.settings.finetune.model_copy(update={"choice": choice})
     finder.job = replace(finder.job, settings=finder.job.settings.model_copy(update={"finetune": finetune}))
+    finder.reporter = noted = Noted()
     searched = finder.search()
     pool = sorted(searched.candidates, key=lambda c: c.divergence)
     assert len(pool) == 2
@@ -113,6 +137,9 @@ def test_halving_goes_by_what_networks_are_chosen_by(
         assert rows[0]["divergence"] < rows[-1]["divergence"]
     else:
         assert "divergence" not in rows[0], "it takes time"
+    assert f"fine-tuning 1/2: epoch {epochs[0]}: loss 0.2, accuracy 0.5" in noted.notes
+    given_up = f"fine-tuning 2/2: trial {pool[1].trial} is given up (epoch 1: loss 0.1, accuracy 0.6): others"
+    assert any(text.startswith(given_up) for text in noted.told) == (choice == "divergence")
 
 
 def test_halving_goes_by_the_metric_where_a_curve_of_before_has_no_divergence() -> None:
