@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median, mode
 from typing import Any
 
 import matplotlib as mpl
@@ -25,56 +25,72 @@ STYLES = {
 }
 
 
-def plot(path: Path) -> None:
-    """A row per network and way of training, a panel of latencies per processor, for they cannot be compared.
+#: What lies further below the best than so many times as far as the median does is told in words: dots that are close
+#: together could not be told apart beside it.
+FURTHEST = 4
 
-    Every dot is the mean over the seeds of a method under a budget; one budget alone makes no picture.
+
+def plot(path: Path) -> None:
+    """A row per network and way of training; on the right latencies, of the processor that most of the row ran on.
+
+    Latencies of different processors cannot be compared. Every dot is the mean over the seeds of a method under a
+    budget; one budget alone makes no picture.
     """
     samples = [s for s in samples_of(path) if "failed" not in s]
     rows: dict[tuple[str, int, bool], list[dict[str, Any]]] = {}
     for sample in samples:
         rows.setdefault((sample["network"], sample["epochs"], sample["mirrored_teacher"]), []).append(sample)
     rows = {row: own for row, own in rows.items() if len({s["budget"] for s in own}) > 1}
-    processors = list(dict.fromkeys(s["processor"] for s in samples))
-    size = (2.5 + 4.5 * (1 + len(processors)), 4.2 * len(rows))
     figure, panels = plt.subplots(
-        len(rows), 1 + len(processors), figsize=size, constrained_layout=True, squeeze=False, sharey="row"
+        len(rows), 2, figsize=(11.5, 3.8 * len(rows)), constrained_layout=True, squeeze=False, sharey="row"
     )
     handles: dict[str, Any] = {}
-    for ((network, epochs, mirrored), own), (left, *others) in zip(rows.items(), panels, strict=True):
+    for ((network, epochs, mirrored), own), (left, right) in zip(rows.items(), panels, strict=True):
         task = TASKS[network]
-        handles |= _panel(left, own, "flops_ratio", task.factor)
+        processor = mode(s["processor"] for s in own)
+        by_flops = _dots(own, "flops_ratio", task.factor)
+        handles |= _panel(left, by_flops)
+        handles |= _panel(right, _dots([s for s in own if s["processor"] == processor], "latency_ratio", task.factor))
+        _keep_apart(left, by_flops)
         left.set(xlabel="flops, of the original's", ylabel=f"{task.unit.split()[-1]} on the test split")
-        for axes, processor in zip(others, processors, strict=True):
-            there = [s for s in own if s["processor"] == processor]
-            axes.set_visible(bool(there))
-            handles |= _panel(axes, there, "latency_ratio", task.factor)
-            axes.set(xlabel="measured latency, of the original's")
-            axes.set_title(processor, fontsize=10)
         left.set_title(f"{network}, {epochs} epochs{', mirrored teacher' if mirrored else ''}", fontsize=10)
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
+        right.set(xlabel="measured latency, of the original's")
+        right.set_title(processor, fontsize=10)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", frameon=False, fontsize=9, ncols=5)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)
 
 
-def _panel(axes: Axes, samples: list[dict[str, Any]], key: str, factor: float) -> dict[str, Any]:
-    """One dot per method and budget, those of a method connected; by method, what a legend shows."""
+def _dots(samples: list[dict[str, Any]], key: str, factor: float) -> dict[str, list[tuple[float, float]]]:
+    """By method, a dot per budget, from left to right."""
     found = {}
-    for method, (colour, marker) in STYLES.items():
+    for method in STYLES:
         own = [s for s in samples if s["method"] == method]
-        budgets = dict.fromkeys(s["budget"] for s in own)
-        dots = sorted(
-            (
-                mean(s[key] for s in own if s["budget"] == budget),
-                mean(factor * s["test"] for s in own if s["budget"] == budget),
-            )
-            for budget in budgets
-        )
-        if dots:
-            line = "none" if method == "ours, as fast as the best rival" else "-"
-            (found[method],) = axes.plot(*zip(*dots, strict=True), color=colour, marker=marker, linestyle=line)
+        parts = [[s for s in own if s["budget"] == budget] for budget in dict.fromkeys(s["budget"] for s in own)]
+        found[method] = sorted((mean(s[key] for s in part), mean(factor * s["test"] for s in part)) for part in parts)
+    return {method: dots for method, dots in found.items() if dots}
+
+
+def _panel(axes: Axes, dots: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Dots of a method connected; by method, what a legend shows."""
+    found = {}
+    for method, own in dots.items():
+        colour, marker = STYLES[method]
+        line = "none" if method == "ours, as fast as the best rival" else "-"
+        (found[method],) = axes.plot(*zip(*own, strict=True), color=colour, marker=marker, linestyle=line)
     axes.grid(alpha=0.3)
     return found
+
+
+def _keep_apart(axes: Axes, dots: dict[str, list[tuple[float, float]]]) -> None:
+    """Leave out what is far below all others, and say what it is."""
+    values = [y for own in dots.values() for _, y in own]
+    best = max(values)
+    least = best - FURTHEST * (best - median(values))
+    below = [f"{method} {y:.2f}" for method, own in dots.items() for _, y in own if y < least]
+    if below:
+        axes.set_ylim(least, best + 0.1 * (best - least))
+        axes.text(0.98, 0.03, "below: " + ", ".join(below), transform=axes.transAxes, ha="right", fontsize=8)
 
 
 if __name__ == "__main__":
