@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from sekron_search.config import DataConfig, MetricName
 from sekron_search.errors import DataError, users_own
 from sekron_search.image_files import ImageFolder, common_size, labelled
 from sekron_search.model import Inputs, as_inputs, device_of, joined, part_of
 from sekron_search.model import batch_size as samples_of
 from sekron_search.nested import map_tensors
 from sekron_search.references import import_reference
+from sekron_search.sections import DataConfig, MetricName
 
 Batch = tuple[Inputs, Any]
 Augment = Callable[[Tensor, torch.Generator], Tensor]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sekron_search.config import FinetuneConfig
 from sekron_search.data import Batch, to_device
 from sekron_search.divergence import DivergenceName, divergence
 from sekron_search.errors import ConfigError, DataError, DivergedError
@@ -25,6 +24,7 @@ from sekron_search.mirrored import check_alike, mean_with_mirrored
 from sekron_search.model import batch_size, device_of, part_of, run_model
 from sekron_search.precision import autocast_dtype
 from sekron_search.references import import_reference
+from sekron_search.sections import FinetuneConfig
 from sekron_search.team import Team
 from sekron_search.team_task import Task
 from sekron_search.tensor_files import read_checkpoint, write_checkpoint

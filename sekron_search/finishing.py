@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from sekron_search.catalog import Searched, finished_report
-from sekron_search.config import AuditConfig, Config
+from sekron_search.config import Config
 from sekron_search.errors import ConfigError, RunFolderError, SekronError
 from sekron_search.export import load
 from sekron_search.files import atomic, read_json, read_yaml, write_json
@@ -30,6 +30,7 @@ from sekron_search.rundir import RunFolder
 from sekron_search.search.budget import Budget, meets
 from sekron_search.search.record import SearchRecord, read_trials, trial_of
 from sekron_search.search.trial import Trial
+from sekron_search.sections import AuditConfig
 from sekron_search.select import select, with_network
 from sekron_search.team import Team
 

@@ -11,8 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sekron_search.config import DataConfig
 from sekron_search.errors import DataError
+from sekron_search.sections import DataConfig
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sekron_search.config import FinetuneConfig, Settings
+from sekron_search.config import Settings
 from sekron_search.costs.profile import DeviceProfile, Provenance
 from sekron_search.curvature import output_curvature
 from sekron_search.data import SplitMetric
@@ -24,6 +24,7 @@ from sekron_search.model import Inputs, batch_size, copy_model
 from sekron_search.precision import is_there
 from sekron_search.runtimes.base import MemoryFormat, Runtime
 from sekron_search.runtimes.registry import make_runtime, runtime_class
+from sekron_search.sections import FinetuneConfig
 from sekron_search.tensor_files import digest
 from sekron_search.training_data import TrainingData
 from sekron_search.training_state import Measure

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from sekron_search.config import Config, MetricName
+from sekron_search.config import Config
 from sekron_search.data import (
     DataBundle,
     SplitMetric,
@@ -27,6 +27,7 @@ from sekron_search.job import Job, checked_metric
 from sekron_search.model import Inputs, batch_size, first_batches, joined, part_of
 from sekron_search.references import import_reference
 from sekron_search.rundir import RunFolder
+from sekron_search.sections import MetricName
 from sekron_search.training_data import TrainingData
 
 #: Samples of a batch when a metric is evaluated.

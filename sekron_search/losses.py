@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sekron_search.config import FinetuneConfig
 from sekron_search.data import check_labels
 from sekron_search.divergence import DivergenceName, relative_l1, relative_mse
 from sekron_search.errors import ConfigError, DataError, users_own
 from sekron_search.model import output_tensors
 from sekron_search.nested import map_tensors, named_leaves
+from sekron_search.sections import FinetuneConfig
 
 #: A loss of (output, target).
 TargetLoss = Callable[[Any, Any], Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sekron_search.config import FinetuneConfig
+from sekron_search.sections import FinetuneConfig
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sekron_search.config import FinetuneConfig
 from sekron_search.costs.provenance import processor_of
 from sekron_search.errors import DataError
 from sekron_search.model import device_of
 from sekron_search.muon import Muon
 from sekron_search.precision import autocast_dtype
+from sekron_search.sections import FinetuneConfig
 from sekron_search.team import Team
 from sekron_search.tensor_files import read_checkpoint
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from sekron_search.config import FinetuneConfig
 from sekron_search.files import write_json
 from sekron_search.finetune import Distillation
 from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.model import replace_layers
+from sekron_search.sections import FinetuneConfig
 from sekron_search.team import Team
 from sekron_search.team_task import Task
 from sekron_search.tensor_files import write_tensors

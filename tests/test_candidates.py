@@ -15,7 +15,7 @@ from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
 from sekron_search.candidates import Finder
 from sekron_search.choice import Judged
-from sekron_search.config import Config, FinetuneConfig
+from sekron_search.config import Config
 from sekron_search.files import read_json
 from sekron_search.finetune import Distillation
 from sekron_search.jobs import job_from_config
@@ -24,6 +24,7 @@ from sekron_search.progress import Reporter, Task
 from sekron_search.rundir import RunFolder
 from sekron_search.search.study import Halving
 from sekron_search.search.trial import Trial
+from sekron_search.sections import FinetuneConfig
 from sekron_search.timing import network_costs
 from tests.cases import CONFIG, write_config
 

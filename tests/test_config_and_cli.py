@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sekron_search.cli import app, main
 from sekron_search.cli.device import _print_summary
-from sekron_search.config import Config, DataConfig
+from sekron_search.config import Config
 from sekron_search.costs import profiling
 from sekron_search.costs.design import design
 from sekron_search.costs.profile import DeviceProfile
@@ -27,6 +27,7 @@ from sekron_search.kron.plan import best_plan
 from sekron_search.references import import_reference
 from sekron_search.scoring import candidates
 from sekron_search.search.space import SearchSpace
+from sekron_search.sections import DataConfig
 from tests.cases import CONFIG, SPACE, blobs, net_of_odd_layers, small_net, write_config
 from tests.test_run import ROOT
 

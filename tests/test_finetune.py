@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from sekron_search.config import FinetuneConfig, make_settings
+from sekron_search.config import make_settings
 from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.finetune import FAR, Distillation
 from sekron_search.kron import families as fam
@@ -22,6 +22,7 @@ from sekron_search.learning_rate import tuned
 from sekron_search.losses import distillation_loss
 from sekron_search.model import copy_model, replace_layers
 from sekron_search.progress import Reporter
+from sekron_search.sections import FinetuneConfig
 from sekron_search.tensor_files import read_checkpoint
 from sekron_search.training_data import TrainingData
 from tests.cases import blobs, small_net

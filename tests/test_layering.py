@@ -43,6 +43,7 @@ LAYERS = [
     ["data"],
     ["image_files", "team_task"],
     ["config"],
+    ["sections"],
     ["catalog"],
     ["pick"],
     ["rundir"],

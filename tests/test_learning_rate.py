@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sekron_search.config import FinetuneConfig
 from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.files import read_json, write_json
 from sekron_search.finetune import Distillation
@@ -26,6 +25,7 @@ from sekron_search.learning_rate import (
 )
 from sekron_search.precision import autocast_dtype
 from sekron_search.progress import Reporter
+from sekron_search.sections import FinetuneConfig
 from sekron_search.training_data import TrainingData
 from tests.cases import small_net
 from tests.test_finetune import compressed, distillation

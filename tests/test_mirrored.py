@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sekron_search.config import Config, FinetuneConfig
+from sekron_search.config import Config
 from sekron_search.divergence import kl_divergence
 from sekron_search.errors import DataError
 from sekron_search.finetune import Distillation
@@ -17,6 +17,7 @@ from sekron_search.jobs import job_from_config
 from sekron_search.mirrored import mean_with_mirrored
 from sekron_search.model import copy_model
 from sekron_search.prepare import checked_layers
+from sekron_search.sections import FinetuneConfig
 from sekron_search.training_data import TrainingData
 from tests.cases import CONFIG, blobs, small_net, write_config
 

@@ -16,7 +16,7 @@ from torch.utils.data import StackDataset, TensorDataset
 import sekron_search
 from examples.common import train
 from examples.segmentation import Segmenter, drawn, loss
-from sekron_search.config import Config, FinetuneConfig
+from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
 from sekron_search.curvature import output_curvature
 from sekron_search.data import DataBundle, input_batches, to_device, whole_batches
@@ -34,6 +34,7 @@ from sekron_search.run import run
 from sekron_search.run_export import export_run
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.registry import make_runtime
+from sekron_search.sections import FinetuneConfig
 from sekron_search.tensor_files import digest, write_tensors
 
 pytestmark = pytest.mark.filterwarnings(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from sekron_search.config import Config, FinetuneConfig
+from sekron_search.config import Config
 from sekron_search.errors import ConfigError, DataError, DivergedError
 from sekron_search.finetune import Distillation
 from sekron_search.jobs import job_from_config, job_of_run
@@ -22,6 +22,7 @@ from sekron_search.model import device_of, replace_layers
 from sekron_search.progress import Reporter
 from sekron_search.run import run
 from sekron_search.rundir import RunFolder
+from sekron_search.sections import FinetuneConfig
 from sekron_search.tensor_files import read_checkpoint
 from sekron_search.training_data import TrainingData
 from sekron_search.training_state import how_trained

@@ -38,7 +38,8 @@ class SearchSpace(BaseModel):
             over the enumeration, less those that would take minutes; two factors are scored all, by their spectra.
         max_options: At most so many options per layer are refined on calibration data.
         dense_execution: Also offer every structure with its weight rebuilt at load: fewer parameters, dense speed.
-        include, exclude: Names of layers, or of modules that hold them, with `*` wildcards.
+        include: Names of the layers that may be replaced, or of modules that hold them, with `*` wildcards.
+        exclude: Names of those that stay as they are all the same.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
