@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = ["api", "cluster", "command-line", "extending", "guide", "results", "structures"]
+PAGES = ["api", "cluster", "command-line", "configuration", "extending", "guide", "results", "structures"]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -63,6 +63,20 @@ def run_doctests(page: str) -> None:
     runner.run(doctest.DocTestParser().get_doctest(text, names, page, page, 0))
     assert runner.tries > 0
     assert runner.failures == 0
+
+
+def script(name: str) -> Any:
+    """A script of the documentation, as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_key_is_documented_as_it_is() -> None:
+    assert script("configuration").page() == (DOCS / "configuration.md").read_text(), "run docs/configuration.py"
 
 
 def own_config(folder: Path, text: str) -> Config:
@@ -102,11 +116,7 @@ def test_the_table_of_structures_is_true() -> None:
 
 
 def test_pictures_are_those_of_the_script(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("pictures")
     module.main(tmp_path)
     kept = {path.name: path for path in (DOCS / "pictures").glob("*.svg")}
     assert kept.keys() == {path.name for path in tmp_path.glob("*.svg")}
@@ -281,11 +291,7 @@ def test_public_names_are_documented(name: str) -> None:
 
 
 def test_the_reference_lists_every_public_name(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("reference")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         module.main(tmp_path)
