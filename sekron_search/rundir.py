@@ -87,8 +87,8 @@ class RunFolder:
             self._lock(lock)
             self.check_free(fingerprint, resume=resume)
             if not self.manifest.exists():
-                wanted = {name: _digest(value) for name, value in fingerprint.items()}
-                write_json(self.manifest, {"format": FORMAT, "id": secrets.token_hex(4), "fingerprint": wanted})
+                told = {"fingerprint": _digests(fingerprint), "settings": _setting_digests(fingerprint)}
+                write_json(self.manifest, {"format": FORMAT, "id": secrets.token_hex(4), **told})
             yield self
 
     def _lock(self, file: IO[str]) -> None:
@@ -141,9 +141,13 @@ class RunFolder:
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Raise a `RunFolderError` if the folder holds another run than this, naming what differs."""
-        wanted = {name: _digest(value) for name, value in fingerprint.items()}
-        found = self.read_manifest()["fingerprint"]
-        if changed := sorted(name for name in set(wanted) | set(found) if wanted.get(name) != found.get(name)):
+        data = self.read_manifest()
+        changed = _different(_digests(fingerprint), data["fingerprint"])
+        # Folders of earlier versions do not tell single settings.
+        if "settings" in changed and isinstance(data.get("settings"), dict):
+            keys = _different(_setting_digests(fingerprint), data["settings"])
+            changed[changed.index("settings")] = f"settings {', '.join(keys)}"
+        if changed:
             raise RunFolderError(
                 f"run folder {self.path}: it holds another run (different: {', '.join(changed)}); "
                 "choose another folder, or restore what changed"
@@ -171,6 +175,23 @@ class RunFolder:
                 f"run folder {self.path}: written in format {version!r}, this version reads format {FORMAT}; {anew}"
             )
         return data
+
+
+def _digests(values: dict[str, Any]) -> dict[str, str]:
+    return {name: _digest(value) for name, value in values.items()}
+
+
+def _setting_digests(fingerprint: dict[str, Any]) -> dict[str, str]:
+    """Of every setting, by its key: names of section and key joined by a dot."""
+    found: dict[str, str] = {}
+    for name, value in fingerprint.get("settings", {}).items():
+        parts = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        found |= _digests(parts)
+    return found
+
+
+def _different(wanted: dict[str, str], found: dict[str, str]) -> list[str]:
+    return sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
 
 
 def _digest(value: Any) -> str:

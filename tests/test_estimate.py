@@ -146,4 +146,4 @@ def test_a_folder_that_the_run_could_not_have_is_refused(tmp_path: Path, monkeyp
     assert "it holds a run already" in str(runner.invoke(app, [*options, str(tmp_path / "out")]).exception)
     assert "(holds this run" in runner.invoke(app, [*options, str(tmp_path / "out"), "--resume"]).stdout
     changed = [*options, str(tmp_path / "out"), "--resume", "--epochs", "5"]
-    assert "another run (different: settings)" in str(runner.invoke(app, changed).exception)
+    assert "another run (different: settings finetune.epochs)" in str(runner.invoke(app, changed).exception)

@@ -199,9 +199,13 @@ def test_a_run_and_its_tables_may_be_moved(finished: Path, tmp_path: Path) -> No
 
 
 def test_another_run_is_refused_its_folder(finished: Path, tmp_path: Path) -> None:
-    other = write_config(tmp_path, CONFIG, **{"flops: 0.6x": "flops: 0.7x"})
-    with pytest.raises(RunFolderError, match=r"another run \(different: settings\)"):
+    other = write_config(tmp_path, CONFIG, **{"flops: 0.6x": "flops: 0.7x", "epochs: 2,": "epochs: 3,"})
+    with pytest.raises(RunFolderError, match=r"another run \(different: settings budget\.flops, finetune\.epochs\)"):
         run_config(other, finished, resume=True)
+    folder = RunFolder(shutil.copytree(finished, tmp_path / "earlier"))
+    write_json(folder.manifest, {key: value for key, value in folder.read_manifest().items() if key != "settings"})
+    with pytest.raises(RunFolderError, match=r"another run \(different: settings\)"):
+        run_config(other, folder.path, resume=True)
 
 
 def test_folders_of_other_versions_and_strangers_are_refused(finished: Path, tmp_path: Path) -> None:
