@@ -136,8 +136,10 @@ def targets_of(samples: list[Sample]) -> list[Target]:
             best = pairs[0][1]["method"]
             lead = mean(own["test"] - rival["test"] for own, rival in pairs)
             found.append(Target(f"{case}: {task.unit} ahead of {best}", task.factor * lead, margin))
-            if method == OURS_TIMED:
-                slower = mean(own["latency_ratio"] / rival["latency_ratio"] for own, rival in pairs)
+            # Ratios to the original's latency differ from processor to processor.
+            timed = [(own, rival) for own, rival in pairs if own["processor"] == rival["processor"]]
+            if method == OURS_TIMED and timed:
+                slower = mean(own["latency_ratio"] / rival["latency_ratio"] for own, rival in timed)
                 found.append(Target(f"{case}: latency, of that of {best}", slower, NOISE, at_least=False))
     return found
 
