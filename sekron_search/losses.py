@@ -97,7 +97,8 @@ def check_loss(
         return value
 
     with torch.enable_grad():
-        output = map_tensors(lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, output)
+        # Not leaves of the graph, which a user's loss could not change in place, as it can a network's outputs.
+        output = map_tensors(lambda t: t.detach().requires_grad_().clone() if t.is_floating_point() else t, output)
         loss = distillation_loss(name, output, reference, target, config, watched if own is not None else None)
     if not all(learns):
         raise DataError(

@@ -293,7 +293,8 @@ def test_values_are_compared_by_absolute_errors_where_that_is_asked_for() -> Non
 
 
 def half_of_it(output: Any, target: Any) -> torch.Tensor:
-    """A user's loss."""
+    """A user's loss, which changes the outputs in place."""
+    output -= output.mean(1, keepdim=True)
     return nn.functional.cross_entropy(output, target) / 2
 
 
