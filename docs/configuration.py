@@ -18,8 +18,9 @@ PAGE = Path(__file__).with_suffix(".md")
 
 INTRODUCTION = """# The configuration
 
-Every key of a run's YAML file. On the command line a key is `--set finetune.epochs=10`; `sekron_search.compress` takes
-all but `model`, `data` and `out` as arguments, sections as dictionaries. What the keys are for: [guide](guide.md). An
+Every key of a run's YAML file. On the command line a key is `--set finetune.epochs=10`. `sekron_search.compress` takes
+sections as dictionaries, `finetune={"epochs": 10}`, and other keys as arguments; it is given network and data
+themselves, and the section `calibration` is `calibration_settings` there. What the keys are for: [guide](guide.md). An
 unknown key, or a value that cannot be, ends a run before it begins. This page is written by `python
 docs/configuration.py`.
 """
@@ -66,7 +67,9 @@ def page() -> str:
     lines += table(Config, [name for name in Config.model_fields if name not in sections])
     for name in order:
         summary = inspect.cleandoc(sections[name].__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        lines += ["", f"## `{name}`", "", summary, "", *table(sections[name], list(sections[name].model_fields))]
+        told = f" {described(Config)[name]}" if name in described(Config) else ""
+        lines += ["", f"## `{name}`", "", f"{summary}{told}", ""]
+        lines += table(sections[name], list(sections[name].model_fields))
     return "\n".join(lines) + "\n"
 
 

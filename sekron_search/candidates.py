@@ -267,9 +267,16 @@ class Finder:
         diverged, notes = None, [""]
 
         def keep_on(row: Mapping[str, float]) -> bool:
-            metric = "" if job.validate is None else f", {job.settings.metric_name} {row['metric']:.4g}"
-            notes.append(f"epoch {row['epoch']:.0f}: loss {row['loss']:.3g}{metric}")
+            names = {"loss": "loss", "metric": job.settings.metric_name, "divergence": "divergence"}
+            if job.validate is None:
+                del names["metric"]
+            told = ", ".join(f"{name} {row[key]:.4g}" for key, name in names.items() if key in row)
+            notes.append(f"epoch {row['epoch']:.0f}: {told}")
             return halving.keep_on(row)
+
+        def progress(done: int) -> None:
+            if done < distillation.total_batches:  # the last epoch's line says what it reached
+                task.update(done, notes[-1])
 
         with self.reporter.task(what, distillation.total_batches) as task:
             try:
@@ -278,7 +285,7 @@ class Finder:
                     checkpoint=home / "checkpoint.pt",
                     measure=self._measure(),
                     after_epoch=keep_on,
-                    progress=lambda done: task.update(done, notes[-1]),
+                    progress=progress,
                 )
                 task.update(len(curve) * len(distillation.data), notes[-1])
             except DivergedError as error:

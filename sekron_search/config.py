@@ -33,7 +33,7 @@ class Settings(Section):
     Args:
         budget: Most that the network may cost: flops, params, latency_ms, peak_activation_bytes; each a number, or a
             share of the original's such as 0.5x.
-        space: Which structures are options: a search space, or the path of a file that holds one.
+        space: The keys of a search space, or the path of a file that holds one.
         metric: For choosing and for the report, higher is better: "accuracy", "neg_mse", "psnr", or
             `package.module:function` of (network, dataset) that returns a number.
         tables: Folder in which fitted tables are kept by their content, for other budgets and runs of the same network;
@@ -62,10 +62,9 @@ class Settings(Section):
         return value
 
     @model_validator(mode="after")
-    def _compares_values(self) -> Settings:
-        for key, value in {"finetune.loss": self.finetune.loss, "metric": self.metric}.items():
-            if value in ("l1", "neg_mse", "psnr") and self.search.divergence == "kl":
-                raise ValueError(f"{key} '{value}' compares values, not logits: set search.divergence to 'mse'")
+    def _loss_fits(self) -> Settings:
+        if self.finetune.loss == "l1" and self.search.divergence == "kl":
+            raise ValueError("finetune.loss 'l1' compares values, not logits: set search.divergence to 'mse'")
         return self
 
     @property

@@ -134,8 +134,9 @@ def finish_run(
 ) -> tuple[RunFolder, dict[str, Any]]:
     """The stages of a run that follow its search, for one of its networks, in a run folder of their own.
 
-    The settings are the run's: the fine-tuning, the learning rate that was found, the budget that the result is judged
-    by. A selection is judged by the budget that it answers. The run's audit is not repeated.
+    The settings are the run's: the fine-tuning, the budget that the result is judged by. A selection is judged by the
+    budget that it answers. A learning rate is found anew unless the run trained the network already. The run's audit is
+    not repeated.
 
     Args:
         folder: The finished run.

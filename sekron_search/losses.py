@@ -89,11 +89,18 @@ def check_loss(
         raise DataError("train: the network gives NaN or infinity on the first batch; check the inputs and their scale")
     if config.label_weight and own is None:
         _check_targets(name, _with_targets(output, target), config.label_weight)
+    if any(t.is_inference() for t in output_tensors(output)):
+        raise DataError(
+            "train: the network computes under torch.inference_mode, so that nothing can be trained; take that out of "
+            "its forward, or set finetune.epochs to 0"
+        )
     learns = []
 
     def watched(output: Any, target: Any) -> Any:
-        value = own(output, target) if own is not None else None
-        learns.append(getattr(value, "requires_grad", True))
+        assert own is not None
+        value = own(output, target)
+        # Nothing to learn from in this batch is told by a plain zero.
+        learns.append(not isinstance(value, Tensor) or value.requires_grad or not value.any())
         return value
 
     with torch.enable_grad():
@@ -108,7 +115,10 @@ def check_loss(
     loss = loss.detach()
     if not bool(loss.isfinite()):
         what = "finetune.loss" if own is not None else "train"
-        raise DataError(f"{what}: the loss of the original network on the first batch is {loss.item()}; check the data")
+        raise DataError(
+            f"{what}: the loss of the original network on the first batch is {loss.item()}; check the data, "
+            "targets that do not vary among them"
+        )
 
 
 def _check_targets(name: DivergenceName, pairs: Sequence[tuple[Tensor, Tensor]], label_weight: float) -> None:
@@ -118,11 +128,11 @@ def _check_targets(name: DivergenceName, pairs: Sequence[tuple[Tensor, Tensor]],
     for ours, wanted in pairs:
         if name == "mse" or not (wanted.is_floating_point() and _are_values(name, ours, wanted)):
             continue
-        # Mixed and smoothed labels add up to 1, however they were rounded.
-        if bool((wanted < 0).any()) or bool(((wanted.float().sum(1) - 1).abs() > 0.01).any()):
+        # Mixed and smoothed labels add up to 1, however rounded; ignored ones to 0, the likeliest few alone to less.
+        if bool((wanted < 0).any()) or bool((wanted.float().sum(1) > 1.01).any()):
             raise DataError(
                 f"train: targets of shape {tuple(wanted.shape)}, as the outputs have, are compared with logits and are "
-                "no probabilities of classes, which add up to 1 over axis 1; for images and other values set "
+                "no probabilities of classes, which add up to 1 at most over axis 1; for images and other values set "
                 "search.divergence to 'mse', else give finetune.loss a function of your own"
             )
 

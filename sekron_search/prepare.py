@@ -154,7 +154,8 @@ def checked_layers(job: Job) -> Inspection:
 
     Raises:
         DataError: If nothing can be replaced, or network, data and settings do not fit together.
-        ConfigError: If networks are to be chosen by what is not known of the validation data.
+        ConfigError: If networks are to be chosen by what is not known of the validation data, or outputs are compared
+            as logits by the search and as values by the metric.
     """
     inspection = worthwhile(inspect_model(job.model, job.example_inputs), job.settings.space)
     if not inspection.layers:
@@ -164,6 +165,11 @@ def checked_layers(job: Job) -> Inspection:
     check_repeatable(job.model, job.calibration[0])
     search = job.settings.search
     check_divergence(search.divergence, job.references[0], asked_for="divergence" in search.model_fields_set)
+    metric = job.validate.name if isinstance(job.validate, SplitMetric) else None
+    if metric in ("neg_mse", "psnr") and search.divergence == "kl":
+        raise ConfigError(
+            f"config key 'metric': {metric!r} compares values, not logits of classes: set search.divergence to 'mse'"
+        )
     if job.settings.finetune.choice == "divergence" and not isinstance(job.validate, SplitMetric):
         came = "no data" if job.validate is None else "a function of yours"
         raise ConfigError(

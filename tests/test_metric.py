@@ -12,6 +12,7 @@ from torch import nn
 from sekron_search.config import Config
 from sekron_search.errors import ConfigError, DataError
 from sekron_search.jobs import job_from_config
+from sekron_search.prepare import checked_layers
 from tests.cases import CONFIG, write_config
 
 
@@ -36,6 +37,12 @@ def test_the_users_metric_sees_network_and_split(tmp_path: Path) -> None:
         values = [metric(job.model) for metric in (job.validate, job.test)]
     assert values[0] != values[1]
     assert all(isinstance(value, float) for value in values)
+
+
+@pytest.mark.parametrize("name", ["psnr", "neg_mse"])
+def test_metrics_of_values_are_refused_beside_a_divergence_of_logits(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'metric': '{name}' compares values, .* search\.divergence to 'mse'"):
+        checked_layers(job_of(tmp_path, name))
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,8 @@ def targets_of(samples: list[Sample]) -> list[Target]:
             timed = [(own, rival) for own, rival in pairs if own["processor"] == rival["processor"]]
             if method == OURS_TIMED and timed:
                 slower = mean(own["latency_ratio"] / rival["latency_ratio"] for own, rival in timed)
-                found.append(Target(f"{case}: latency, of that of {best}", slower, NOISE, at_least=False))
+                what = f"{case}: latency, of that of {best}, {len(timed)} seeds on the same processor"
+                found.append(Target(what, slower, NOISE, at_least=False))
     return found
 
 

@@ -50,7 +50,10 @@ def plot(path: Path) -> None:
         processor = mode(s["processor"] for s in own)
         by_flops = _dots(own, "flops_ratio", task.factor)
         handles |= _panel(left, by_flops)
-        handles |= _panel(right, _dots([s for s in own if s["processor"] == processor], "latency_ratio", task.factor))
+        there = [s for s in own if s["processor"] == processor]
+        handles |= _panel(right, _dots(there, "latency_ratio", task.factor))
+        if len(there) < len(own):
+            _note(right, f"not shown: {len(own) - len(there)} of {len(own)} samples, of another processor")
         _keep_apart(left, by_flops)
         left.set(xlabel="flops, of the original's", ylabel=f"{task.unit.split()[-1]} on the test split")
         left.set_title(f"{network}, {epochs} epochs{', mirrored teacher' if mirrored else ''}", fontsize=10)
@@ -87,10 +90,16 @@ def _keep_apart(axes: Axes, dots: dict[str, list[tuple[float, float]]]) -> None:
     values = [y for own in dots.values() for _, y in own]
     best = max(values)
     least = best - FURTHEST * (best - median(values))
+    if least == best:
+        return
     below = [f"{method} {y:.2f}" for method, own in dots.items() for _, y in own if y < least]
     if below:
         axes.set_ylim(least, best + 0.1 * (best - least))
-        axes.text(0.98, 0.03, "below: " + ", ".join(below), transform=axes.transAxes, ha="right", fontsize=8)
+        _note(axes, "below: " + ", ".join(below))
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(0.98, 0.03, text, transform=axes.transAxes, ha="right", fontsize=8)
 
 
 if __name__ == "__main__":
