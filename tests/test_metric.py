@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from sekron_search.config import Config
+from sekron_search.data import evaluate
 from sekron_search.errors import ConfigError, DataError
 from sekron_search.jobs import job_from_config
 from sekron_search.prepare import checked_layers
@@ -37,6 +39,12 @@ def test_the_users_metric_sees_network_and_split(tmp_path: Path) -> None:
         values = [metric(job.model) for metric in (job.validate, job.test)]
     assert values[0] != values[1]
     assert all(isinstance(value, float) for value in values)
+
+
+def test_images_are_no_classes() -> None:
+    images = TensorDataset(torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8))
+    with pytest.raises(DataError, match=r"'accuracy' is of integer class labels, .* set metric to 'neg_mse', 'psnr'"):
+        evaluate(nn.Identity(), images, "accuracy", batch_size=2)
 
 
 @pytest.mark.parametrize("name", ["psnr", "neg_mse"])
