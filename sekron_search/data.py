@@ -288,7 +288,7 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:
     if target.is_floating_point():
         raise DataError(
-            f"metric 'accuracy' is of integer class labels, got targets of {target.dtype} of shape {tuple(target.shape)}; "
+            f"metric 'accuracy' is of integer class labels, got {target.dtype} of shape {tuple(target.shape)}; "
             "of values set metric to 'neg_mse', 'psnr' or a function of your own, and search.divergence to 'mse'"
         )
     check_labels(target, output)
