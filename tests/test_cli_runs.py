@@ -209,7 +209,7 @@ def test_a_network_that_two_trials_have_tried_is_the_candidate_of_both(finished:
 
 def test_who_lists_runs_makes_none_fail(tmp_path: Path) -> None:
     """A look at a folder's lock is waited for; a run that holds it is not."""
-    home, fingerprint = RunFolder(tmp_path), {"settings": 1}
+    home, fingerprint = RunFolder(tmp_path), {"model": 1}
     with (home.path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # as `list` does
         threading.Timer(0.2, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()

@@ -69,7 +69,7 @@ def test_what_a_rival_cannot_reach_is_told(tmp_path: Path) -> None:
 
 
 def sample(method: str, validation: float, test: float, seed: int = 0, latency: float = 0.5) -> dict[str, Any]:
-    case = {"network": "resnet20", "budget": "0.5x", "epochs": 3, "mirrored_teacher": True}
+    case = {"network": "resnet20", "budget": "0.5x", "epochs": 3, "mirrored_teacher": True, "processor": "A"}
     return case | {"method": method, "seed": seed} | {"validation": validation, "test": test, "latency_ratio": latency}
 
 
