@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sekron_search.curvature import TEMPERATURE, spread
 from sekron_search.errors import DataError
-from sekron_search.model import Inputs, batch_size, output_tensors, run_model
+from sekron_search.model import Inputs, batch_size, is_finite, output_tensors, run_model
 
 DivergenceName = Literal["kl", "mse"]
 
@@ -92,7 +92,7 @@ def reference_outputs(model: nn.Module, batches: Sequence[Inputs]) -> list[Any]:
     """The original network's outputs, to be compared with; checks that they are finite."""
     model.eval()
     outputs = [run_model(model, inputs) for inputs in batches]
-    if not all(bool(torch.isfinite(t).all()) for output in outputs for t in output_tensors(output)):
+    if not is_finite(outputs):
         raise DataError(
             "the network gives NaN or infinity on the calibration data; check its weights and the data's scale"
         )

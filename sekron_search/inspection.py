@@ -24,6 +24,7 @@ from sekron_search.model import (
     OutputShift,
     as_inputs,
     batch_size,
+    is_finite,
     output_tensors,
     run_model,
 )
@@ -254,17 +255,16 @@ def _record_calls(model: nn.Module, inputs: Inputs, names: list[str]) -> dict[st
 
 def _check_output(output: Any) -> None:
     """Raise DataError unless there is something finite in a network's output whose change can be measured."""
-    tensors = output_tensors(output)
     if (hidden := hidden_tensors(output)) is not None:
         raise DataError(
             f"the network's output holds tensors in an object of class {hidden}, which nothing here looks into; return "
             "them in dictionaries, tuples, lists or dataclasses"
         )
-    if not tensors:
+    if not output_tensors(output):
         raise DataError(
             f"the network returned no floating-point tensor but {type(output).__name__}; nothing to preserve"
         )
-    if not all(bool(torch.isfinite(t).all()) for t in tensors):
+    if not is_finite(output):
         raise DataError(
             "the network gives NaN or infinity on the example inputs; check its weights and the inputs' scale"
         )

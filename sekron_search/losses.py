@@ -12,7 +12,7 @@ from torch import Tensor
 from sekron_search.data import check_labels
 from sekron_search.divergence import DivergenceName, relative_l1, relative_mse
 from sekron_search.errors import ConfigError, DataError, users_own
-from sekron_search.model import output_tensors
+from sekron_search.model import is_finite, output_tensors
 from sekron_search.nested import map_tensors, named_leaves
 from sekron_search.sections import FinetuneConfig
 
@@ -85,7 +85,7 @@ def check_loss(
             f"config key 'finetune.loss': {config.loss} is a loss of the targets, which finetune.label_weight: 0 "
             "leaves out; give them a weight above 0, or leave finetune.loss out"
         )
-    if not all(bool(t.isfinite().all()) for t in output_tensors(output)):
+    if not is_finite(output):
         raise DataError("train: the network gives NaN or infinity on the first batch; check the inputs and their scale")
     if config.label_weight and own is None:
         _check_targets(name, _with_targets(output, target), config.label_weight)

@@ -248,3 +248,8 @@ def run_until(model: nn.Module, inputs: Inputs, name: str | None) -> Any:
 def output_tensors(output: Any) -> list[Tensor]:
     """All floating-point tensors in a network's output, however they are nested: see `nested.parts`."""
     return [tensor for tensor in tensors(output) if tensor.is_floating_point()]
+
+
+def is_finite(output: Any) -> bool:
+    """Whether no floating-point tensor in a network's output holds NaN or infinity."""
+    return all(bool(tensor.isfinite().all()) for tensor in output_tensors(output))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import TensorDataset
 from sekron_search.data import DataBundle
 from sekron_search.kron import families as fam
 from sekron_search.kron.structure import Structure
+from sekron_search.progress import Reporter, Task
 
 SHAPE = (8, 6, 3, 3)
 
@@ -247,3 +249,24 @@ def write_config(folder: Path, text: str = CONFIG, **replaced: str) -> Path:
     path = folder / "config.yaml"
     path.write_text(text)
     return path
+
+
+class Noted(Reporter):
+    """Keeps what it is told, of tasks the notes."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.notes: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.told.append(text)
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Task]:
+        notes = self.notes
+
+        class Noting(Task):
+            def update(self, done: int, note: str = "") -> None:
+                notes.append(f"{description}: {note}")
+
+        yield Noting(description, total)

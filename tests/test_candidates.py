@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,13 @@ from sekron_search.files import read_json
 from sekron_search.finetune import Distillation
 from sekron_search.jobs import job_from_config
 from sekron_search.prepare import prepare
-from sekron_search.progress import Reporter, Task
+from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
 from sekron_search.search.study import Halving
 from sekron_search.search.trial import Trial
 from sekron_search.sections import FinetuneConfig
 from sekron_search.timing import network_costs
-from tests.cases import CONFIG, write_config
+from tests.cases import CONFIG, Noted, write_config
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -82,27 +80,6 @@ def test_without_a_metric_the_loss_of_those_that_were_trained_decides() -> None:
     assert finished(2.0, 0.5).worth > finished(1.0, 0.6).worth
     assert finished(divergence=0.1).worth > finished(divergence=0.2).worth
     assert finished(3.0).worth > finished(divergence=0.1).worth, "a loss is no divergence"
-
-
-class Noted(Reporter):
-    """Keeps what it is told, of tasks the notes."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-        self.notes: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.told.append(text)
-
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Task]:
-        notes = self.notes
-
-        class Noting(Task):
-            def update(self, done: int, note: str = "") -> None:
-                notes.append(f"{description}: {note}")
-
-        yield Noting(description, total)
 
 
 @pytest.mark.parametrize(("choice", "epochs"), [("metric", [8, 8]), ("divergence", [8, 1])])

@@ -284,7 +284,7 @@ def test_values_are_compared_by_absolute_errors_where_that_is_asked_for() -> Non
     deviations = [(t - t.mean()).abs().mean() for t in (images, target)]
     expected = 0.5 * 0.1 / deviations[0] + 0.5 * (output - target).abs().mean() / deviations[1]
     assert float(distillation_loss("mse", output, images, target, config)) == pytest.approx(float(expected), rel=1e-5)
-    with pytest.raises(ConfigError, match=r"'l1' compares values, .* set search\.divergence to 'mse'$"):
+    with pytest.raises(ConfigError, match=r"'l1' compares values, not logits: set search\.divergence to 'mse'$"):
         make_settings({"flops": "0.5x"}, {"finetune": {"loss": "l1"}})
 
 

@@ -34,7 +34,7 @@ from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.training_state import TrainingState
 from sekron_search.training_step import Take
-from tests.cases import CONFIG, blobs, nan_net, small_data, small_net, write_config
+from tests.cases import CONFIG, Noted, blobs, nan_net, small_data, small_net, write_config
 from tests.pages import Page
 
 ROOT = Path(__file__).parent.parent
@@ -135,16 +135,6 @@ def test_a_time_limit_ends_the_search_and_is_no_part_of_the_run(tmp_path: Path) 
     assert report["num_trials"] == 1
     assert all(budget["met"] for budget in report["budgets"])
     assert run_config(write_config(tmp_path), tmp_path / "out", resume=True) == report
-
-
-class Noted(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.told.append(text)
 
 
 @pytest.mark.parametrize("good", [0, 1])

@@ -36,7 +36,7 @@ from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.registry import make_runtime
 from sekron_search.search.knapsack import solve_knapsack
 from sekron_search.timing import Placed
-from tests.cases import CONFIG, SPACE, write_config
+from tests.cases import CONFIG, SPACE, Noted, write_config
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
@@ -228,14 +228,9 @@ def test_where_clocks_are_too_noisy_to_tell_what_is_faster_the_budget_decides(
     measured_as(monkeypatch, lambda job: Latency(layer_ms(job), 10 * layer_ms(job), 3))
     text = CONFIG.replace("params: 0.8x", "flops: 0.5x, latency_ms: 1x")
     job, folder = job_from_config(Config.load(write_config(tmp_path, text))), RunFolder(tmp_path / "out")
-    told: list[str] = []
-
-    class Said(Reporter):
-        def say(self, text: str) -> None:
-            told.append(text)
-
-    tables = prepare(job, folder, Said())
-    assert sum("within the noise of the clock" in line for line in told) == 1
+    noted = Noted()
+    tables = prepare(job, folder, noted)
+    assert sum("within the noise of the clock" in line for line in noted.told) == 1
     assert all(len(table.options) > 1 for table in tables.network.tables)
     impossible = {**job.settings.bounds.resolve(tables.original), "latency_ms": 1e-9}
     with pytest.raises(InfeasibleBudgetError, match=r"latencies are uncertain by 1000%: measured anew, on an idle"):

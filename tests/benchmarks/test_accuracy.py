@@ -12,8 +12,6 @@ from benchmarks.accuracy import plot as accuracy_plot
 from benchmarks.accuracy.__main__ import targets_of
 from benchmarks.results_file import Target
 from benchmarks.rivals import plot as rivals_plot
-from benchmarks.rivals.__main__ import OURS_TIMED
-from benchmarks.rivals.__main__ import targets_of as rivals_targets
 from sekron_search.files import write_json
 
 
@@ -101,18 +99,3 @@ def test_what_is_far_below_the_rivals_is_told_in_words(tmp_path: Path, monkeypat
     rivals_plot.plot(tmp_path / "rivals.json")
     assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
     assert texts == ["not shown: 2 of 6 samples, of another processor", "below: GKPD 55.00"]
-
-
-def test_latencies_are_compared_on_one_processor() -> None:
-    same = {"network": "resnet20", "budget": "0.5x", "epochs": 3, "mirrored_teacher": True, "seed": 0}
-    rival = {**same, "method": "uniform CP", "validation": 0.9, "test": 0.88, "latency_ratio": 1.2, "processor": "A"}
-    timed = {**same, "method": OURS_TIMED, "test": 0.885, "latency_ratio": 0.9, "processor": "A"}
-    names = [target.name for target in rivals_targets([rival, timed])]
-    case = f"resnet20, 0.5x flops, 3 epochs, mirrored teacher, 1 seeds: {OURS_TIMED}"
-    assert names == [
-        f"{case}: points of top-1 ahead of uniform CP",
-        f"{case}: latency, of that of uniform CP, 1 seeds on the same processor",
-    ]
-    assert [target.name for target in rivals_targets([rival, {**timed, "processor": "B"}])] == names[:1]
-    values = [target.value for target in rivals_targets([rival, timed])]
-    assert values == pytest.approx([0.5, 0.75])

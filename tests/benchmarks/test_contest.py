@@ -101,6 +101,20 @@ def test_networks_of_different_teachers_are_not_compared() -> None:
     assert rivals.targets_of([rival | {"mirrored_teacher": False}, sample("ours", 0.9, 0.9)]) == []
 
 
+def test_latencies_are_compared_on_one_processor() -> None:
+    rival, timed = sample("uniform CP", 0.9, 0.88, latency=1.2), sample(rivals.OURS_TIMED, 0.9, 0.885, latency=0.9)
+    case = f"resnet20, 0.5x flops, 3 epochs, mirrored teacher, 1 seeds: {rivals.OURS_TIMED}"
+    names = [
+        f"{case}: points of top-1 ahead of uniform CP",
+        f"{case}: latency, of that of uniform CP, 1 seeds on the same processor",
+    ]
+    targets = rivals.targets_of([rival, timed])
+    assert [target.name for target in targets] == names
+    assert [target.value for target in targets] == pytest.approx([0.5, 0.75])
+    elsewhere = rivals.targets_of([rival, timed | {"processor": "B"}])
+    assert [target.name for target in elsewhere] == names[:1]
+
+
 def test_seeds_are_compared_with_the_same_seeds() -> None:
     first, second = list(RIVALS)[:2]
     samples = [
