@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,18 @@ def _check_arguments(expected: int, batch: Inputs) -> None:
 
 
 def _halves(found: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
-    """Calibration batches in two parts of about equal numbers of samples; a single batch is cut in two."""
-    if len(found) == 1:
-        size = batch_size(found[0])
-        if size < 2:
-            raise DataError("calibration: expected at least two samples, got one")
-        first, second = slice(size // 2), slice(size // 2, None)
-        return [part_of(found[0], first)], [part_of(found[0], second)]
-    return found[: (len(found) + 1) // 2], found[(len(found) + 1) // 2 :]
+    """Calibration batches in two parts of about equal numbers of samples.
+
+    Batches stay whole, unless one part would get less than a third so: then the one in the middle is cut in two.
+    """
+    seen = list(accumulate(map(batch_size, found)))
+    total = seen[-1]
+    if total < 2:
+        raise DataError("calibration: expected at least two samples, got one")
+    at = min(range(1, len(found)), key=lambda i: (abs(2 * seen[i - 1] - total), -i), default=0)
+    if at and 3 * min(seen[at - 1], total - seen[at - 1]) >= total:
+        return found[:at], found[at:]
+    middle = next(i for i, count in enumerate(seen) if count > total // 2)
+    left = total // 2 - (seen[middle] - batch_size(found[middle]))
+    first, second = part_of(found[middle], slice(left)), part_of(found[middle], slice(left, None))
+    return [*found[:middle], *([first] if left else [])], [second, *found[middle + 1 :]]

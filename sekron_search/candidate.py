@@ -88,7 +88,7 @@ class Finished:
         candidate: As it was before.
         curve: Epoch, loss and metric of every epoch.
         network: Itself.
-        judged: On the validation data; None if there is no metric, or not yet.
+        judged: On the validation data, or the hold-out; None if not yet.
         diverged: What ended the training, if the loss became NaN or infinite; what was trained is that of the epoch
             before.
         as_fitted: Whether the network is as it was before.
@@ -105,13 +105,5 @@ class Finished:
 
     @property
     def metric(self) -> float | None:
-        """On the validation data."""
+        """On the validation data; None if there is none for it."""
         return None if self.judged is None else self.judged.metric
-
-    @property
-    def worth(self) -> tuple[bool, float]:
-        """Without a metric, the better one of two has more: of the training's negative loss.
-
-        A divergence, where nothing was trained, cannot be compared with a loss: what was trained is better.
-        """
-        return bool(self.curve), self.curve[-1]["metric"] if self.curve else -self.candidate.divergence

@@ -13,6 +13,7 @@ from torch import nn
 from sekron_search.assembly import Assembler
 from sekron_search.candidate import Candidate, Finished, Searched
 from sekron_search.choice import Judged, judged, measured_in_training, preferred
+from sekron_search.divergence import ChosenBy
 from sekron_search.errors import DataError, DivergedError, InfeasibleBudgetError
 from sekron_search.export import save_artefact
 from sekron_search.files import read_json, write_json
@@ -184,9 +185,11 @@ class Finder:
 
     def finish(self, searched: Searched) -> Finished:
         """Fine-tune the candidates that meet the budget as measured; the best one, trained or as it was fitted."""
-        pool = [c for c in searched.candidates if c.excess(self.budget) <= 1] or searched.candidates
+        pool = [c for c in searched.candidates if c.excess(self.budget) <= 1]
+        # Where none does: the one that misses it by least.
+        pool = pool or [min(searched.candidates, key=lambda c: c.excess(self.budget))]
         pool = sorted(pool, key=lambda c: c.divergence)[: self.job.settings.finetune.candidates]
-        halving = Halving(self.job.settings.finetune.choice)
+        halving = Halving(self._chosen_by)
         groups = [
             self._contenders(self._train(candidate, halving, f"fine-tuning {number}/{len(pool)}"), len(pool) == 1)
             for number, candidate in enumerate(pool, start=1)
@@ -302,24 +305,26 @@ class Finder:
         how = how_trained(home / "checkpoint.pt")
         return Finished(candidate, curve, network, diverged=diverged, as_fitted=not curve, training=how)
 
+    @property
+    def _chosen_by(self) -> ChosenBy:
+        return "divergence" if self.job.validate is None else self.job.settings.finetune.choice
+
     def _measure(self) -> Measure | None:
         """What is measured after every epoch: what halving goes by too, if several are trained."""
         job, settings = self.job, self.job.settings.finetune
-        if settings.choice == "divergence" and settings.candidates > 1:
+        if self._chosen_by == "divergence" and settings.candidates > 1:
             return lambda network: measured_in_training(job, network)
         return job.measure_in_training
 
     def _contenders(self, found: Finished, alone: bool) -> list[Finished]:
         """A candidate as it was trained and as it was fitted, for training can hurt; judged where that is needed."""
         before = found.candidate.metric
-        if before is None:
-            return [found]
         if not found.curve and alone:
             return [replace(found, judged=Judged(before))]
         networks, metrics = [found.network], [before]
         if found.curve:
             fitted = with_memory_format(self.load(found.candidate), self.tables.layout.memory_format)
-            networks, metrics = [found.network, fitted], [found.curve[-1]["metric"], before]
+            networks, metrics = [found.network, fitted], [None if before is None else found.curve[-1]["metric"], before]
         marks = judged(self.job, networks, metrics, self.home(found.candidate.assignment) / "judged.safetensors")
         return [
             replace(found, network=network, judged=mark, as_fitted=network is networks[-1])
@@ -327,10 +332,9 @@ class Finder:
         ]
 
     def _best(self, found: Sequence[Finished]) -> Finished:
-        """By what is known of the validation data, or else what training says."""
+        """By what is known of the validation data, or else of the hold-out."""
         known = [one.judged for one in found if one.judged is not None]
-        if len(known) < len(found):
-            return max(found, key=lambda one: one.worth)
+        assert len(known) == len(found)
         return found[preferred(known, self.job.settings.finetune.choice)]
 
     def home(self, assignment: Assignment) -> Path:

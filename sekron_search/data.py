@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from sekron_search.errors import DataError, users_own
 from sekron_search.image_files import ImageFolder, common_size, labelled
@@ -52,13 +52,21 @@ def length(dataset: Dataset[Any]) -> int:
 def batches(dataset: Dataset[Any], batch_size: int, *, order: Sequence[int] | None = None) -> Iterator[Batch]:
     """Batches of (inputs, target) in the given order of samples; a dataset of tensors is sliced at once."""
     indices = torch.arange(length(dataset)) if order is None else torch.as_tensor(order, dtype=torch.long)
-    if isinstance(dataset, TensorDataset):
+    # Not a subclass that gives other samples than its tensors hold: normalised, augmented.
+    if isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__:
         for chunk in indices.split(batch_size):
             yield as_batch(tuple(tensor[chunk] for tensor in dataset.tensors))
         return
-    loader: DataLoader[Any] = DataLoader(Subset(dataset, indices.tolist()), batch_size=batch_size)
+    loader: DataLoader[Any] = DataLoader(Subset(dataset, indices.tolist()), batch_size=batch_size, collate_fn=_collated)
     for item in readable(loader):
         yield as_batch(item)
+
+
+def _collated(samples: list[Any]) -> Any:
+    """As torch does by default; of samples without a target, (inputs, None), a batch without one."""
+    if all(isinstance(sample, tuple | list) and len(sample) == 2 and sample[1] is None for sample in samples):
+        return default_collate([inputs for inputs, _ in samples]), None
+    return default_collate(samples)
 
 
 def readable(source: Iterable[Any]) -> Iterator[Any]:
@@ -269,6 +277,11 @@ def values_of_samples(metric: MetricName, output: Any, target: Any) -> Tensor:
         )
     if not isinstance(target, Tensor):
         raise DataError(f"metric '{metric}' needs data with a target per sample, got {type(target).__name__}")
+    if metric != "accuracy" and target.shape != output.shape:  # torch would broadcast them
+        raise DataError(
+            f"metric '{metric}' is of targets of the output's shape {tuple(output.shape)}, got {tuple(target.shape)}; "
+            "give the data or the network the other's shape, or metric a function of your own"
+        )
     values = _METRICS[metric](output, target.to(output.device))
     return values.double().reshape(len(output), -1).mean(1).cpu()
 

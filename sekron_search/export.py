@@ -92,6 +92,8 @@ def _difference(factory: Factory, model: nn.Module, inputs: Inputs) -> str | Non
         if (held := next(itertools.chain(model.parameters(), model.buffers()), None)) is not None:
             twin.to(held.device)
         # Arguments that no shape shows (an activation, a stride) would make it another network: compare what it does.
+        if _state(twin).keys() != _state(model).keys():  # it was tied after it had been built
+            return "they share other weights among their layers"
         with torch.no_grad():
             pairs = list(zip(output_tensors(twin.eval()(*inputs)), output_tensors(model(*inputs)), strict=True))
     except Exception as error:  # whatever a user's class does
@@ -106,7 +108,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         DataError: If the file is damaged, holds more than tensors, or does not fit the network.
     """
     try:
-        state = read_tensors(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        if path.suffix == ".safetensors":
+            state: Any = read_tensors(path)
+        else:  # to the CPU: what was saved on a GPU is read where there is none
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
         model.load_state_dict(state)

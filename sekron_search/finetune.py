@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sekron_search.data import Batch, to_device
 from sekron_search.divergence import DivergenceName, divergence
-from sekron_search.errors import ConfigError, DataError, DivergedError
+from sekron_search.errors import ConfigError, DataError, DivergedError, users_own
 from sekron_search.export import layers_json, with_layers
 from sekron_search.layer_outputs import Reference, layer_error, references_of, seen
 from sekron_search.losses import TargetLoss, check_labels_of, check_loss, distillation_loss
@@ -259,7 +259,8 @@ class Distillation:
         for number, batch in enumerate(self.data.epoch(epoch, state.team)):
             # Close to the original's layers first, then free to make up for each other's errors.
             weight = self.config.layer_weight * (state.remaining if self.frees_layers else 1.0)
-            loss = take(batch, weight, number)
+            with users_own(f"train: the network cannot be trained on batch {number + 1} of epoch {epoch}"):
+                loss = take(batch, weight, number)
             state.team.mean([loss])
             yield loss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +14,7 @@ from sekron_search.data import check_labels
 from sekron_search.divergence import DivergenceName, relative_l1, relative_mse
 from sekron_search.errors import ConfigError, DataError, users_own
 from sekron_search.model import is_finite, output_tensors
-from sekron_search.nested import map_tensors, named_leaves
+from sekron_search.nested import leaves, map_tensors, named_leaves
 from sekron_search.sections import FinetuneConfig
 
 #: A loss of (output, target).
@@ -88,6 +89,11 @@ def check_loss(
     if not is_finite(output):
         raise DataError("train: the network gives NaN or infinity on the first batch; check the inputs and their scale")
     if config.label_weight and own is None:
+        if any(isinstance(leaf, np.ndarray | np.generic) for leaf in leaves(target)):
+            raise DataError(
+                "train: targets are numpy's, expected tensors (torch.from_numpy), or give finetune.loss a function of "
+                "your own; finetune.label_weight: 0 leaves the targets out"
+            )
         _check_targets(name, _with_targets(output, target), config.label_weight)
     if any(t.is_inference() for t in output_tensors(output)):
         raise DataError(
@@ -186,7 +192,7 @@ def _target_loss(
         )
     if not (wanted.is_cuda and torch.cuda.is_current_stream_capturing()):  # see `check_labels_of`
         check_labels(wanted, ours)
-    return F.cross_entropy(ours.float(), wanted)
+    return F.cross_entropy(ours.float(), wanted.long())
 
 
 def _are_values(name: DivergenceName, ours: Tensor, wanted: Tensor) -> bool:

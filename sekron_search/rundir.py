@@ -113,7 +113,7 @@ class RunFolder:
         try:
             yield
         except Exception as error:
-            with contextlib.suppress(OSError):  # a full disk may be the failure
+            with contextlib.suppress(RunFolderError):  # a full disk may be the failure
                 write_json(self.failure, {"error": type(error).__name__, "message": str(error)})
             raise
 

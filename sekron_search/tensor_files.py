@@ -71,13 +71,13 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a training checkpoint.
+    """Read a training checkpoint, its tensors to the CPU, wherever it was written.
 
     Raises:
         RunFolderError: If the file is missing or damaged.
     """
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise RunFolderError(f"{path}: damaged checkpoint ({error}); delete it to train again") from None
     return state

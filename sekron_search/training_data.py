@@ -23,7 +23,8 @@ class TrainingData:
     """Batches for training, the same for the same epoch and seed.
 
     Args:
-        source: A dataset, which is shuffled with the seed, or an iterable of batches, which is taken as it comes.
+        source: A dataset, which is shuffled with the seed, or an iterable of batches, which is taken as it comes. A
+            generator that a DataLoader was given is seeded before every epoch.
         batch_size: Of a dataset.
         augment: Of the network's first argument.
         seed: Of the order and the augmentation.
@@ -41,6 +42,11 @@ class TrainingData:
             raise DataError(
                 f"train: expected a dataset, or an iterable of batches, got {type(self.source).__name__}; a tensor of "
                 "inputs goes into a TensorDataset"
+            )
+        if isinstance(self.source, tuple) and self.source and all(isinstance(item, Tensor) for item in self.source):
+            raise DataError(
+                f"train: expected a dataset, or an iterable of batches, got a tuple of {len(self.source)} tensors; "
+                "inputs and targets go into a TensorDataset(inputs, targets)"
             )
         if isinstance(self.source, Iterator):
             raise DataError(
@@ -63,10 +69,24 @@ class TrainingData:
             return sum(1 for _ in islice(self.source, self.limit))
 
     def epoch(self, index: int, team: Team = ALONE) -> Iterator[Batch]:
-        """The batches of an epoch; of each, the samples that are a process's own."""
-        generator = torch.Generator().manual_seed(team.seed(self.seed * 7919 + index))
+        """The batches of an epoch; of each, the samples that are a process's own.
+
+        What the source draws of torch's random numbers, for its order or its transforms, follows from seed and epoch,
+        whatever else draws some.
+        """
+        seed = self.seed * 7919 + index
         if isinstance(self.source, Dataset):
-            order = sample_order(length(self.source), self.seed * 7919 + index)[: len(self) * self.batch_size]
+            return _drawn_apart(self._epoch(seed, team), team.seed(seed))
+        # All processes go through the same batches, of which each takes its part.
+        for drawing in (self.source, getattr(self.source, "sampler", None)):
+            if isinstance(own := getattr(drawing, "generator", None), torch.Generator):
+                own.manual_seed(seed)
+        return _drawn_apart(self._epoch(seed, team), seed)
+
+    def _epoch(self, seed: int, team: Team) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(team.seed(seed))
+        if isinstance(self.source, Dataset):
+            order = sample_order(length(self.source), seed)[: len(self) * self.batch_size]
             chunks = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
             own = [chunk[team.part(len(chunk))] for chunk in chunks]
             found = batches(self.source, max(map(len, own), default=1), order=list(chain.from_iterable(own)))
@@ -76,6 +96,19 @@ class TrainingData:
             if self.augment is not None:
                 inputs = (_augmented(self.augment, inputs[0], generator), *inputs[1:])
             yield inputs, target
+
+
+def _drawn_apart(items: Iterator[Batch], seed: int) -> Iterator[Batch]:
+    """The same, made with random numbers of the CPU that follow from a seed, and that change no others."""
+    state = torch.Generator().manual_seed(seed).get_state()
+    while True:
+        with torch.random.fork_rng([]):
+            torch.set_rng_state(state)
+            item = next(items, None)
+            state = torch.get_rng_state()
+        if item is None:
+            return
+        yield item
 
 
 def _augmented(augment: Augment, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sekron_search.files import write_json
 from sekron_search.finetune import Distillation
@@ -22,7 +23,7 @@ from sekron_search.tensor_files import write_tensors
 from sekron_search.training_data import TrainingData
 
 #: What the data is; how many samples a batch has.
-SIZES = {"dataset": 16, "loader": 8}
+SIZES = {"dataset": 16, "batches": 8, "loader": 8}
 
 
 def distillation(name: str) -> Distillation:
@@ -32,16 +33,18 @@ def distillation(name: str) -> Distillation:
     )
     data = TensorDataset(torch.randn(64, 3, 8, 8), torch.randint(4, (64,)))
     size = SIZES[name]
-    source: Dataset[Any] | list[Any] = data
-    if name == "loader":
+    source: Dataset[Any] | Iterable[Any] = data
+    if name == "batches":
         source = [data[i : i + size] for i in range(0, 64, size)]
+    elif name == "loader":
+        source = DataLoader(data, size, shuffle=True)
     # The layers' errors are relative to the spread of the samples that a process has: without them all is the same.
     config = FinetuneConfig(
         epochs=2,
         batch_size=size,
         learning_rate=1e-2,
         layer_weight=0.0,
-        accumulate=1 + (name == "loader"),
+        accumulate=1 + (name == "batches"),
         mirrored_teacher=name == "dataset",
     )
     return Distillation(teacher, TrainingData(source, size, seed=3), config, "kl")

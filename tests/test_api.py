@@ -267,6 +267,30 @@ def test_a_factory_of_another_network_is_refused_at_once(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+class Tied(nn.Module):
+    """Layers that can share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(self.conv(x).mean((2, 3))))
+        return out
+
+
+def test_weights_that_were_tied_by_hand_are_no_part_of_what_a_class_builds(tmp_path: Path) -> None:
+    model = Tied()
+    model.second.weight = model.first.weight
+    with pytest.raises(DataError, match=r"does not build the network that was given: .* share other weights"):
+        compress(model, tmp_path / "a", factory="tests.test_api:Tied")
+    compress(model, tmp_path / "b", budget={"params": "0.9x"})
+    with pytest.raises(RunFolderError, match="the artefact names no factory"):
+        sekron_search.load(tmp_path / "b")
+    loaded = sekron_search.load(tmp_path / "b", model=model)
+    assert loaded.get_submodule("second").weight is loaded.get_submodule("first").weight
+
+
 def test_a_saved_network_that_comes_back_different_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **options: Any) -> nn.Module:
         network = sekron_search.load(*args, **options)
@@ -288,6 +312,8 @@ def test_a_saved_network_that_comes_back_different_is_noticed(tmp_path: Path, mo
         ([], "train: the data is empty"),
         (IMAGES, "a tensor of inputs goes into a TensorDataset"),
         (5, "expected a dataset, or an iterable of batches, got int"),
+        (blobs(64).tensors, r"got a tuple of 2 tensors; inputs and targets go into a TensorDataset\(inputs, targets\)"),
+        ([(IMAGES, torch.zeros(64, dtype=torch.long).numpy())], "targets are numpy's, expected tensors"),
         (TensorDataset(IMAGES, torch.full((64,), 9)), "labels run from 9 to 9, the network has 4 classes"),
         (TensorDataset(IMAGES, torch.zeros(64, 8, 8, dtype=torch.long)), r"integer class labels of shape \(32,\)"),
     ],
@@ -303,6 +329,7 @@ def test_bad_training_data_is_refused_at_once(tmp_path: Path, train: Any, says: 
     [
         DataLoader(TensorDataset(IMAGES), batch_size=32),
         TensorDataset(IMAGES, torch.rand(64, 4).softmax(1)),
+        TensorDataset(IMAGES, torch.zeros(64, dtype=torch.int32)),
         [IMAGES[:32], (IMAGES[32:], torch.zeros(32, dtype=torch.long))],
     ],
 )

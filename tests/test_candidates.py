@@ -10,7 +10,7 @@ from torch import nn
 
 import sekron_search.candidates
 from sekron_search.assembly import Assembler
-from sekron_search.candidate import Candidate, Finished, Searched
+from sekron_search.candidate import Searched
 from sekron_search.candidates import Finder
 from sekron_search.choice import Judged
 from sekron_search.config import Config
@@ -23,6 +23,7 @@ from sekron_search.rundir import RunFolder
 from sekron_search.search.study import Halving
 from sekron_search.search.trial import Trial
 from sekron_search.sections import FinetuneConfig
+from sekron_search.tensor_files import write_tensors
 from sekron_search.timing import network_costs
 from tests.cases import CONFIG, Noted, write_config
 
@@ -70,16 +71,41 @@ def test_a_budget_that_turns_out_impossible_leaves_the_nearest_network(
     assert finder.finish(searched).candidate in searched.candidates
 
 
-def finished(*losses: float, divergence: float = 0.1) -> Finished:
-    candidate = Candidate((), 0, divergence, divergence, {}, {}, {}, 1.0, None)
-    curve = [{"epoch": i + 1.0, "loss": loss, "metric": -loss} for i, loss in enumerate(losses)]
-    return Finished(candidate, curve, nn.Identity())
+def test_of_networks_that_miss_the_budget_the_nearest_to_it_is_taken(finder: Finder) -> None:
+    settings = finder.job.settings.model_copy(update={"finetune": FinetuneConfig(epochs=0, candidates=2)})
+    finder.job = replace(finder.job, settings=settings)
+    candidate = finder.search().candidates[0]
+    pool = [
+        replace(candidate, trial=number, divergence=far, costs={n: times * c for n, c in candidate.original.items()})
+        for number, (far, times) in enumerate([(0.1, 3.0), (0.3, 1.2), (0.2, 2.0)])
+    ]
+    assert all(one.excess(finder.budget) > 1 for one in pool)
+    assert finder.finish(Searched([], pool, finder.network, 1.2)).candidate.trial == 1
 
 
-def test_without_a_metric_the_loss_of_those_that_were_trained_decides() -> None:
-    assert finished(2.0, 0.5).worth > finished(1.0, 0.6).worth
-    assert finished(divergence=0.1).worth > finished(divergence=0.2).worth
-    assert finished(3.0).worth > finished(divergence=0.1).worth, "a loss is no divergence"
+@pytest.mark.parametrize(("fitted", "trained"), [(1.0, 0.9), (0.9, 1.0)])
+def test_without_a_metric_outputs_on_the_hold_out_decide(
+    finder: Finder, monkeypatch: pytest.MonkeyPatch, fitted: float, trained: float
+) -> None:
+    """Whatever a training says of its loss: weights times 0.9 give other outputs."""
+    finder.job = replace(finder.job, validate=None)
+    candidate = finder.search().candidates[0]
+    good = finder.load(candidate).state_dict()
+
+    def times(factor: float) -> dict[str, torch.Tensor]:
+        return {name: factor * t if t.is_floating_point() else t for name, t in good.items()}
+
+    def train(self: Distillation, model: nn.Module, **other: Any) -> list[dict[str, float]]:
+        model.load_state_dict(times(trained))
+        return [{"epoch": 1.0, "loss": 1.0, "metric": -1.0}]
+
+    monkeypatch.setattr(sekron_search.candidates, "tuned", lambda distillation, *_: distillation)
+    monkeypatch.setattr(Distillation, "train", train)
+    write_tensors(finder.home(candidate.assignment) / "weights.safetensors", times(fitted))
+    found = finder.finish(Searched([], [candidate], finder.network, 1.0))
+    assert found.metric is None
+    assert found.as_fitted == (fitted == 1)
+    assert all(torch.equal(tensor, good[name]) for name, tensor in found.network.state_dict().items())
 
 
 @pytest.mark.parametrize(("choice", "epochs"), [("metric", [8, 8]), ("divergence", [8, 1])])

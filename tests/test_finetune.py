@@ -504,3 +504,13 @@ def test_statistics_are_trained_where_a_network_starts_far_off(tmp_path: Path, s
         train(config, model := copy_model(start), path)
         found.append(model.state_dict())
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_a_batch_that_a_network_cannot_be_trained_on_is_named(tmp_path: Path) -> None:
+    """A batch-norm has no statistics of a single value."""
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    loader: DataLoader[Any] = DataLoader(blobs(33), batch_size=16)
+    config = FinetuneConfig(learning_rate=1e-2, batch_norm="trained")
+    task = Distillation(teacher, TrainingData(loader, 16), config, "kl")
+    with pytest.raises(DataError, match=r"cannot be trained on batch 3 of epoch 1: ValueError: Expected more than 1"):
+        train(task, copy_model(teacher), tmp_path / "checkpoint.pt")
