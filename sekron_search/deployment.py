@@ -19,6 +19,9 @@ from sekron_search.model import Inputs, as_inputs, copy_model, kronecker_layers,
 #: Batch-norms whose forward is known; a subclass may do something else.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
+#: So many times the rounding of an output's precision may add up to, as through layers whose norms are folded.
+ROUNDINGS = 8
+
 
 def deploy(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-5) -> nn.Module:
     """A copy of a network, in evaluation mode, that runs without this package.
@@ -31,7 +34,8 @@ def deploy(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-5) ->
     Args:
         model: The network; it is not changed.
         example_inputs: What it takes: a tensor, or a tuple of positional arguments.
-        tolerance: Largest difference of an output on the example inputs, relative to the largest entry of that output.
+        tolerance: Largest difference of an output on the example inputs, relative to the largest entry of that output;
+            in half precision what its rounding makes up, if that is more.
 
     Raises:
         DataError: If an output differs by more, with the first layer whose output does.
@@ -98,7 +102,9 @@ def _check_outputs(
     model: nn.Module, deployed: nn.Module, inputs: Inputs, norms: Mapping[str, str], tolerance: float
 ) -> None:
     with torch.no_grad():
-        difference = relative_difference(output_tensors(model(*inputs)), output_tensors(deployed(*inputs)))
+        expected = output_tensors(model(*inputs))
+        difference = relative_difference(expected, output_tensors(deployed(*inputs)))
+    tolerance = at_least_rounding(tolerance, expected)
     if difference <= tolerance:
         return
     raise DataError(
@@ -106,6 +112,11 @@ def _check_outputs(
         f"{tolerance:.1e}, {_where(model, deployed, inputs, norms, tolerance)}; raise the tolerance if that is the "
         "rounding of a deep network, or run the network in float64"
     )
+
+
+def at_least_rounding(tolerance: float, outputs: Sequence[Tensor]) -> float:
+    """A tolerance of relative differences, or what rounding in the outputs' precision makes up, if that is more."""
+    return max([tolerance, *(ROUNDINGS * torch.finfo(output.dtype).eps for output in outputs)])
 
 
 def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:

@@ -128,8 +128,8 @@ def absorbing_norms(model: nn.Module, example_inputs: Any) -> dict[str, str]:
 
 
 def _dims(module: nn.Module, record: _Record) -> int:
-    """Number of axes that the input of a layer has, its batch among them; a linear layer takes any."""
-    return 2 + AXES[layer_kind(module)] if AXES[layer_kind(module)] else len(record.input_shape)
+    """Number of axes that the input of a layer has, its batch among them; a linear layer takes two or more."""
+    return 2 + AXES[layer_kind(module)] if AXES[layer_kind(module)] else max(len(record.input_shape), 2)
 
 
 @dataclass
@@ -285,7 +285,8 @@ class _CountUses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # asking for a shape is no use
+        # Asking for a shape is no use; writing into it, which returns nothing, is.
+        if result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             taken = [id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             for record in self.records.values():
                 if record.output is not None:
@@ -303,6 +304,6 @@ def _layer_info(name: str, module: Any, record: _Record, samples: int) -> LayerI
     seen = record.output.shape if geometry.transposed else record.input_shape
     size = filled(image_size(tuple(seen[len(seen) - axes :]), module), kind, 1)
     applied = prod(record.input_shape[: 1 if axes else -1])
-    return LayerInfo(
-        name, kind, tuple(dense_weight(module).shape[1:]), geometry, size, max(applied // samples, 1), shift
-    )
+    per_sample = applied / samples if applied % samples else applied // samples
+    shape, dtype = tuple(dense_weight(module).shape[1:]), str(module.weight.dtype).removeprefix("torch.")
+    return LayerInfo(name, kind, shape, geometry, size, per_sample, shift, dtype)

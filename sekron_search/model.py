@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any, Literal, Unpack
 
@@ -41,9 +41,12 @@ class LayerInfo:
         input_size: Spatial size on entry, non-zero padding modes included, (1, 1) for a linear layer; of a transposed
             convolution the size on exit, which is what the convolution takes whose adjoint it is.
         positions_per_sample: How often the layer is applied to one sample: tokens of a linear layer; crops or frames
-            of a convolution, where the network folds them into its batch.
+            of a convolution, where the network folds them into its batch. No whole number where they do not follow the
+            batch, a table of the network's own say, whose share of a sample it is then.
         output_shift: What becomes of a constant shift of the output: "absorbed" by a batch-norm that follows,
             "correctable" through the layer's own bias, or "kept".
+        dtype: Of the weight, by its name in torch: latencies are of it. No part of what a layer can become, which fits
+            in double precision decide.
     """
 
     name: str
@@ -51,8 +54,9 @@ class LayerInfo:
     weight_shape: Shape
     geometry: ConvGeometry
     input_size: Size
-    positions_per_sample: int
+    positions_per_sample: float
     output_shift: OutputShift
+    dtype: str = field(default="float32", repr=False)
 
     @property
     def out_channels(self) -> int:

@@ -95,7 +95,8 @@ class _Trace(TorchFunctionMode):
                 if self.stop:
                     raise _Reached
         result = func(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # asking for a shape is no use
+        # Asking for a shape is no use; writing into it, which returns nothing, is.
+        if result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             if own == [0] and name in _PASSED:
                 self.tracked.append(result)
             else:

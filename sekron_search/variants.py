@@ -71,9 +71,9 @@ def _options(
             structure=text,
             family=family(structure),
             schedule=str(plan.schedule),
-            flops=run.flops * info.positions_per_sample,
+            flops=round(run.flops * info.positions_per_sample),
             params=cost.params,
-            peak_bytes=run.peak_elements * info.positions_per_sample * bytes_per_sample,
+            peak_bytes=round(run.peak_elements * info.positions_per_sample) * bytes_per_sample,
         )
         for plan, run in zip(plans, costs, strict=True)
     ]

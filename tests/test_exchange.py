@@ -16,15 +16,19 @@ from sekron_search.api import compress
 from sekron_search.cli import app
 from sekron_search.config import Config
 from sekron_search.errors import ConfigError, DataError, RunFolderError
-from sekron_search.exchange import FileFormat, export_network
+from sekron_search.exchange import FileFormat, compare, export_network
 from sekron_search.files import read_json, write_json
 from sekron_search.jobs import job_from_config
+from sekron_search.kron.conv import KroneckerConv
+from sekron_search.kron.steps import Schedule
+from sekron_search.kron.structure import Structure
 from sekron_search.model import REPLACEMENTS
 from sekron_search.progress import Reporter
 from sekron_search.report.write import write_report
 from sekron_search.run import run
 from sekron_search.run_export import export_run
 from sekron_search.rundir import RunFolder
+from sekron_search.runtimes.base import with_memory_format
 from tests.cases import STRUCTURES, ImageToImage, SignalNet, VolumeNet, blobs, random_factors, small_net, write_config
 from tests.test_deployment import compressed
 
@@ -44,6 +48,26 @@ def opened(path: Path) -> Any:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_may_round(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = compressed(small_net()).eval().to(dtype)
+    x = torch.randn(4, 3, 8, 8).to(dtype)
+    written = export_network(model, x, tmp_path / "network.pt2", format="pt2")
+    assert written.rel_difference <= 8 * torch.finfo(dtype).eps
+    with torch.no_grad(), pytest.raises(DataError, match="outputs differ from the network's by"):
+        compare(lambda x: 1.1 * model(x), (x,), model(x), "pt2")
+
+
+def test_volumes_in_channels_last_are_exported(tmp_path: Path) -> None:
+    conv = nn.Conv3d(4, 6, 3, padding=1)
+    structure = Structure.parse("3x4x3x1x1[a] * 2x1x1x3x3[a]; a=2")
+    layer = KroneckerConv.from_conv(conv, structure, schedule=Schedule.parse("0,1*"))
+    network = with_memory_format(nn.Sequential(layer).eval(), "channels_last")
+    assert export_network(network, torch.randn(2, 4, 8, 8, 8), tmp_path / "a.onnx", format="onnx").num_bytes
+    assert not layer.weights[0].is_contiguous(), "the network is not changed"
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import sekron_search
+from sekron_search.costs.analytic import layer_cost
+from sekron_search.costs.layers import random_input
+from sekron_search.costs.traced import traced_flops
 from sekron_search.errors import DataError, StructureError
 from sekron_search.inspection import inspect_model
 from sekron_search.kron import families as fam
@@ -165,9 +168,44 @@ def test_tokens_of_a_transformer_layer_are_counted() -> None:
     assert layer_weight(model, first).shape == (1, 16, 8, 1, 1)
 
 
+class Latents(nn.Module):
+    """Compares what is given with a table of its own; a vector of its own is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.vector = nn.Parameter(torch.randn(4, 16)), nn.Parameter(torch.randn(6))
+        self.query, self.key = nn.Linear(16, 12, bias=False), nn.Linear(8, 12, bias=False)
+        self.last, self.shift = nn.Linear(4, 5, bias=False), nn.Linear(6, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.query(self.table) * self.key(x).mean(1, keepdim=True)
+        out: torch.Tensor = self.last(seen.mean(2)) + self.shift(self.vector)
+        return out
+
+
+def test_layers_on_tables_of_the_network_count_by_what_they_are_of_a_sample() -> None:
+    model = Latents()
+    x = torch.randn(32, 3, 8)
+    found = inspect_model(model, x)
+    assert {info.name: info.positions_per_sample for info in found.layers} == {"query": 4 / 32, "key": 3, "last": 1}
+    assert [(s.name, s.reason) for s in found.skipped] == [
+        ("shift", "it runs on inputs without a batch axis, of shape (6,)")
+    ]
+    layers = sum(layer_cost(fam.dense(info.weight_shape), info).flops for info in found.layers)
+    assert layers + 6 * 5 / 32 == pytest.approx(traced_flops(model, x).total)
+    assert random_input(found.layers[0], 32).shape == (4, 16)
+
+
 @pytest.mark.parametrize(
     ("kind", "shift"),
-    [("plain", "absorbed"), ("inplace", "kept"), ("reused", "kept"), ("branched", "kept"), ("biased", "correctable")],
+    [
+        ("plain", "absorbed"),
+        ("inplace", "kept"),
+        ("written", "kept"),
+        ("reused", "kept"),
+        ("branched", "kept"),
+        ("biased", "correctable"),
+    ],
 )
 def test_a_shift_is_absorbed_only_by_a_batch_norm_that_alone_sees_it(kind: str, shift: str) -> None:
     class Net(nn.Module):
@@ -180,6 +218,8 @@ def test_a_shift_is_absorbed_only_by_a_batch_norm_that_alone_sees_it(kind: str, 
             y = self.conv(x)
             if kind in ("inplace", "biased"):
                 y.relu_()
+            if kind == "written":
+                y[y < 0] = 0
             out: torch.Tensor = self.norm(y)
             if kind == "reused":
                 out = self.norm(out)

@@ -109,6 +109,15 @@ def test_layers_are_explained_in_the_costs_that_were_budgeted(budgeted: CostName
     assert f"of its {word}" in _layer(table, 0, [budgeted])["reason"]
 
 
+def test_what_less_would_cost_is_an_error_that_is_higher() -> None:
+    """Of several costs, an option may be cheaper in their mean and better."""
+    options = [replace(NETWORK.tables[0].options[0], flops=1000, params=1000, error=0.0)]
+    for flops, params, error in ((600, 300, 0.2), (200, 600, 0.1), (100, 100, 0.5)):
+        options.append(replace(NETWORK.tables[0].options[1], flops=flops, params=params, error=error))
+    reason = _layer(replace(NETWORK.tables[0], options=tuple(options)), 1, ["flops", "params"])["reason"]
+    assert "35.0% less would raise it to 0.500" in reason
+
+
 def test_shares_of_several_costs_are_said_to_be_a_mean() -> None:
     table = NETWORK.tables[0]
     three: list[CostName] = ["flops", "params", "latency_ms"]

@@ -32,8 +32,8 @@ def layer_cost(
     ran = plan if execution == "factored" else make_plan(dense(info.weight_shape), info.geometry, Schedule((0,)))
     cost = ran.cost(info.input_size, (info.out_channels, info.in_channels))
     return LayerCost(
-        flops=cost.flops * info.positions_per_sample,
+        flops=round(cost.flops * info.positions_per_sample),
         params=structure.num_params * info.geometry.groups,
-        peak_elements=cost.peak_elements * info.positions_per_sample,
+        peak_elements=round(cost.peak_elements * info.positions_per_sample),
         schedule=plan.schedule,
     )

@@ -30,14 +30,15 @@ CHUNK = 16
 def geometry_key(info: LayerInfo, samples_per_batch: int) -> str:
     """Text that is equal for layers that take the same time with the same structure."""
     geometry = info.geometry
-    batch = samples_per_batch * info.positions_per_sample
+    batch, dtype = _applied(info, samples_per_batch), "" if info.dtype == "float32" else f" {info.dtype}"
     if info.kind == "linear":
-        return f"linear rows={batch} {info.in_channels}->{info.out_channels}"
+        return f"linear rows={batch} {info.in_channels}->{info.out_channels}{dtype}"
     kernel = "x".join(map(str, info.weight_shape[2:]))
     size = "x".join(map(str, info.input_size))
     return (
         f"{info.kind} batch={batch} {info.in_channels}->{info.out_channels} at {size} kernel={kernel} "
         f"stride={geometry.stride} padding={geometry.padding} dilation={geometry.dilation} groups={geometry.groups}"
+        f"{dtype}"
     )
 
 
@@ -96,9 +97,12 @@ def measure_layers(
 def _timed(
     modules: dict[str, nn.Module], info: LayerInfo, x: Tensor, runtime: Runtime, rounds: int
 ) -> dict[str, Latency]:
-    """By the runtime's own clock, as they stand in a network, where it has one and takes images; else by ours."""
+    """By the runtime's own clock, as they stand in a network, where it has one and takes images; else by ours.
+
+    What stands around them there is in float32.
+    """
     with runtime.active(), torch.inference_mode():
-        if x.dim() == 4:
+        if x.dim() == 4 and x.dtype == torch.float32:
             channels, size = (info.in_channels, info.out_channels), (len(x), *x.shape[2:])
             samples = layer_samples(list(modules.values()), channels, size, runtime, rounds)
             if samples is not None:
@@ -121,20 +125,26 @@ def random_input(info: LayerInfo, samples: int) -> Tensor:
     size = info.input_size
     if info.geometry.transposed:
         size = info.geometry.output_size(size, info.weight_shape[2:])
-    shape = (samples * info.positions_per_sample, info.in_channels, *size[: AXES[info.kind]])
-    return torch.randn(shape)
+    shape = (_applied(info, samples), info.in_channels, *size[: AXES[info.kind]])
+    return torch.randn(shape, dtype=getattr(torch, info.dtype))
+
+
+def _applied(info: LayerInfo, samples: int) -> int:
+    """How often a layer is applied to a batch of so many samples."""
+    return max(round(samples * info.positions_per_sample), 1)
 
 
 def random_layer(info: LayerInfo, structure: Structure, schedule: Schedule, execution: Execution) -> nn.Module:
     """The plain module of an option, with random weights: of zeros, some operations take another time."""
+    dtype = getattr(torch, info.dtype)
     if structure.is_dense or execution == "dense":
-        return _dense_layer(info, None).eval()
+        return _dense_layer(info, None).to(dtype).eval()
     dense: Any = _dense_layer(info, "meta")
     layer = REPLACEMENTS[type(dense)](dense, structure, schedule=schedule, execution=execution).eval()
     with torch.no_grad():
         for weight in layer.weights:
             weight.normal_()
-    return plain_layer(layer).eval()
+    return plain_layer(layer).to(dtype).eval()
 
 
 def _dense_layer(info: LayerInfo, device: str | None) -> nn.Module:

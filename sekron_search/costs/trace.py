@@ -28,6 +28,8 @@ _COPIES = {_ATEN.clone, _ATEN.copy_, _ATEN._to_copy, _ATEN.contiguous, _ATEN.cat
 #: Element by element at inference, though not tagged so.
 _POINTWISE = {_ATEN.native_batch_norm, _ATEN._native_batch_norm_legit_no_training, _ATEN.cudnn_batch_norm}
 
+_PRODUCTS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm}
+
 _POOLS = {_ATEN.max_pool2d_with_indices, _ATEN.avg_pool2d, _ATEN.max_pool3d_with_indices, _ATEN.avg_pool3d}
 
 _MEANS = {_ATEN.mean, _ATEN.sum, _ATEN.amax, _ATEN._adaptive_avg_pool2d, _ATEN._adaptive_avg_pool3d}
@@ -39,7 +41,7 @@ class Traced:
 
     Args:
         operations: In order.
-        unknown: How often each operator ran that has a cost but is no operation of ours.
+        unknown: How often each operator ran that has a cost but is no operation of ours, which are in float32.
     """
 
     operations: tuple[Operation, ...]
@@ -79,10 +81,12 @@ class _Follower(TorchDispatchMode):
         first = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
         if packet in _FREE or first is None or _is_view(func):
             return out
-        if packet is _ATEN.convolution:
+        if packet in (_ATEN.convolution, *_PRODUCTS) and first.dtype != torch.float32:
+            self.unknown[f"{func} in {str(first.dtype).removeprefix('torch.')}"] += 1
+        elif packet is _ATEN.convolution:
             self.operations += _convolution(*args)
             out = _laid_out(out, *args[:2])
-        elif packet in (_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm):
+        elif packet in _PRODUCTS:
             a, b = [arg for arg in args if isinstance(arg, Tensor)][-2:]
             batch = a.shape[0] if a.dim() == 3 else 1
             self.operations.append(Linear(a.shape[-2], a.shape[-1], b.shape[-1], batch))

@@ -133,10 +133,10 @@ def reestimate_batch_norm(
     Source: Wu and Johnson, Rethinking "Batch" in BatchNorm (2021), as implemented by fvcore.
     """
     model.eval()
-    if original is not None and until is None:
-        norms = {name: norm for name, norm in _norms(model).items() if name in original.run_once}
-    else:
-        norms = _norms_that_run_once(model, batches[0], until)
+    whole = original is not None and until is None
+    norms = _norms(model) if whole else _norms_that_run_once(model, batches[0], until)
+    if original is not None:  # also those of which only the first run comes before a layer
+        norms = {name: norm for name, norm in norms.items() if name in original.run_once}
     if norms:
         logging.getLogger("fvcore.nn.precise_bn").setLevel(logging.WARNING)
         for norm in norms.values():

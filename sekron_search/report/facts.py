@@ -200,7 +200,7 @@ def _reason(table: LayerTable, index: int, budgeted: Sequence[CostName]) -> str:
         return f"left as it is: none of its options is cheaper than the dense layer in {costs}"
     own = burden(chosen)
     dearer = [o for o in table.options if burden(o) > own and o.error < chosen.error]
-    cheaper = [o for o in table.options if burden(o) < own]
+    cheaper = [o for o in table.options if burden(o) < own and o.error > chosen.error]
     if chosen.is_original:
         gentle = min(table.options[1:], key=lambda o: o.error)
         return (

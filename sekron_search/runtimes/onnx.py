@@ -89,7 +89,8 @@ def to_onnx_quickly(module: nn.Module, inputs: Inputs) -> bytes:
     """A module as an ONNX model for these shapes alone.
 
     The exporter that traces with TorchScript takes some milliseconds for a layer where `torch.export` takes half a
-    second, and ONNX Runtime makes the same operators of both. What it cannot export goes the long way.
+    second, and ONNX Runtime makes the same operators of both. What it cannot export goes the long way, and so does what
+    has inputs that it leaves out, for nothing hangs on them.
     """
     buffer: Any = io.BytesIO()
     with quiet():
@@ -98,6 +99,8 @@ def to_onnx_quickly(module: nn.Module, inputs: Inputs) -> bytes:
         except Exception:  # torch raises many kinds
             return to_onnx(module, inputs, dynamic_batch=False)
     data: bytes = buffer.getvalue()
+    if len(onnx.load_from_string(data).graph.input) != len(tensors(inputs)):
+        return to_onnx(module, inputs, dynamic_batch=False)
     return data
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from sekron_search.costs import layers
 from sekron_search.costs.analytic import layer_cost
-from sekron_search.costs.layers import random_input, random_layer
+from sekron_search.costs.layers import random_input, random_layer, traced_layer
 from sekron_search.costs.measure import Latency, measure_callables, measure_networks
 from sekron_search.costs.memory import peak_memory
 from sekron_search.costs.profile import DeviceProfile, Measurement, Provenance, layer_key
@@ -280,6 +280,44 @@ def test_batch_norms_that_are_unused_or_reused_keep_their_statistics() -> None:
     assert model.last.running_mean is not None
     assert not torch.equal(model.last.running_mean, fresh)
     assert not model.training
+
+
+def test_a_norm_that_runs_again_after_a_layer_keeps_its_statistics() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once, self.twice, self.layer = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.twice(self.layer(self.twice(self.once(x))))
+            return out
+
+    batches = [(3 + 2 * torch.randn(16, 3, 4, 4),) for _ in range(3)]
+    model = Net()
+    trained = NormStatistics(model, batches)
+    with torch.no_grad():
+        batches = [(2 * x,) for (x,) in batches]
+    reestimate_batch_norm(model, batches, original=trained, until="layer")
+    assert not torch.equal(statistics_of(model, "once")[0], torch.zeros(3))
+    assert torch.equal(statistics_of(model, "twice")[0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "conv_transpose2d"])
+def test_layers_are_timed_in_the_precision_of_their_weights(name: str) -> None:
+    module, x = layer_of(name)
+    keys = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model: nn.Module = nn.Sequential(module).to(dtype)
+        info = inspect_model(model, x.to(dtype)).layers[0]
+        structure = fam.channel_svd(info.weight_shape, 2)
+        for job in ((info, structure, Schedule((0, 1)), "factored"), (info, structure, Schedule((0, 1)), "dense")):
+            given = random_input(info, len(x))
+            with torch.no_grad():
+                assert random_layer(*job)(given).dtype == given.dtype == dtype
+            assert bool(traced_layer(job, len(x), "contiguous").unknown) == (dtype != torch.float32)
+        keys.append(layer_key(info, structure, Schedule((0, 1)), "factored", len(x)))
+    assert "float32" not in keys[0]
+    assert keys[1].partition(" | ")[0] == keys[0].partition(" | ")[0] + " bfloat16"
 
 
 def test_chunks_of_options_are_compared_through_the_layer_that_takes_part_in_all(

@@ -121,6 +121,19 @@ def test_both_exporters_agree() -> None:
     assert make_session(models[1], 1).get_inputs()[0].shape == [2, 4, 6, 6]
 
 
+def test_inputs_that_nothing_hangs_on_are_inputs_still() -> None:
+    from sekron_search.runtimes.onnx import OnnxRuntime, make_session, to_onnx_quickly
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return x * mask if self.training else 2 * x
+
+    inputs = torch.randn(2, 3), torch.ones(2, 3)
+    assert len(make_session(to_onnx_quickly(Masked().eval(), inputs), 1).get_inputs()) == 2
+    (found,) = OnnxRuntime(num_threads=1).compile(Masked().eval(), inputs).outputs()
+    torch.testing.assert_close(found, 2 * inputs[0])
+
+
 def _optimized_operators(model: bytes) -> list[str]:
     import onnx
     import onnxruntime
