@@ -19,7 +19,7 @@ from sekron_search.model import Inputs, as_inputs, copy_model, kronecker_layers,
 #: Batch-norms whose forward is known; a subclass may do something else.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-#: So many times the rounding of an output's precision may add up to, as through layers whose norms are folded.
+#: So many times the rounding of half precision may add up to, as through layers whose norms are folded.
 ROUNDINGS = 8
 
 
@@ -115,8 +115,9 @@ def _check_outputs(
 
 
 def at_least_rounding(tolerance: float, outputs: Sequence[Tensor]) -> float:
-    """A tolerance of relative differences, or what rounding in the outputs' precision makes up, if that is more."""
-    return max([tolerance, *(ROUNDINGS * torch.finfo(output.dtype).eps for output in outputs)])
+    """A tolerance of relative differences, or what rounding in half precision makes up, if that is more."""
+    half = (output.dtype for output in outputs if output.element_size() < 4)
+    return max([tolerance, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in half)])
 
 
 def relative_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
