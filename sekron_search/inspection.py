@@ -305,5 +305,6 @@ def _layer_info(name: str, module: Any, record: _Record, samples: int) -> LayerI
     size = filled(image_size(tuple(seen[len(seen) - axes :]), module), kind, 1)
     applied = prod(record.input_shape[: 1 if axes else -1])
     per_sample = applied / samples if applied % samples else applied // samples
-    shape, dtype = tuple(dense_weight(module).shape[1:]), str(module.weight.dtype).removeprefix("torch.")
-    return LayerInfo(name, kind, shape, geometry, size, per_sample, shift, dtype)
+    weight = dense_weight(module)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return LayerInfo(name, kind, tuple(weight.shape[1:]), geometry, size, per_sample, shift, dtype)

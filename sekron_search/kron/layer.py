@@ -188,18 +188,23 @@ class KroneckerLayer(nn.Module):
             if geometry.transposed:
                 return convolve_transposed(x, weight, self.bias, geometry, output_padding)
             return convolve(x, weight, self.bias, geometry)
-        f, c = self.structure.weight_shape[:2]
-        own_f, own_c = self.out_channels // groups, self.in_channels // groups
-        if own_c < c:
-            x = F.pad(x.unflatten(1, (groups, own_c)), (*[0, 0] * axes, 0, c - own_c)).flatten(1, 2)
+        f, own_f = self.structure.weight_shape[0], self.out_channels // groups
         bias: Tensor | None = self.bias
         if bias is not None and own_f < f:
             bias = F.pad(bias.reshape(groups, own_f), (0, f - own_f)).flatten()
         if geometry.transposed:
-            out = execute_transposed(self.plan, self._ready_weights(), x, bias, output_padding)
+            out = execute_transposed(self.plan, self._ready_weights(), self._widened(x), bias, output_padding)
         else:
-            out = execute(self.plan, self._ready_weights(), x, bias, pointwise=self.kind == "linear")
+            out = execute(self.plan, self._ready_weights(), self._widened(x), bias, pointwise=self.kind == "linear")
         return out.unflatten(1, (groups, f))[:, :, :own_f].flatten(1, 2) if own_f < f else out
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """The input with zeros for the channels that its structure has more than the layer; no name is kept for it."""
+        own, wide = self.in_channels // self.geometry.groups, self.structure.weight_shape[1]
+        if own == wide:
+            return x
+        padding = (*[0, 0] * len(self.geometry.stride), 0, wide - own)
+        return F.pad(x.unflatten(1, (self.geometry.groups, own)), padding).flatten(1, 2)
 
     def _ready_weights(self) -> list[Tensor]:
         """The weights that run: those of the steps, or the reconstructed one where the execution is dense.

@@ -20,6 +20,7 @@ from sekron_search.kron import families as fam
 from sekron_search.kron.conv import KroneckerConv
 from sekron_search.kron.linear import KroneckerLinear
 from sekron_search.kron.steps import Schedule
+from sekron_search.kron.structure import Structure
 from sekron_search.model import copy_model, layer_like, replace_layers
 from sekron_search.runtimes.base import threads
 from sekron_search.runtimes.registry import make_runtime
@@ -300,6 +301,16 @@ def test_a_norm_that_runs_again_after_a_layer_keeps_its_statistics() -> None:
     reestimate_batch_norm(model, batches, original=trained, until="layer")
     assert not torch.equal(statistics_of(model, "once")[0], torch.zeros(3))
     assert torch.equal(statistics_of(model, "twice")[0], torch.zeros(3))
+
+
+def test_a_padded_copy_of_the_input_is_let_go_when_it_has_been_read() -> None:
+    structure = Structure.parse("4x7x3x1[a] * 4x2x1x3[a]; a=2")
+    layer = KroneckerConv.from_conv(nn.Conv2d(13, 16, 3, padding=1), structure).eval()
+    x = torch.randn(1, 13, 32, 32)
+    with torch.no_grad():
+        layer(x)  # weights are made ready
+    predicted = layer.plan.cost((32, 32), (16, 13)).peak_elements * x.element_size()
+    assert peak_memory(nn.Sequential(layer), x).peak == predicted
 
 
 @pytest.mark.parametrize("name", ["linear", "conv2d", "conv_transpose2d"])
