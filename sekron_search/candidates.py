@@ -48,6 +48,9 @@ CALIBRATION_LEVELS = (0.35, 0.65, 0.9)
 #: However badly layers predict the network, less than this is noise.
 LEAST_SCALE = 0.05
 
+#: A saving that is a smaller share of the network's latency tells nothing of how savings add up.
+LEAST_SAVING = 0.01
+
 
 class Finder:
     """Searches, fits, measures and trains candidates, each step kept in the run folder and done once.
@@ -144,17 +147,21 @@ class Finder:
                 corrected[name] = bound / ratio * MARGIN
         if "latency_ms" in self.bounds and min(c.ratio("latency_ms", self.budget) for c in candidates) > 1:
             whole, scale = self.network.unchanged("latency_ms"), self.network.latency_scale
-            savings = (
-                (1 - c.costs["latency_ms"] / c.base_latency_ms, 1 - c.predicted["latency_ms"] / whole)
-                for c in candidates
-            )
-            kept = max(measured / max(predicted, 1e-9) for measured, predicted in savings)
-            self.network = replace(self.network, latency_scale=max(scale * min(kept, 1.0) * MARGIN, LEAST_SCALE))
+            shares = [
+                (c.costs["latency_ms"] / c.base_latency_ms, c.predicted["latency_ms"] / whole) for c in candidates
+            ]
+            kept = [(1 - measured) / (1 - predicted) for measured, predicted in shares if predicted < 1 - LEAST_SAVING]
+            if kept:
+                factor = min(max(kept), 1.0) * MARGIN
+                self.network = replace(self.network, latency_scale=max(scale * factor, LEAST_SCALE))
+            else:  # slower than the original, as the budget allows: savings tell nothing
+                over = max(min(measured / predicted for measured, predicted in shares), 1.0)
+                corrected["latency_ms"] = min(corrected["latency_ms"], self.bounds["latency_ms"] / over) * MARGIN
 
     def _calibration(self) -> float:
         """What the network gains for a millisecond that its layers gain each on its own: measured on a few networks.
 
-        The least-squares slope through the origin, of measured over summed savings.
+        The least-squares slope through the origin, of measured over summed savings; 1 where none is more than noise.
         """
         if not self.folder.calibration.exists():
             self.reporter.say("calibrating sums of layers against whole networks")
@@ -179,9 +186,10 @@ class Finder:
             ]
             write_json(self.folder.calibration, {"original_ms": whole, "networks": rows})
         rows = read_json(self.folder.calibration)["networks"]
+        rows = [row for row in rows if row["summed_saving"] > LEAST_SAVING]
         summed = sum(row["summed_saving"] ** 2 for row in rows)
         shared = sum(row["summed_saving"] * row["measured_saving"] for row in rows)
-        return max(shared / summed, LEAST_SCALE) if summed > 0 else 1.0
+        return max(shared / summed, LEAST_SCALE) if rows else 1.0
 
     def finish(self, searched: Searched) -> Finished:
         """Fine-tune the candidates that meet the budget as measured; the best one, trained or as it was fitted."""

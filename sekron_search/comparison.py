@@ -58,6 +58,8 @@ class Run:
         of = None if latency is None else latency["predicted_for"]
         return {
             **{key: facts[key] for key in DEVICE},
+            # A run may be begun on one machine and measured on another.
+            "processor": self.report.get("measured_on", facts["processor"]),
             "batch_size": self.report["batch_size"],
             "predicted_for": of,
         }

@@ -41,11 +41,17 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         height, width = self.size
         try:
             with Image.open(path) as image:
-                small = image.convert(mode).resize((width, height), Image.Resampling.BILINEAR)
-                pixels = torch.from_numpy(np.array(small))
+                if image.mode in ("I", "F"):
+                    raise DataError(
+                        f"image {path}: its pixels are of mode {image.mode!r}, numbers of 32 bits that do not say "
+                        "what is white; expected 8 or 16 bits: convert it, or give data.factory"
+                    )
+                deep = image.mode.startswith("I;16")  # which Pillow would cut off at 255
+                whole = Image.fromarray(np.asarray(image).astype(np.float32) / 257) if deep else image.convert(mode)
+                pixels = torch.from_numpy(np.array(whole.resize((width, height), Image.Resampling.BILINEAR)))
         except (OSError, UnidentifiedImageError) as error:
             raise DataError(f"image {path} cannot be read: {error}") from None
-        pixels = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+        pixels = pixels[None].expand(len(self.mean), -1, -1) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
         return (pixels.float() / 255 - self.mean) / self.std, label
 
 

@@ -35,7 +35,7 @@ from sekron_search.selection import worthwhile
 from sekron_search.table_responses import with_responses
 from sekron_search.tables import FittedLayer, cheapest_table, load_table, table_files, table_key
 from sekron_search.tensor_files import digest
-from sekron_search.timing import Layout, find_layout, measured_profile, network_costs, with_latencies
+from sekron_search.timing import Layout, find_layout, measured_profile, network_costs, own_threads, with_latencies
 from sekron_search.variants import with_variants
 
 #: A latency budget is refused before the long work if even the fastest options tried miss it by this factor: few are
@@ -117,7 +117,7 @@ def _faster(
 
 def measure_profile(job: Job, folder: RunFolder, reporter: Reporter) -> DeviceProfile:
     """A device profile of every option of the job's network, measured here."""
-    with threads(job.settings.latency.num_threads):
+    with threads(own_threads(job, folder)):
         tables = fit_tables(job, folder, reporter)
         fitted = (
             with_variants(f, info, bytes_per_sample=job.bytes_per_sample, schedules=TIMED_SCHEDULES)

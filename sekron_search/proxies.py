@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from sekron_search.assembly import Assembler
 from sekron_search.divergence import divergence as output_divergence
+from sekron_search.errors import DataError, users_own
 from sekron_search.model import Inputs, part_of
 from sekron_search.references import import_reference
 from sekron_search.response import LinearResponse, normalised_outputs
@@ -210,6 +212,9 @@ def score(subject: Subject, names: Sequence[str] | None = None) -> Scores:
             proxy.prepare(subject)
             prepared[proxy.prepare] = time.perf_counter() - start
         start = time.perf_counter()
-        values[name] = float(proxy.score(subject))
+        with users_own(f"audit.proxies {name!r}: it failed"):
+            values[name] = float(proxy.score(subject))
+        if not math.isfinite(values[name]):
+            raise DataError(f"audit.proxies {name!r}: it returned {values[name]}; expected a finite number")
         seconds[name] = time.perf_counter() - start + (prepared[proxy.prepare] if proxy.prepare else 0.0)
     return Scores(values, seconds)

@@ -37,7 +37,7 @@ from sekron_search.search.record import SearchRecord
 from sekron_search.sharing import Sharing
 from sekron_search.team import Team
 from sekron_search.team_task import Task
-from sekron_search.timing import Layout, network_costs
+from sekron_search.timing import Layout, network_costs, own_threads
 
 #: Under which key the first process of a team says the report at the end.
 OVER = "over"
@@ -95,7 +95,7 @@ def _run(
     with (
         folder.claimed(fingerprint, resume=resume),
         folder.failures_kept(),
-        threads(job.settings.latency.num_threads),
+        threads(own_threads(job, folder)),
     ):
         if folder.report.exists():
             finished = finished_report(folder)

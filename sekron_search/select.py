@@ -173,10 +173,12 @@ def with_network(
     from sekron_search.export import save_artefact
     from sekron_search.jobs import job_of_run
     from sekron_search.prepare import prepare_whole
+    from sekron_search.runtimes.base import threads
+    from sekron_search.timing import own_threads
 
     job = job or job_of_run(folder, OBJECTS)
     job.model.eval()
-    with folder.claimed(job.fingerprint(), resume=True):
+    with folder.claimed(job.fingerprint(), resume=True), threads(own_threads(job, folder)):
         tables = prepare_whole(job, folder, reporter)
         selection.record.check_options([f.table.options for f in tables.fitted], folder.network)
         assembler = Assembler(job, tables)

@@ -52,6 +52,17 @@ class Layout:
     original_ms: dict[str, float]
 
 
+def own_threads(job: Job, folder: RunFolder) -> int | None:
+    """With how many threads of torch a run measures: as configured, or as its latencies were measured before.
+
+    None is as many as there are: where latencies are not budgeted, not measured yet, or of another machine.
+    """
+    configured = job.settings.latency.num_threads
+    if configured is not None or job.elsewhere is not None or not folder.profile.exists():
+        return configured
+    return DeviceProfile.load(folder.profile).provenance.num_threads
+
+
 def find_layout(job: Job, folder: RunFolder, reporter: Reporter, layers: Sequence[LayerInfo]) -> Layout:
     """How the network is laid out on the device, and the original at its best; decided once per folder.
 

@@ -20,6 +20,7 @@ from sekron_search.search.problem import Problem
 from sekron_search.search.searches import RUN, Search, searches
 from sekron_search.search.storage import Store, open_store
 from sekron_search.search.study import take_part
+from sekron_search.timing import own_threads
 
 #: Seconds between looks for a search that has begun.
 POLL_S = 1.0
@@ -51,9 +52,9 @@ def work(
     try:
         for ledger in waiting:
             if assembler is None:
-                _fetch(ledger, artifacts, folder, reporter)
+                _fetch(ledger, artifacts, folder, reporter, patience_s)
                 job = _job(folder)
-                with threads(job.settings.latency.num_threads):
+                with threads(own_threads(job, folder)):
                     assembler = Assembler(job, prepare(job, folder, reporter))
             with threads(assembler.job.settings.latency.num_threads):
                 done += _take_part(assembler, ledger, reporter)
@@ -125,10 +126,13 @@ class _Searches:
         return [search for search in found if search.facts.get(RUN) in runs]
 
 
-def _fetch(ledger: Ledger, artifacts: str | None, folder: RunFolder, reporter: Reporter) -> None:
-    """Put a run's files into a folder that lacks them."""
+def _fetch(ledger: Ledger, artifacts: str | None, folder: RunFolder, reporter: Reporter, patience_s: float) -> None:
+    """Put a run's files into a folder that lacks them; the run uploads them when its search has begun."""
     if artifacts is None:
         return
+    give_up = time.monotonic() + patience_s
+    while not (ledger.files or ledger.closed or time.monotonic() >= give_up):
+        time.sleep(min(POLL_S, patience_s))
     store = Artifacts.open(artifacts)
     try:
         fetched = store.download(ledger, folder.path)

@@ -228,7 +228,7 @@ def test_runs_are_compared_and_clocks_of_other_devices_are_not(finished: RunFold
     assert same["latencies_comparable"]
     assert same["same_original"]
     report, settings = read_json(other.report), yaml.safe_load(other.config.read_text())
-    report["environment"]["processor"] = "abacus"
+    report["environment"]["processor"] = report["measured_on"] = "abacus"
     report["layers"][0] |= {"structure": "none", "family": "dense"}
     report["layers"][1] |= {"structure": "1x1[a] * 2x2[a]; a=1", "family": "Kronecker"}
     settings["search"]["trials"] = 9
@@ -247,6 +247,8 @@ def test_runs_are_compared_and_clocks_of_other_devices_are_not(finished: RunFold
     noise = read_json(finished.report)["compressed"]["latency_noise_ms"]
     assert f" ± {noise:.3f} (" in text
     assert "latency_ms*" not in invoke("compare", finished.path, twin.path).stdout
+    write_json(twin.report, read_json(twin.report) | {"measured_on": "another abacus"})  # gone on with elsewhere
+    assert compare([finished, twin])["device_differs_in"] == ["processor"]
 
 
 def test_what_is_no_finished_run_is_not_compared(finished: RunFolder, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from sekron_search.assembly import Assembler
 from sekron_search.config import Config
 from sekron_search.costs.traced import traced_flops
 from sekron_search.data import evaluate
+from sekron_search.errors import DataError
 from sekron_search.jobs import job_from_config
 from sekron_search.kron.layer import KroneckerLayer
 from sekron_search.model import layer_weight
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
-from sekron_search.proxies import FEW_SAMPLES, PROXIES, Judge, Subject, score
+from sekron_search.proxies import FEW_SAMPLES, PROXIES, Judge, Proxy, Subject, score
 from sekron_search.response import LinearResponse
 from sekron_search.rundir import RunFolder
 from sekron_search.search.options import Assignment
@@ -258,6 +260,21 @@ def test_every_proxy_prefers_the_original(judge: Judge) -> None:
     for name in PROXIES:
         assert original[name] < compressed[name], name
     assert all(original[n] == pytest.approx(0, abs=1e-6) for n in PROXIES if "error" in n or "divergence" in n)
+
+
+@pytest.mark.parametrize(
+    ("score_of", "says"),
+    [
+        (lambda subject: float("nan"), "'mine:own': it returned nan; expected a finite number"),
+        (lambda subject: 1 / 0, "'mine:own': it failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_proxies_of_users_that_fail_are_named(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch, score_of: Any, says: str
+) -> None:
+    monkeypatch.setattr(judge, "proxies", {"mine:own": Proxy(score_of, "mine")})
+    with pytest.raises(DataError, match=re.escape(f"audit.proxies {says}")):
+        score(Subject(judge, middle(judge.assembler)))
 
 
 def test_what_proxies_share_counts_for_each_of_them(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,19 @@ def written(found: dict[str, Any] | None, **changed: Any) -> str:
     return optimality_section({"optimality": found, "budgets": budgets, "divergence": 0.3}).markdown()
 
 
+def test_hypervolume_leaves_out_costs_that_no_trial_lowers() -> None:
+    peak: dict[CostName, float] = {"peak_activation_bytes": NETWORK.unchanged("peak_activation_bytes")}
+    trials = [trial(0, (1, 2, 1), 0.2), trial(1, (3, 3, 3), 0.5)]
+    trials = [replace(t, costs={**t.costs, **{str(name): value for name, value in peak.items()}}) for t in trials]
+    volumes = []
+    for bounds in (BOUNDS, BOUNDS | peak):
+        found = optimality_facts(NETWORK, bounds, trials, (1, 2, 1), 0.3)
+        assert found is not None
+        volumes.append(found["hypervolume"])
+    assert volumes[0] == volumes[1]
+    assert volumes[0]["shares"][-1] > 0
+
+
 def test_the_section_says_what_was_proven_and_what_cannot_be_compared() -> None:
     text = written(facts())
     assert "that is proven" in text

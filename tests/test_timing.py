@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ import sekron_search.candidates
 import sekron_search.costs.layers
 import sekron_search.prepare
 import sekron_search.timing
-from sekron_search.candidates import Finder
+from sekron_search.candidate import Candidate
+from sekron_search.candidates import MAX_ROUNDS, Finder
 from sekron_search.config import Config
 from sekron_search.costs import predict
 from sekron_search.costs.design import design
@@ -25,17 +28,20 @@ from sekron_search.costs.profile import DeviceProfile
 from sekron_search.costs.trace import traced_operations
 from sekron_search.costs.traced import traced_flops
 from sekron_search.deployment import deploy
-from sekron_search.errors import InfeasibleBudgetError
-from sekron_search.files import read_json
+from sekron_search.errors import ConfigError, InfeasibleBudgetError
+from sekron_search.files import read_json, write_json
 from sekron_search.jobs import job_from_config
 from sekron_search.kron.plan import make_plan
 from sekron_search.model import kronecker_layers
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
 from sekron_search.rundir import RunFolder
+from sekron_search.runtimes.base import threads
 from sekron_search.runtimes.registry import make_runtime
-from sekron_search.search.knapsack import solve_knapsack
-from sekron_search.timing import Placed
+from sekron_search.search.budget import Budget
+from sekron_search.search.knapsack import additive_errors, solve_knapsack
+from sekron_search.search.options import LayerTable, Network, Option
+from sekron_search.timing import Placed, own_threads
 from tests.cases import CONFIG, SPACE, Noted, write_config
 
 pytestmark = pytest.mark.filterwarnings(
@@ -123,6 +129,55 @@ def test_a_missed_latency_is_searched_again_with_a_corrected_sum(clocks: Callabl
     assert read_json(tmp_path / "out" / "search.json")["round"] > 1
     assert searched.excess <= 1
     assert searched.network.latency_scale < 0.98
+
+
+def test_networks_slower_than_the_original_are_corrected_too() -> None:
+    """Layers that the budget lets be slower cost more in the network than alone."""
+
+    def option(structure: str, flops: int, error: float, ms: float) -> Option:
+        return Option(structure, "x", "", "factored", flops, flops, 1, error, error, ms, 0.0)
+
+    options = option("dense", 100, 0.0, 1.0), option("gentle", 50, 0.1, 1.25), option("rough", 50, 0.2, 1.05)
+    layers = tuple(LayerTable(f"layer{i}", options) for i in range(4))
+    network = Network(layers, {"flops": 400.0, "params": 400.0, "latency_ms": 4.0, "peak_activation_bytes": 1.0})
+    budget = Budget.of({"flops": "0.5x", "latency_ms": "1.3x"})
+    finder: Any = SimpleNamespace(bounds=budget.resolve(network.original), budget=budget, network=network)
+    corrected = dict(finder.bounds)
+    excesses = []
+    for _ in range(MAX_ROUNDS):
+        assignment = solve_knapsack(finder.network, corrected, additive_errors(network)).assignment
+        measured_ms = 4 * (1 + 1.6 * (network.cost(assignment, "latency_ms") / 4 - 1))
+        costs = {"flops": network.cost(assignment, "flops"), "latency_ms": measured_ms, "latency_samples": 9.0}
+        costs["latency_noise_ms"] = 0.0
+        predicted = dict(finder.network.costs(assignment))
+        original = {"flops": 400.0, "latency_ms": 4.0}
+        candidate = Candidate(assignment, 0, 0.1, 0.1, predicted, costs, original, 4.0, None)
+        excesses.append(candidate.excess(budget))
+        if excesses[-1] <= 1:
+            break
+        Finder._correct(finder, corrected, [candidate])
+    assert len(excesses) > 1
+    assert excesses[-1] <= 1
+
+
+def test_savings_that_are_rounding_say_nothing_of_sums(clocks: Callable[..., None], tmp_path: Path) -> None:
+    clocks()
+    finder = finder_in(tmp_path)
+    row = {"summed_saving": -1e-14, "measured_saving": -0.09, "noise": 0.01}
+    write_json(finder.folder.calibration, {"original_ms": 1.0, "networks": [row, row | {"summed_saving": 1e-14}]})
+    assert finder._calibration() == 1.0
+
+
+def test_a_run_goes_on_with_the_threads_that_it_was_measured_with(clocks: Callable[..., None], tmp_path: Path) -> None:
+    clocks()
+    finder = finder_in(tmp_path, re.sub(r", num_threads: \d+", "", LATENCY))
+    job, folder, here = finder.job, finder.folder, torch.get_num_threads()
+    assert job.settings.latency.num_threads is None
+    with threads(here + 1):
+        with pytest.raises(ConfigError, match=f"num_threads = {here}, this run uses {here + 1}"):
+            prepare(job, folder, Reporter())
+        with threads(own_threads(job, folder)):
+            prepare(job, folder, Reporter())
 
 
 def test_a_latency_out_of_reach_is_told(clocks: Callable[..., None], tmp_path: Path) -> None:

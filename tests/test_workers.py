@@ -35,8 +35,8 @@ from sekron_search.search.storage import Store, open_store
 from sekron_search.search.trial import Trial, pareto_trials
 from sekron_search.sharing import Sharing
 from sekron_search.table_responses import _Alone
-from sekron_search.worker import work
-from tests.cases import CONFIG, blobs, small_net, write_config
+from sekron_search.worker import _fetch, work
+from tests.cases import CONFIG, Noted, blobs, small_net, write_config
 from tests.processes import CONTEXT, stopped_without_lock, take_part, take_part_without_end, wait_until
 from tests.servers import free_port, new_database
 
@@ -185,6 +185,35 @@ def test_a_worker_elsewhere_fetches_what_it_lacks(
     assert read_json(RunFolder(out).search) == read_json(RunFolder(alone).search)
     # A worker that comes late sees that all is done.
     assert work(elsewhere, Reporter(), artifacts=sharing.artifacts, **given) == 0
+
+
+def test_a_worker_waits_for_the_files_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run uploads them when its search is there already."""
+
+    class Slow:
+        closed, asked = False, 0
+
+        @property
+        def files(self) -> dict[str, Any]:
+            self.asked += 1
+            return {"run.json": {}} if self.asked > 3 else {}
+
+    class Store:
+        where = "there"
+
+        def download(self, ledger: Any, folder: Path) -> list[str]:
+            return [*ledger.files]
+
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setattr("sekron_search.worker.Artifacts.open", lambda url: Store())
+    monkeypatch.setattr("sekron_search.worker.POLL_S", 0.0)
+    for patience_s, fetched in ((60.0, 1), (0.0, 0)):
+        ledger: Any = Slow()
+        noted = Noted()
+        _fetch(ledger, "there", RunFolder(tmp_path), noted, patience_s)
+        assert noted.told == [f"fetched {fetched} files from there"]
 
 
 def refuse(*_: Any) -> None:

@@ -81,8 +81,12 @@ def optimality_facts(
 
 
 def _hypervolume(network: Network, names: Sequence[CostName], trials: Sequence[Trial]) -> dict[str, Any]:
-    """The share of the box between nothing and the reference that the first one, two, ... trials dominate."""
+    """The share of the box between nothing and the reference that the first one, two, ... trials dominate.
+
+    Costs that no trial lowers are no sides of it.
+    """
     whole = [t for t in trials if not t.pruned]
+    names = [name for name in names if any(t.costs[name] < network.unchanged(name) for t in whole)]
     reference = {"divergence": max((t.divergence for t in whole), default=0.0)}
     reference |= {str(name): network.unchanged(name) for name in names}
     scale = [value or 1.0 for value in reference.values()]

@@ -135,9 +135,14 @@ class Ledger:
         """Whether the search is over."""
         return bool(self._attributes().get(CLOSED))
 
-    def close(self) -> None:
-        """Say that the search is over: workers leave."""
-        self._store.patiently(lambda: self._store.backend.set_study_user_attr(self._study_id, CLOSED, True))
+    def close(self, counted: Iterable[int] | None = None) -> None:
+        """Say that the search is over: workers leave.
+
+        Args:
+            counted: Slots of the trials that count, where others may still finish some; all if None.
+        """
+        value = True if counted is None else sorted(counted)
+        self._store.patiently(lambda: self._store.backend.set_study_user_attr(self._study_id, CLOSED, value))
 
     def conclude(self) -> None:
         """Say that no other search of this run follows."""
@@ -154,14 +159,15 @@ class Ledger:
         self._store.patiently(lambda: self._store.backend.set_study_user_attr(self._study_id, FILES, wanted))
 
     def finished(self) -> dict[int, Trial]:
-        """The finished slots, each once."""
+        """The finished slots that count, each once."""
+        counted = self._counted()
         found: dict[int, Trial] = {}
         for frozen in self._trials():
             if frozen.state == TrialState.COMPLETE and SLOT in frozen.user_attrs:
                 if frozen.number not in self._known:
                     self._known[frozen.number] = Trial.from_json(frozen.user_attrs[TRIAL])
                 found.setdefault(frozen.user_attrs[SLOT], self._known[frozen.number])
-        return dict(sorted(found.items()))
+        return {slot: found[slot] for slot in sorted(found) if counted is None or slot in counted}
 
     def claim(self, slots: Iterable[int]) -> Claim | None:
         """Take a free one of these slots; None if all are finished or being worked on.
@@ -226,7 +232,8 @@ class Ledger:
             structures: What each layer became, for people who look at the study.
 
         Returns:
-            Whether it counts: not if others gave up on this process meanwhile, and the slot is theirs.
+            Whether it counts: not if others gave up on this process meanwhile, and the slot is theirs, or the search
+            was closed without it.
         """
         backend, number = self._store.backend, claim.trial_id
 
@@ -245,8 +252,15 @@ class Ledger:
             self._store.patiently(record)
         # Read again: what could not be answered may have been written all the same.
         counts = self._store.patiently(lambda: backend.get_trial(number)).state == TrialState.COMPLETE
+        counted = self._counted()
+        counts = counts and (counted is None or claim.slot in counted)
         self.num_finished += counts
         return counts
+
+    def _counted(self) -> list[int] | None:
+        """Slots that count, once the search was closed while others were being worked on; None if all do."""
+        closed = self._attributes().get(CLOSED)
+        return closed if isinstance(closed, list) else None
 
     def _agree(self, facts: dict[str, Any], objectives: list[str]) -> None:
         """Say what the study is, or check that it is that."""

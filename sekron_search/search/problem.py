@@ -73,8 +73,12 @@ class Problem:
         for cost, bound in self.bounds.items():
             above = costs[cost] > bound
             step = self.network.unchanged(cost) - bound if above else bound - self.least[cost]
-            levels.append((costs[cost] - bound) / step if step > 0 else 0.0)
-        return max(levels)
+            if step > 0:
+                levels.append((costs[cost] - bound) / step)
+            elif above:  # of a budget that lets the network grow
+                levels.append(costs[cost] / bound - 1)
+            # Else nothing can be lower than the budget: it says nothing of how tight a network is.
+        return max(levels, default=0.0)
 
     def solve(
         self, level: float, errors: Sequence[NDArray[np.float64]], *, relative_gap: float = 1e-3

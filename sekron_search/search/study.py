@@ -68,7 +68,7 @@ def run_study(
                 break
             late = deadline is not None and time.monotonic() > deadline
             if late and any(t.feasible and not t.pruned for t in finished.values()):
-                ledger.close()
+                ledger.close(finished)  # what workers finish later counts neither here nor when the run is gone on with
                 return
             claim = ledger.claim(slots)
             if claim is None:

@@ -112,6 +112,19 @@ def test_a_slot_goes_from_free_to_finished_once(url: str) -> None:
         assert other.closed
 
 
+def test_what_is_finished_after_a_search_was_closed_does_not_count(url: str) -> None:
+    """A run that ran out of time has gone on without it, and goes on so too when it is killed and gone on with."""
+    with opened(url) as run, opened(url) as worker, opened(url) as again:
+        assert finish(run, claimed(run))
+        late = claimed(worker)
+        assert late.slot != 0
+        run.close(run.finished())
+        assert run.closed
+        assert not finish(worker, late, 0.1)
+        assert worker.num_finished == 0
+        assert [*again.finished()] == [*run.finished()] == [0]
+
+
 def test_a_worker_alone_takes_the_slots_in_their_order(journal: str) -> None:
     with opened(journal) as ledger:
         for slot in range(3):

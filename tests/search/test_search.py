@@ -349,6 +349,20 @@ def test_a_level_is_the_lowest_whose_bounds_are_met(level: float) -> None:
     assert problem.level_of(bounds | {"params": bounds["params"] - 1}) == pytest.approx(level, abs=1e-9)
 
 
+def test_a_cost_that_nothing_can_lower_says_nothing_of_a_level() -> None:
+    """Such as a peak that is set by what stays; under a budget above the original's there are levels."""
+    peak = Problem(NETWORK, {"peak_activation_bytes": 1e9}, trials=1).least["peak_activation_bytes"]
+    bounds: dict[CostName, float] = {"flops": BOUNDS["flops"], "peak_activation_bytes": peak}
+    alone, both = Problem(NETWORK, {"flops": bounds["flops"]}, trials=1), Problem(NETWORK, bounds, trials=1)
+    assert both.least["peak_activation_bytes"] == peak
+    for level in (-1.0, -0.3, 0.0, 0.7):
+        assert both.level_of(both.bounds_at(level)) == pytest.approx(alone.level_of(alone.bounds_at(level)))
+    original = NETWORK.unchanged("peak_activation_bytes")
+    above = Problem(NETWORK, {"peak_activation_bytes": 1.2 * original}, trials=1)
+    assert above.level_of({"peak_activation_bytes": 1.5 * original}) == pytest.approx(0.25)
+    assert above.level_of({"peak_activation_bytes": 1.1 * original}) < 0
+
+
 def test_gaps_of_a_front_are_filled_from_the_largest() -> None:
     gaps = Gaps([(0.0, 1.0), (-0.5, 7.0), (0.1, 2.0), (0.5, 1 / 3)])  # the third is dominated
     # In octaves of 1 + divergence: 3.9 at the least, 3 at -0.5, 1 at the budget, 0.4 at 0.5, and 0 at the original.
