@@ -133,7 +133,8 @@ class LatencyConfig(Section):
         batch_size: Samples of the example batch, on which latency and peak memory are meant.
         runtime: "pytorch-eager", "torch-compile", "onnxruntime", "openvino", or `package.module:Class` of a subclass of
             `sekron_search.runtimes.base.Runtime`.
-        num_threads: Intra-operator threads; as torch has it if not given.
+        num_threads: Intra-operator threads; if not given as torch has it, and as a run's latencies were measured with
+            when it is gone on with.
         memory_format: "contiguous", "channels_last", or "auto": whichever makes the network's options fastest.
         rounds: Interleaved samples of every measurement of a whole network.
         profile: A device profile to use; what it lacks is measured here, or predicted where it is of another device.
