@@ -138,4 +138,4 @@ def _halves(found: list[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
     middle = next(i for i, count in enumerate(seen) if count > total // 2)
     left = total // 2 - (seen[middle] - batch_size(found[middle]))
     first, second = part_of(found[middle], slice(left)), part_of(found[middle], slice(left, None))
-    return [*found[:middle], *([first] if left else [])], [second, *found[middle + 1 :]]
+    return [*found[:middle], first], [second, *found[middle + 1 :]]

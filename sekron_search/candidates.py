@@ -147,15 +147,16 @@ class Finder:
                 corrected[name] = bound / ratio * MARGIN
         if "latency_ms" in self.bounds and min(c.ratio("latency_ms", self.budget) for c in candidates) > 1:
             whole, scale = self.network.unchanged("latency_ms"), self.network.latency_scale
+            # (measured, predicted), of the original's.
             shares = [
                 (c.costs["latency_ms"] / c.base_latency_ms, c.predicted["latency_ms"] / whole) for c in candidates
             ]
-            kept = [(1 - measured) / (1 - predicted) for measured, predicted in shares if predicted < 1 - LEAST_SAVING]
+            kept = [(1 - m) / (1 - p) for m, p in shares if m < 1 and p < 1 - LEAST_SAVING]
             if kept:
                 factor = min(max(kept), 1.0) * MARGIN
                 self.network = replace(self.network, latency_scale=max(scale * factor, LEAST_SCALE))
-            else:  # slower than the original, as the budget allows: savings tell nothing
-                over = max(min(measured / predicted for measured, predicted in shares), 1.0)
+            else:  # none is faster than the original, which the budget may allow: savings tell nothing
+                over = max(min(m / p for m, p in shares), 1.0)
                 corrected["latency_ms"] = min(corrected["latency_ms"], self.bounds["latency_ms"] / over) * MARGIN
 
     def _calibration(self) -> float:

@@ -293,6 +293,7 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
         raise DataError(
             f"expected integer class labels of shape {tuple(wanted)}, got {labels.dtype} of shape {tuple(labels.shape)}"
         )
+    labels = labels.long()  # of few of the other types torch has a least and a largest one
     low, high, classes = int(labels.min()), int(labels.max()), logits.shape[1]
     if low < 0 or high >= classes:
         raise DataError(f"labels run from {low} to {high}, the network has {classes} classes (0 to {classes - 1})")
@@ -305,7 +306,7 @@ def _accuracy(output: Tensor, target: Tensor) -> Tensor:
             "of values set metric to 'neg_mse', 'psnr' or a function of your own, and search.divergence to 'mse'"
         )
     check_labels(target, output)
-    return output.argmax(1) == target
+    return output.argmax(1) == target.long()
 
 
 def _neg_mse(output: Tensor, target: Tensor) -> Tensor:

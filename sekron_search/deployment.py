@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def _check_outputs(
     with torch.no_grad():
         expected = output_tensors(model(*inputs))
         difference = relative_difference(expected, output_tensors(deployed(*inputs)))
-    tolerance = at_least_rounding(tolerance, expected)
+    tolerance = at_least_rounding(tolerance, [*expected, *model.parameters()])
     if difference <= tolerance:
         return
     raise DataError(
@@ -114,9 +114,14 @@ def _check_outputs(
     )
 
 
-def at_least_rounding(tolerance: float, outputs: Sequence[Tensor]) -> float:
-    """A tolerance of relative differences, or what rounding in half precision makes up, if that is more."""
-    half = (output.dtype for output in outputs if output.element_size() < 4)
+def at_least_rounding(tolerance: float, tensors: Iterable[Tensor]) -> float:
+    """A tolerance of a network's relative differences, or what rounding in half precision makes up, if that is more.
+
+    Args:
+        tolerance: What is asked for.
+        tensors: The network's parameters and outputs.
+    """
+    half = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.element_size() < 4}
     return max([tolerance, *(ROUNDINGS * torch.finfo(dtype).eps for dtype in half)])
 
 

@@ -81,7 +81,9 @@ def export_network(
     with atomic(Path(path)) as temporary:
         temporary.write_bytes(data)
         opened = decode(temporary.read_bytes(), outputs[0])
-        difference = max(compare(opened, *pair, format) for pair in zip(checks, outputs, strict=True))
+        tolerance = at_least_rounding(TOLERANCE, [*network.parameters(), *output_tensors(outputs[0])])
+        pairs = zip(checks, outputs, strict=True)
+        difference = max(compare(opened, *pair, format, tolerance=tolerance) for pair in pairs)
     return ExportedFile(Path(path), format, len(data), difference, tuple(batch_size(check) for check in checks))
 
 
@@ -122,7 +124,9 @@ def on_cpu(inputs: Inputs) -> Inputs:
     return moved
 
 
-def compare(opened: Callable[..., Any], inputs: Inputs, output: Any, format: str) -> float:
+def compare(
+    opened: Callable[..., Any], inputs: Inputs, output: Any, format: str, *, tolerance: float = TOLERANCE
+) -> float:
     """How far the output of what a file holds is from the network's, relative to the largest entry.
 
     Raises:
@@ -136,8 +140,7 @@ def compare(opened: Callable[..., Any], inputs: Inputs, output: Any, format: str
         raise DataError(
             f"the exported {format} file does not run with a batch of {size}: {type(error).__name__}: {error}"
         ) from error
-    expected = output_tensors(output)
-    difference, tolerance = relative_difference(expected, output_tensors(found)), at_least_rounding(TOLERANCE, expected)
+    difference = relative_difference(output_tensors(output), output_tensors(found))
     if not difference <= tolerance:
         raise DataError(
             f"the exported {format} file's outputs differ from the network's by {difference:.1e} of the largest with a "

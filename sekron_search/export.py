@@ -91,9 +91,9 @@ def _difference(factory: Factory, model: nn.Module, inputs: Inputs) -> str | Non
         twin.load_state_dict(model.state_dict())
         if (held := next(itertools.chain(model.parameters(), model.buffers()), None)) is not None:
             twin.to(held.device)
-        # Arguments that no shape shows (an activation, a stride) would make it another network: compare what it does.
         if _state(twin).keys() != _state(model).keys():  # it was tied after it had been built
             return "they share other weights among their layers"
+        # Arguments that no shape shows (an activation, a stride) would make it another network: compare what it does.
         with torch.no_grad():
             pairs = list(zip(output_tensors(twin.eval()(*inputs)), output_tensors(model(*inputs)), strict=True))
     except Exception as error:  # whatever a user's class does

@@ -41,12 +41,13 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         height, width = self.size
         try:
             with Image.open(path) as image:
-                if image.mode in ("I", "F"):
+                # Pillow cuts off at 255 what has 16 bits, of which it calls those of some files 32.
+                deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+                if image.mode in ("I", "F") and not deep:
                     raise DataError(
                         f"image {path}: its pixels are of mode {image.mode!r}, numbers of 32 bits that do not say "
                         "what is white; expected 8 or 16 bits: convert it, or give data.factory"
                     )
-                deep = image.mode.startswith("I;16")  # which Pillow would cut off at 255
                 whole = Image.fromarray(np.asarray(image).astype(np.float32) / 257) if deep else image.convert(mode)
                 pixels = torch.from_numpy(np.array(whole.resize((width, height), Image.Resampling.BILINEAR)))
         except (OSError, UnidentifiedImageError) as error:

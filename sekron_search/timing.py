@@ -55,11 +55,12 @@ class Layout:
 def own_threads(job: Job, folder: RunFolder) -> int | None:
     """With how many threads of torch a run measures: as configured, or as its latencies were measured before.
 
-    None is as many as there are: where latencies are not budgeted, not measured yet, or of another machine.
+    None is as many as there are: where latencies are not budgeted, or not measured yet. A device profile that was given
+    is of a number of threads that the user has to care for.
     """
-    configured = job.settings.latency.num_threads
-    if configured is not None or job.elsewhere is not None or not folder.profile.exists():
-        return configured
+    latency = job.settings.latency
+    if latency.num_threads is not None or latency.profile is not None or not folder.profile.exists():
+        return latency.num_threads
     return DeviceProfile.load(folder.profile).provenance.num_threads
 
 

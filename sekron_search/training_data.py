@@ -78,7 +78,8 @@ class TrainingData:
         if isinstance(self.source, Dataset):
             return _drawn_apart(self._epoch(seed, team), team.seed(seed))
         # All processes go through the same batches, of which each takes its part.
-        for drawing in (self.source, getattr(self.source, "sampler", None)):
+        samplers = getattr(self.source, "sampler", None), getattr(self.source, "batch_sampler", None)
+        for drawing in (self.source, *samplers, getattr(samplers[1], "sampler", None)):
             if isinstance(own := getattr(drawing, "generator", None), torch.Generator):
                 own.manual_seed(seed)
         return _drawn_apart(self._epoch(seed, team), seed)

@@ -330,6 +330,7 @@ def test_bad_training_data_is_refused_at_once(tmp_path: Path, train: Any, says: 
         DataLoader(TensorDataset(IMAGES), batch_size=32),
         TensorDataset(IMAGES, torch.rand(64, 4).softmax(1)),
         TensorDataset(IMAGES, torch.zeros(64, dtype=torch.int32)),
+        TensorDataset(IMAGES, torch.zeros(64, dtype=torch.uint16)),
         [IMAGES[:32], (IMAGES[32:], torch.zeros(32, dtype=torch.long))],
     ],
 )

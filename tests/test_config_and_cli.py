@@ -279,19 +279,19 @@ def test_bad_image_folders_are_refused(tmp_path: Path) -> None:
         list(batches(data.train, 4))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_of_sixteen_bits_are_read_in_full(tmp_path: Path, channels: int) -> None:
+@pytest.mark.parametrize(("channels", "ending"), [(1, "png"), (3, "png"), (1, "pgm"), (3, "tiff")])
+def test_images_of_sixteen_bits_are_read_in_full(tmp_path: Path, channels: int, ending: str) -> None:
     (tmp_path / "cat").mkdir()
     for i in range(8):
-        Image.fromarray(np.full((8, 8), 13107 * (1 + i % 4), dtype=np.uint16)).save(tmp_path / "cat" / f"{i}.png")
+        Image.fromarray(np.full((8, 8), 13107 * (1 + i % 4), dtype=np.uint16)).save(tmp_path / "cat" / f"{i}.{ending}")
     plain = {"mean": [0.0] * channels, "std": [1.0] * channels}
     config = DataConfig.model_validate({**folder_config(tmp_path).model_dump(), **plain})
     (((images,), _),) = batches(image_folder(config, seed=0).train, 8)
     assert images.shape[1] == channels
     assert set(images.mul(5).round(decimals=4).unique().tolist()) <= {1.0, 2.0, 3.0, 4.0}
     for i in range(8):
+        (tmp_path / "cat" / f"{i}.{ending}").unlink()
         Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "cat" / f"{i}.tiff")
-        (tmp_path / "cat" / f"{i}.png").unlink()
     with pytest.raises(DataError, match=r"its pixels are of mode 'F', numbers of 32 bits .* expected 8 or 16 bits"):
         list(batches(image_folder(config, seed=0).train, 8))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 from sekron_search.api import _halves
 from sekron_search.data import batches, evaluate
@@ -95,6 +95,9 @@ def sources() -> dict[str, Any]:
         "loader": DataLoader(Noisy(), 4, shuffle=True),
         "loader with a generator": DataLoader(Noisy(), 4, shuffle=True, generator=own),
         "sampler with a generator": DataLoader(Noisy(), 4, sampler=RandomSampler(Noisy(), generator=own)),
+        "batch sampler with a generator": DataLoader(
+            Noisy(), batch_sampler=BatchSampler(RandomSampler(Noisy(), generator=own), 4, drop_last=False)
+        ),
     }
 
 

@@ -50,6 +50,13 @@ def opened(path: Path) -> Any:
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
+class Floats(nn.Module):
+    """Gives float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_may_round(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -58,7 +65,9 @@ def test_half_precision_may_round(dtype: torch.dtype, tmp_path: Path) -> None:
     written = export_network(model, x, tmp_path / "network.pt2", format="pt2")
     assert written.rel_difference <= 8 * torch.finfo(dtype).eps
     with torch.no_grad(), pytest.raises(DataError, match="outputs differ from the network's by"):
-        compare(lambda x: 1.1 * model(x), (x,), model(x), "pt2")
+        compare(lambda x: 1.1 * model(x), (x,), model(x), "pt2", tolerance=8 * torch.finfo(dtype).eps)
+    cast = nn.Sequential(model, Floats())
+    assert export_network(cast, x, tmp_path / "cast.pt2", format="pt2").rel_difference > 0
 
 
 def test_volumes_in_channels_last_are_exported(tmp_path: Path) -> None:

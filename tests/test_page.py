@@ -287,6 +287,13 @@ def test_a_network_that_stays_as_it_was_fitted_is_told() -> None:
     told = "The network stays as it was fitted"
     assert told in markdown({**sample(), "as_fitted": True})
     assert told not in markdown({**sample(), "as_fitted": False})
+    plain = {**sample(), "as_fitted": True, "validation_metric": None}
+    for key in ("original", "compressed"):
+        plain[key] = {**plain[key], "metric": None}
+    found = re.findall(f"{told}.*", markdown(plain))
+    assert len(found) == 1
+    assert "held-out calibration data" in found[0]
+    assert "validation" not in found[0]
 
 
 def test_the_sample_is_what_this_code_writes() -> None:

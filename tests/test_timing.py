@@ -35,6 +35,7 @@ from sekron_search.kron.plan import make_plan
 from sekron_search.model import kronecker_layers
 from sekron_search.prepare import prepare
 from sekron_search.progress import Reporter
+from sekron_search.run import run
 from sekron_search.rundir import RunFolder
 from sekron_search.runtimes.base import threads
 from sekron_search.runtimes.registry import make_runtime
@@ -131,22 +132,28 @@ def test_a_missed_latency_is_searched_again_with_a_corrected_sum(clocks: Callabl
     assert searched.network.latency_scale < 0.98
 
 
-def test_networks_slower_than_the_original_are_corrected_too() -> None:
+@pytest.mark.parametrize(
+    ("alone", "more", "bound"),
+    [((1.25, 1.05), (0.15, 0.03), "1.3x"), ((0.97, 0.8), (0.18, 0.2), "1.1x"), ((1.1, 0.7), (0.3, 0.1), "1.1x")],
+)
+def test_networks_slower_than_the_original_are_corrected_too(
+    alone: tuple[float, float], more: tuple[float, float], bound: str
+) -> None:
     """Layers that the budget lets be slower cost more in the network than alone."""
 
     def option(structure: str, flops: int, error: float, ms: float) -> Option:
         return Option(structure, "x", "", "factored", flops, flops, 1, error, error, ms, 0.0)
 
-    options = option("dense", 100, 0.0, 1.0), option("gentle", 50, 0.1, 1.25), option("rough", 50, 0.2, 1.05)
+    options = option("dense", 100, 0.0, 1.0), option("gentle", 50, 0.1, alone[0]), option("rough", 50, 0.2, alone[1])
     layers = tuple(LayerTable(f"layer{i}", options) for i in range(4))
     network = Network(layers, {"flops": 400.0, "params": 400.0, "latency_ms": 4.0, "peak_activation_bytes": 1.0})
-    budget = Budget.of({"flops": "0.5x", "latency_ms": "1.3x"})
+    budget = Budget.of({"flops": "0.5x", "latency_ms": bound})
     finder: Any = SimpleNamespace(bounds=budget.resolve(network.original), budget=budget, network=network)
     corrected = dict(finder.bounds)
     excesses = []
     for _ in range(MAX_ROUNDS):
         assignment = solve_knapsack(finder.network, corrected, additive_errors(network)).assignment
-        measured_ms = 4 * (1 + 1.6 * (network.cost(assignment, "latency_ms") / 4 - 1))
+        measured_ms = network.cost(assignment, "latency_ms") + sum((0.0, *more)[index] for index in assignment)
         costs = {"flops": network.cost(assignment, "flops"), "latency_ms": measured_ms, "latency_samples": 9.0}
         costs["latency_noise_ms"] = 0.0
         predicted = dict(finder.network.costs(assignment))
@@ -178,14 +185,29 @@ def test_a_run_goes_on_with_the_threads_that_it_was_measured_with(clocks: Callab
             prepare(job, folder, Reporter())
         with threads(own_threads(job, folder)):
             prepare(job, folder, Reporter())
+        assert run(job, folder, Reporter(), resume=True)["environment"]["num_threads"] == here
+    profile = folder.path / "given.yaml"
+    profile.write_text(folder.profile.read_text())
+    latency = job.settings.latency.model_copy(update={"profile": profile, "any_profile": True})
+    given = replace(job, settings=job.settings.model_copy(update={"latency": latency}))
+    assert own_threads(given, folder) is None, "its threads are not the run's"
 
 
 def test_a_latency_out_of_reach_is_told(clocks: Callable[..., None], tmp_path: Path) -> None:
     clocks()
     finder = finder_in(tmp_path)
     finder._calibration()
-    clocks(slower=5.0)
+    clocks(slower=50.0)
     assert finder.search().excess > 1
+
+
+def test_a_bound_is_tightened_where_no_network_became_faster(clocks: Callable[..., None], tmp_path: Path) -> None:
+    clocks()
+    finder = finder_in(tmp_path)
+    finder._calibration()
+    clocks(slower=5.0)
+    assert finder.search().excess <= 1
+    assert read_json(finder.folder.search)["round"] > 1
 
 
 def test_the_memory_format_is_the_fastest_and_the_original_has_its_own(

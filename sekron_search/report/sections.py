@@ -109,9 +109,12 @@ def _kept(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Why the network is not the trained one, where it is not."""
     if not report.get("as_fitted"):
         return ()
+    stays = "The network stays as it was fitted: training has made "
+    if not has_metric(report):
+        return (f"{stays}the outputs on the held-out calibration data no nearer to those that it was trained to give.",)
     return (
-        "The network stays as it was fitted: training has made the validation metric lower, or, where that is chance "
-        "or does not count, the outputs on the validation data no nearer to those that it was trained to give.",
+        f"{stays}the validation metric lower, or, where that is chance or does not count, the outputs on the "
+        "validation data no nearer to those that it was trained to give.",
     )
 
 

@@ -136,11 +136,13 @@ class Ledger:
         return bool(self._attributes().get(CLOSED))
 
     def close(self, counted: Iterable[int] | None = None) -> None:
-        """Say that the search is over: workers leave.
+        """Say that the search is over, if nobody has yet: workers leave.
 
         Args:
             counted: Slots of the trials that count, where others may still finish some; all if None.
         """
+        if self.closed:
+            return
         value = True if counted is None else sorted(counted)
         self._store.patiently(lambda: self._store.backend.set_study_user_attr(self._study_id, CLOSED, value))
 

@@ -122,6 +122,7 @@ def test_what_is_finished_after_a_search_was_closed_does_not_count(url: str) -> 
         assert run.closed
         assert not finish(worker, late, 0.1)
         assert worker.num_finished == 0
+        worker.close()  # as one that saw all finished
         assert [*again.finished()] == [*run.finished()] == [0]
 
 
