@@ -147,10 +147,8 @@ class Finder:
                 corrected[name] = bound / ratio * MARGIN
         if "latency_ms" in self.bounds and min(c.ratio("latency_ms", self.budget) for c in candidates) > 1:
             whole, scale = self.network.unchanged("latency_ms"), self.network.latency_scale
-            # (measured, predicted), of the original's.
-            shares = [
-                (c.costs["latency_ms"] / c.base_latency_ms, c.predicted["latency_ms"] / whole) for c in candidates
-            ]
+            measured = [c.costs["latency_ms"] / c.base_latency_ms for c in candidates]
+            shares = list(zip(measured, [c.predicted["latency_ms"] / whole for c in candidates], strict=True))
             kept = [(1 - m) / (1 - p) for m, p in shares if m < 1 and p < 1 - LEAST_SAVING]
             if kept:
                 factor = min(max(kept), 1.0) * MARGIN
