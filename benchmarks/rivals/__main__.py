@@ -23,6 +23,7 @@ from benchmarks.rivals.contest import Contest, conditions, speed
 from benchmarks.rivals.methods import RIVALS
 from benchmarks.runs import Run, Runs
 from benchmarks.tasks import TASKS
+from sekron_search.costs.profile import Provenance
 from sekron_search.errors import DivergedError, InfeasibleBudgetError
 from sekron_search.progress import ConsoleReporter
 
@@ -102,10 +103,16 @@ def timed_samples(runs: Runs, samples: list[Sample]) -> list[Sample]:
     """This package with the latency of the best rival as its budget, for every seed of some equal conditions.
 
     A rival that is slower than the original asks for nothing: then the flops are asked for, and the original's latency.
+    The latency of one that was timed on another processor says nothing here: then there is none.
     """
-    best = best_rival(samples)
+    best, here = best_rival(samples), Provenance.here().processor
     found = []
     for seed, rival in by_method(samples).get(best or "", {}).items():
+        if rival["processor"] != here:
+            print(
+                f"{best}, seed {seed}: timed on {rival['processor']}; run it on {here} for its latency to be asked for"
+            )
+            continue
         thousandths = floor(1000 * rival["latency_ratio"])
         budget = {"latency_ms": f"{thousandths / 1000}x"}
         if thousandths >= 1000:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +141,7 @@ def test_our_time_is_that_of_the_best_rival_of_all_seeds(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Runs, "run", run)
     monkeypatch.setattr(rivals, "ours", lambda own: {"test": 0.9})
+    monkeypatch.setattr(rivals.Provenance, "here", lambda: SimpleNamespace(processor="A"))
     first, second = list(RIVALS)[:2]
     samples = [
         sample(first, 0.90, 0.9, 0, latency=0.7),
@@ -154,6 +156,8 @@ def test_our_time_is_that_of_the_best_rival_of_all_seeds(monkeypatch: pytest.Mon
         (rivals.OURS_TIMED, first, 1),
     ]
     assert rivals.timed_samples(Runs("resnet20", tmp_path, tmp_path), [failed(first)]) == []
+    elsewhere = [one | {"processor": "B"} for one in samples]
+    assert rivals.timed_samples(Runs("resnet20", tmp_path, tmp_path), elsewhere) == []
 
 
 def test_samples_tell_what_they_are_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
