@@ -16,6 +16,7 @@ from benchmarks.rivals.methods import RIVALS
 from benchmarks.runs import Run, Runs
 from sekron_search.choice import judged, preferred
 from sekron_search.config import Config
+from sekron_search.costs.profile import Provenance
 from sekron_search.files import read_json
 from sekron_search.finetune import Distillation
 from sekron_search.job import Job
@@ -141,7 +142,7 @@ def test_our_time_is_that_of_the_best_rival_of_all_seeds(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Runs, "run", run)
     monkeypatch.setattr(rivals, "ours", lambda own: {"test": 0.9})
-    monkeypatch.setattr(rivals.Provenance, "here", lambda: SimpleNamespace(processor="A"))
+    monkeypatch.setattr(Provenance, "here", lambda: SimpleNamespace(processor="A"))
     first, second = list(RIVALS)[:2]
     samples = [
         sample(first, 0.90, 0.9, 0, latency=0.7),
