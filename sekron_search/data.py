@@ -293,7 +293,7 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
         raise DataError(
             f"expected integer class labels of shape {tuple(wanted)}, got {labels.dtype} of shape {tuple(labels.shape)}"
         )
-    labels = labels.long()  # of few of the other types torch has a least and a largest one
+    labels = labels.long()  # of some of the other types torch finds no least and largest one
     low, high, classes = int(labels.min()), int(labels.max()), logits.shape[1]
     if low < 0 or high >= classes:
         raise DataError(f"labels run from {low} to {high}, the network has {classes} classes (0 to {classes - 1})")
