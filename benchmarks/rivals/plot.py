@@ -92,10 +92,11 @@ def _keep_apart(axes: Axes, dots: dict[str, list[tuple[float, float]]]) -> None:
     least = best - FURTHEST * (best - median(values))
     if least == best:
         return
-    below = [f"{method} {y:.2f}" for method, own in dots.items() for _, y in own if y < least]
+    far = {method: [f"{y:.2f}" for _, y in own if y < least] for method, own in dots.items()}
+    below = [f"{method} {' and '.join(dict.fromkeys(told))}" for method, told in far.items() if told]
     if below:
         axes.set_ylim(least, best + 0.1 * (best - least))
-        _note(axes, "below: " + ", ".join(below))
+        _note(axes, "below: " + ",\n".join(below))
 
 
 def _note(axes: Axes, text: str) -> None:
