@@ -56,6 +56,11 @@ class Candidate:
             cost += MEDIAN_NOISE * self.costs["latency_noise_ms"] / samples**0.5
         return cost / budget.resolve(self.original)[name]
 
+    @property
+    def latency_share(self) -> float:
+        """The measured latency, of the original's in the same memory format."""
+        return self.costs["latency_ms"] / self.base_latency_ms
+
     @classmethod
     def load(cls, folder: Path) -> Candidate:
         """Read its record."""

@@ -147,8 +147,7 @@ class Finder:
                 corrected[name] = bound / ratio * MARGIN
         if "latency_ms" in self.bounds and min(c.ratio("latency_ms", self.budget) for c in candidates) > 1:
             whole, scale = self.network.unchanged("latency_ms"), self.network.latency_scale
-            measured = [c.costs["latency_ms"] / c.base_latency_ms for c in candidates]
-            shares = list(zip(measured, [c.predicted["latency_ms"] / whole for c in candidates], strict=True))
+            shares = [(c.latency_share, c.predicted["latency_ms"] / whole) for c in candidates]
             kept = [(1 - m) / (1 - p) for m, p in shares if m < 1 and p < 1 - LEAST_SAVING]
             if kept:
                 factor = min(max(kept), 1.0) * MARGIN
@@ -331,7 +330,7 @@ class Finder:
         networks, metrics = [found.network], [before]
         if found.curve:
             fitted = with_memory_format(self.load(found.candidate), self.tables.layout.memory_format)
-            networks, metrics = [found.network, fitted], [None if before is None else found.curve[-1]["metric"], before]
+            networks, metrics = [found.network, fitted], [found.curve[-1]["metric"], before]
         marks = judged(self.job, networks, metrics, self.home(found.candidate.assignment) / "judged.safetensors")
         return [
             replace(found, network=network, judged=mark, as_fitted=network is networks[-1])

@@ -276,6 +276,11 @@ def _channels_first(module: nn.Module, record: _Record) -> bool:
     return record.output is not None and record.output.dim() == 2 + AXES[kind]
 
 
+def is_use(result: Any) -> bool:
+    """Whether an operation of this result uses the tensors it takes: asking for a shape does not, writing does."""
+    return result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+
+
 class _CountUses(TorchFunctionMode):
     """Counts the operations that take a layer's output."""
 
@@ -285,8 +290,7 @@ class _CountUses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # Asking for a shape is no use; writing into it, which returns nothing, is.
-        if result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        if is_use(result):
             taken = [id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             for record in self.records.values():
                 if record.output is not None:

@@ -184,7 +184,7 @@ def _latency_facts(job: Job, folder: RunFolder, layout: Layout, searched: Search
         "candidates": [
             {
                 "predicted": c.predicted["latency_ms"] / searched.network.unchanged("latency_ms"),
-                "measured": c.costs["latency_ms"] / c.base_latency_ms,
+                "measured": c.latency_share,
                 "noise": c.costs["latency_noise_ms"] / c.base_latency_ms,
             }
             for c in searched.candidates

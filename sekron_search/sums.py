@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from sekron_search.calibration import output_rows
 from sekron_search.errors import DataError
+from sekron_search.inspection import is_use
 from sekron_search.model import Inputs, LayerInfo
 
 _SUMS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
@@ -95,8 +96,7 @@ class _Trace(TorchFunctionMode):
                 if self.stop:
                     raise _Reached
         result = func(*args, **(kwargs or {}))
-        # Asking for a shape is no use; writing into it, which returns nothing, is.
-        if result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        if is_use(result):
             if own == [0] and name in _PASSED:
                 self.tracked.append(result)
             else:
